@@ -1,0 +1,46 @@
+"""What a person sets, and nothing else: frozen, spelled as on the command line, None = decided at start.
+
+`resolve.py` turns these wishes into `Resolved` and says for each value where it came from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+BUNDLED_MODEL = "bundled"  # the target model that lies in the package's own models/ folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Settings of one engine.
+
+    model                   "bundled", a folder in Hugging Face layout, or a hub id
+    revision                of a hub id
+    dtype                   "auto" (bf16 where the machine multiplies it fast, else fp32), "bfloat16", "float16", "float32"
+    device                  "auto", "cpu", "cuda"
+    threads                 intra-op threads on the CPU; None = the cores this process may use
+    max_model_len           prompt and output together; None = the model's own context
+    max_num_seqs            sequences that may run at once
+    max_num_batched_tokens  tokens of one step over all sequences: the bound on how long a prompt can hold up a stream
+    block_size              tokens per KV block
+    num_blocks              KV blocks; None = from kv_cache_bytes
+    kv_cache_bytes          memory for the KV cache; None = a share of what is free after the weights are loaded
+    prefix_caching          share full blocks between prompts with equal beginnings
+    kernels                 {op: implementation}, to override the choice of the registry
+    check                   verify every block count after every step (tests; too slow to serve with)
+    """
+
+    model: str = BUNDLED_MODEL
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    block_size: int = 32
+    num_blocks: int | None = None
+    kv_cache_bytes: int | None = None
+    prefix_caching: bool = True
+    kernels: dict[str, str] = field(default_factory=dict)
+    check: bool = False

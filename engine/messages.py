@@ -1,0 +1,109 @@
+"""What crosses between the API side and the engine: typed msgpack, never pickle.
+
+    down  AddRequest  Abort  Shutdown
+    up    EngineReady  StepOutputs (one a step, for all requests)  EngineDead
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from ..scheduler.params import SamplingParams
+from ..scheduler.plan import TokenLogprob
+
+
+class AddRequest(msgspec.Struct, frozen=True, tag="add", omit_defaults=True):
+    request_id: str  # made by the API side, unique for the engine's life
+    prompt_ids: list[int]
+    params: SamplingParams
+    priority: int = 0  # lower runs first
+    arrival: float = 0.0  # time.monotonic(); on Linux one clock for all processes of a machine
+    cache_salt: str = ""  # prefix blocks are shared only between requests with equal salts
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    request_ids: list[str]
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    """Stop at once; whoever wants a drain waits for its requests first."""
+
+
+class Chunk(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
+    """News of one sample of one request: tokens drawn in this step, and its end if it ended.
+
+    finish_reason  None = goes on; "stop", "length", "abort", "error"
+    stop_reason    the stop token id that matched; None for EOS
+    num_cached     prompt tokens that came from the prefix cache; -1 except in a sample's first chunk
+    """
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    finish_reason: str | None = None
+    stop_reason: int | None = None
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
+    num_cached: int = -1
+    error: str | None = None
+
+
+class StepStats(msgspec.Struct, array_like=True, gc=False):
+    """The engine's figures after a step. `*_total` count from the engine's start; the rest is the state now."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_blocks_used: int = 0  # held by requests
+    kv_blocks_cached: int = 0  # free, but with a hash that a prompt could hit
+    kv_blocks_total: int = 0
+    step_tokens: int = 0  # rows of this step's batch
+    step_seqs: int = 0
+    schedule_seconds: float = 0.0  # this step: schedule() and update()
+    forward_seconds: float = 0.0  # this step: model and sampling
+    steps_total: int = 0
+    prompt_tokens_total: int = 0  # computed, recomputed ones included
+    generated_tokens_total: int = 0
+    prefix_query_tokens_total: int = 0
+    prefix_hit_tokens_total: int = 0
+    preemptions_total: int = 0
+    recomputed_tokens_total: int = 0  # the preemption tax
+    aborted_total: int = 0
+    failed_total: int = 0
+
+
+class StepOutputs(msgspec.Struct, frozen=True, tag="step"):
+    chunks: list[Chunk]
+    stats: StepStats
+
+
+class EngineReady(msgspec.Struct, frozen=True, tag="ready"):
+    """What the engine resolved at start; the limits that the API side validates against."""
+
+    model_path: str
+    model_type: str
+    num_parameters: int
+    dtype: str
+    device: str
+    vocab_size: int  # the logits' width: the bound for every token id
+    max_model_len: int  # prompt and output together, capped by what the KV cache can hold
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    num_blocks: int
+    eos_token_ids: list[int]
+    kernels: dict[str, str]  # op -> implementation
+    reasons: dict[str, str]  # resolved setting -> where it came from
+    startup_seconds: dict[str, float]  # phase -> seconds
+    memory_bytes: dict[str, int]  # weights, kv_cache, ...
+
+
+class EngineDead(msgspec.Struct, frozen=True, tag="dead"):
+    reason: str
+
+
+Down = AddRequest | Abort | Shutdown
+Up = EngineReady | StepOutputs | EngineDead
+
+encoder = msgspec.msgpack.Encoder()
+down_decoder: msgspec.msgpack.Decoder[Down] = msgspec.msgpack.Decoder(Down)
+up_decoder: msgspec.msgpack.Decoder[Up] = msgspec.msgpack.Decoder(Up)

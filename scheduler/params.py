@@ -1,0 +1,48 @@
+"""What one request asks for: plain values that cross every layer unchanged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are drawn, and when drawing ends.
+
+    Only ids and numbers: stop *strings* are matched where text is made, beside the detokenizer.
+    Ranges are checked once at the door (`engine/validation.py`); here every value is taken as valid.
+
+    max_tokens      tokens drawn at most, per sample; 0 computes the prompt only (echo, prompt logprobs)
+    min_tokens      stop ids and EOS are masked out until this many tokens are drawn
+    n               samples drawn from one prompt
+    temperature     0 = greedy
+    top_k           0 = off
+    top_p, min_p    1 and 0 = off
+    seed            with the sample index and the position, the only source of randomness
+    stop_token_ids  end the sample; the id is reported as its stop reason
+    ignore_eos      the model's own end tokens do not end the sample
+    logit_bias      {token id: value added to its logit}
+    allowed_token_ids  None = all
+    bad_words       token sequences that are never completed
+    logprobs        None = off, k = the drawn token and the k most likely, -1 = the whole vocabulary
+    prompt_logprobs as `logprobs`, for the prompt's own tokens
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None

@@ -1,0 +1,88 @@
+"""One step, as plain data: what the scheduler orders and what the runner answers.
+
+    schedule() ──StepPlan──▶ runner.execute() ──StepResult──▶ update()
+
+Everything here could cross a process boundary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from .params import SamplingParams
+
+
+class DraftTree(NamedTuple):
+    """Guessed continuations of one sequence; node i's parent is node parents[i], -1 = the last real token.
+
+    Parents precede children. A chain is the tree with parents[i] = i - 1.
+    """
+
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+
+
+class NewSeq(NamedTuple):
+    """A sequence that enters a slot: first admission, or return after preemption (then with its output so far)."""
+
+    slot: int
+    token_ids: tuple[int, ...]  # prompt, then what was drawn before a preemption
+    num_prompt: int
+    params: SamplingParams
+    sample_index: int  # which of the request's n samples
+    block_ids: tuple[int, ...]
+
+
+class Row(NamedTuple):
+    """One sequence's share of a step: the tokens at positions start .. start + num_tokens - 1.
+
+    With a draft, its nodes are the last len(draft.tokens) of num_tokens.
+    """
+
+    slot: int
+    start: int
+    num_tokens: int
+    new_block_ids: tuple[int, ...] = ()
+    draft: DraftTree | None = None
+    samples: bool = True  # the row reaches the end of what is known, so a next token is drawn
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """The runner does, in this order: clear `freed` slots, fill `new` ones, copy blocks, run `rows`."""
+
+    step_id: int
+    new: list[NewSeq] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    freed: list[int] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)  # (source block, destination block), copy on write
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(row.num_tokens for row in self.rows)
+
+
+class TokenLogprob(NamedTuple):
+    """One token's log-probability (natural, of the processed distribution's raw logits) and its best rivals."""
+
+    token_id: int
+    logprob: float
+    rank: int  # 1 = the most likely
+    top: tuple[tuple[int, float], ...]  # (token id, logprob), most likely first
+
+
+@dataclass(slots=True)
+class RowResult:
+    """What one row gave; `error` ends this request and no other."""
+
+    token_ids: list[int] = field(default_factory=list)  # drawn or accepted, in order; empty if the row only computed
+    logprobs: list[TokenLogprob] | None = None  # beside token_ids, when asked for
+    prompt_logprobs: list[TokenLogprob] | None = None  # for the prompt tokens at start + 1 .. start + num_tokens
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class StepResult:
+    step_id: int
+    rows: list[RowResult]  # beside StepPlan.rows

@@ -1,7 +1,7 @@
 """What crosses between the API side and the engine: typed msgpack, never pickle.
 
-    down  AddRequest  Abort  Shutdown
-    up    EngineReady  StepOutputs (one a step, for all requests)  EngineDead
+down  AddRequest  Abort  Shutdown
+up    EngineReady  StepOutputs (one a step, for all requests)  EngineDead
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from ..scheduler.params import SamplingParams
-from ..scheduler.plan import TokenLogprob
+from ..scheduler.plan import Chunk, TokenLogprob
 
 
 class AddRequest(msgspec.Struct, frozen=True, tag="add", omit_defaults=True):
@@ -27,25 +27,6 @@ class Abort(msgspec.Struct, frozen=True, tag="abort"):
 
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Stop at once; whoever wants a drain waits for its requests first."""
-
-
-class Chunk(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
-    """News of one sample of one request: tokens drawn in this step, and its end if it ended.
-
-    finish_reason  None = goes on; "stop", "length", "abort", "error"
-    stop_reason    the stop token id that matched; None for EOS
-    num_cached     prompt tokens that came from the prefix cache; -1 except in a sample's first chunk
-    """
-
-    request_id: str
-    index: int
-    token_ids: list[int]
-    finish_reason: str | None = None
-    stop_reason: int | None = None
-    logprobs: list[TokenLogprob] | None = None
-    prompt_logprobs: list[TokenLogprob] | None = None
-    num_cached: int = -1
-    error: str | None = None
 
 
 class StepStats(msgspec.Struct, array_like=True, gc=False):
@@ -103,6 +84,18 @@ class EngineDead(msgspec.Struct, frozen=True, tag="dead"):
 
 Down = AddRequest | Abort | Shutdown
 Up = EngineReady | StepOutputs | EngineDead
+
+__all__ = [
+    "Abort",
+    "AddRequest",
+    "Chunk",
+    "EngineDead",
+    "EngineReady",
+    "Shutdown",
+    "StepOutputs",
+    "StepStats",
+    "TokenLogprob",
+]
 
 encoder = msgspec.msgpack.Encoder()
 down_decoder: msgspec.msgpack.Decoder[Down] = msgspec.msgpack.Decoder(Down)

@@ -64,12 +64,12 @@ class StepPlan:
 
 
 class TokenLogprob(NamedTuple):
-    """One token's log-probability (natural, of the processed distribution's raw logits) and its best rivals."""
+    """A token's natural log-probability by the model's own logits (before temperature, penalties and filters)."""
 
     token_id: int
     logprob: float
     rank: int  # 1 = the most likely
-    top: tuple[tuple[int, float], ...]  # (token id, logprob), most likely first
+    top: tuple[tuple[int, float], ...]  # its best rivals, most likely first: (token id, logprob)
 
 
 @dataclass(slots=True)
@@ -86,3 +86,25 @@ class RowResult:
 class StepResult:
     step_id: int
     rows: list[RowResult]  # beside StepPlan.rows
+
+
+@dataclass(slots=True)
+class Chunk:
+    """News of one sample of one request: tokens drawn in a step, and its end if it ended.
+
+    finish_reason    None = goes on; "stop", "length", "abort", "error"
+    stop_reason      the stop token id that matched; None for EOS
+    prompt_logprobs  in pieces as the prompt is computed, in order; the first prompt token has none
+    num_cached       prompt tokens that came from the prefix cache; -1 except in a sample's first chunk
+    error            why finish_reason is "error"
+    """
+
+    request_id: str
+    index: int
+    token_ids: list[int]
+    finish_reason: str | None = None
+    stop_reason: int | None = None
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
+    num_cached: int = -1
+    error: str | None = None

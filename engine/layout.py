@@ -1,0 +1,199 @@
+"""Which tensors a decoder is made of, where a checkpoint keeps them, and how they are joined.
+
+One description serves the loader (what to read), its checks (what is missing, surplus or misshapen) and the planning
+of memory (how much it will be). Names are without the leading `model.`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from .model_config import DecoderConfig, MoeConfig
+
+
+class Part(NamedTuple):
+    """One tensor of a checkpoint."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+class Weight(NamedTuple):
+    """A parameter: its parts laid end to end in memory, which for row-major matrices is a join of rows.
+
+    layouts: the ways in which checkpoints store it, the usual one last.
+    """
+
+    shape: tuple[int, ...]
+    layouts: tuple[tuple[Part, ...], ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+class AttentionWeights(NamedTuple):
+    qkv: Weight  # [(Hq + 2 Hk) * D, d]
+    qkv_bias: Weight | None
+    o: Weight  # [d, Hq * D]
+    o_bias: Weight | None
+    q_norm: Weight | None
+    k_norm: Weight | None
+
+
+class FeedForwardWeights(NamedTuple):
+    gate_up: Weight  # [2f, d]
+    gate_up_bias: Weight | None
+    down: Weight  # [d, f]
+    down_bias: Weight | None
+
+
+class MoeWeights(NamedTuple):
+    router: Weight  # [E, d]
+    gate_up: Weight  # [E, 2f, d]
+    down: Weight  # [E, d, f]
+    shared: FeedForwardWeights | None
+    shared_gate: Weight | None  # [1, d]
+
+
+class LayerWeights(NamedTuple):
+    """enter and leave: the norms before and after attention and feed-forward; None where the family has none."""
+
+    enter_attention: Weight | None
+    attention: AttentionWeights
+    leave_attention: Weight | None
+    enter_ffn: Weight | None
+    ffn: FeedForwardWeights | MoeWeights
+    leave_ffn: Weight | None
+
+
+class ModelWeights(NamedTuple):
+    embedding: Weight  # [V, d]
+    layers: tuple[LayerWeights, ...]
+    norm: Weight  # [d]
+    lm_head: Weight | None  # [V, d]; None = tied to the embedding
+
+
+def model_weights(config: DecoderConfig) -> ModelWeights:
+    vocab, hidden = config.vocab_size, config.hidden
+    return ModelWeights(
+        embedding=_plain("embed_tokens.weight", vocab, hidden),
+        layers=tuple(_layer(config, layer) for layer in range(config.num_layers)),
+        norm=_plain("norm.weight", hidden),
+        lm_head=None if config.tied else _plain("lm_head.weight", vocab, hidden),
+    )
+
+
+def iter_weights(tree: tuple[object, ...]) -> Iterator[Weight]:
+    """All parameters of a nest of the tuples above."""
+    for entry in tree:
+        if isinstance(entry, Weight):
+            yield entry
+        elif isinstance(entry, tuple):
+            yield from iter_weights(entry)
+
+
+def count_parameters(config: DecoderConfig) -> int:
+    """Parameters of the model, a tied matrix counted once; nothing is loaded."""
+    return sum(weight.size for weight in iter_weights(model_weights(config)))
+
+
+def weight_bytes(config: DecoderConfig, dtype: torch.dtype) -> int:
+    """Bytes of the parameters in a dtype. A kernel that packs a tied logits matrix holds that one a second time."""
+    return count_parameters(config) * dtype.itemsize
+
+
+def _plain(name: str, *shape: int) -> Weight:
+    return Weight(shape, ((Part(name, shape),),))
+
+
+def _rows(prefix: str, whole: str, parts: dict[str, int], suffix: str, *columns: int) -> Weight:
+    """A matrix stored whole (Phi-3) or as several that are joined by rows; with no columns, their biases."""
+    shape = (sum(parts.values()), *columns)
+    joined = tuple(Part(f"{prefix}{name}.{suffix}", (rows, *columns)) for name, rows in parts.items())
+    return Weight(shape, ((Part(f"{prefix}{whole}.{suffix}", shape),), joined))
+
+
+def _layer(config: DecoderConfig, layer: int) -> LayerWeights:
+    prefix = f"layers.{layer}."
+
+    def norm(name: str, present: bool) -> Weight | None:
+        return _plain(f"{prefix}{name}.weight", config.hidden) if present else None
+
+    before, after = config.norms != "post", config.norms != "pre"
+    mixture = config.moe if config.moe is not None and config.moe.layers[layer] else None
+    return LayerWeights(
+        enter_attention=norm("input_layernorm", before),
+        attention=_attention(config, f"{prefix}self_attn."),
+        leave_attention=norm("post_attention_layernorm", after),
+        # Llama's name for the norm before the feed-forward says where it stands, Gemma's what it does.
+        enter_ffn=norm("pre_feedforward_layernorm" if after else "post_attention_layernorm", before),
+        ffn=_moe(config, mixture, prefix) if mixture else _feed_forward(config, f"{prefix}mlp.", config.ffn),
+        leave_ffn=norm("post_feedforward_layernorm", after),
+    )
+
+
+def _attention(config: DecoderConfig, prefix: str) -> AttentionWeights:
+    hidden, head_dim = config.hidden, config.head_dim
+    q, kv = config.num_heads * head_dim, config.num_kv_heads * head_dim
+    parts = {"q_proj": q, "k_proj": kv, "v_proj": kv}
+    norms = {None: (0, 0), "head": (head_dim, head_dim), "full": (q, kv)}[config.qk_norm]
+    return AttentionWeights(
+        qkv=_rows(prefix, "qkv_proj", parts, "weight", hidden),
+        qkv_bias=_rows(prefix, "qkv_proj", parts, "bias") if config.qkv_bias else None,
+        o=_plain(f"{prefix}o_proj.weight", hidden, q),
+        o_bias=_plain(f"{prefix}o_proj.bias", hidden) if config.o_bias else None,
+        q_norm=_plain(f"{prefix}q_norm.weight", norms[0]) if config.qk_norm else None,
+        k_norm=_plain(f"{prefix}k_norm.weight", norms[1]) if config.qk_norm else None,
+    )
+
+
+def _feed_forward(config: DecoderConfig, prefix: str, ffn: int) -> FeedForwardWeights:
+    parts = {"gate_proj": ffn, "up_proj": ffn}
+    return FeedForwardWeights(
+        gate_up=_rows(prefix, "gate_up_proj", parts, "weight", config.hidden),
+        gate_up_bias=_rows(prefix, "gate_up_proj", parts, "bias") if config.mlp_bias else None,
+        down=_plain(f"{prefix}down_proj.weight", config.hidden, ffn),
+        down_bias=_plain(f"{prefix}down_proj.bias", config.hidden) if config.mlp_bias else None,
+    )
+
+
+# One expert's gate, up and down matrices in checkpoints that store every expert by itself.
+EXPERT_NAMES = {
+    "mlp.": ("gate_proj", "up_proj", "down_proj"),
+    "block_sparse_moe.": ("w1", "w3", "w2"),  # Mixtral
+}
+
+
+def _moe(config: DecoderConfig, moe: MoeConfig, prefix: str) -> MoeWeights:
+    hidden, experts, ffn = config.hidden, moe.num_experts, moe.ffn
+
+    def stack(name: str, which: slice, rows: int, columns: int) -> Weight:
+        shape = (experts, rows, columns)
+        layouts = [(Part(f"{prefix}{block}experts.{name}", shape),) for block in EXPERT_NAMES]
+        for block, names in EXPERT_NAMES.items():
+            part = (rows // len(names[which]), columns)
+            layouts.append(
+                tuple(
+                    Part(f"{prefix}{block}experts.{expert}.{matrix}.weight", part)
+                    for expert in range(experts)
+                    for matrix in names[which]
+                )
+            )
+        return Weight(shape, tuple(layouts))
+
+    shared = _feed_forward(config, f"{prefix}mlp.shared_expert.", moe.shared_ffn) if moe.shared_ffn else None
+    return MoeWeights(
+        router=Weight(
+            (experts, hidden),
+            tuple((Part(f"{prefix}{block}gate.weight", (experts, hidden)),) for block in EXPERT_NAMES),
+        ),
+        gate_up=stack("gate_up_proj", slice(0, 2), 2 * ffn, hidden),
+        down=stack("down_proj", slice(2, 3), hidden, ffn),
+        shared=shared,
+        shared_gate=_plain(f"{prefix}mlp.shared_expert_gate.weight", 1, hidden) if shared else None,
+    )

@@ -1,0 +1,202 @@
+"""The scheduler against a model of the cache: whatever is added, aborted and preempted, every row finds in its blocks
+exactly the tokens that precede it, every request gets the tokens of its solo run, and nothing is lost."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from quire.scheduler.params import SamplingParams
+from quire.scheduler.plan import RowResult, StepPlan, StepResult
+from quire.scheduler.scheduler import Refused, Scheduler, SchedulerConfig
+
+VOCAB = 3  # few tokens, so that prompts share beginnings by chance
+EOS = 2
+
+
+def next_token(token_ids: list[int], sample: int) -> int:
+    """A 'model': the next token is a function of all tokens before it and the sample's number."""
+    return hashlib.sha256(bytes([sample, *token_ids])).digest()[0] % VOCAB
+
+
+class CacheModel:
+    """Plays the runner. Blocks hold the tokens written to them; a row that would read anything else is an error."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.size = config.block_size
+        self.blocks: dict[int, list[int | None]] = defaultdict(lambda: [None] * self.size)
+        self.slots: dict[int, tuple[list[int], list[int], int, int]] = {}
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        for slot in plan.freed:
+            del self.slots[slot]
+        for new in plan.new:
+            assert new.slot not in self.slots
+            max_tokens = new.params.max_tokens
+            self.slots[new.slot] = (list(new.token_ids), list(new.block_ids), new.sample_index, max_tokens)
+        for source, target in plan.copies:
+            self.blocks[target] = list(self.blocks[source])
+        results = []
+        written = set()
+        for row in plan.rows:
+            token_ids, block_ids, sample, max_tokens = self.slots[row.slot]
+            block_ids += row.new_block_ids
+            end = row.start + row.num_tokens
+            assert 0 < row.num_tokens
+            assert end <= len(token_ids)
+            assert end <= len(block_ids) * self.size
+            assert 0 not in block_ids
+            held = [token for block in block_ids for token in self.blocks[block]][: row.start]
+            assert held == token_ids[: row.start], "the row's context is not what its blocks hold"
+            for position in range(row.start, end):
+                place = (block_ids[position // self.size], position % self.size)
+                assert place not in written, "two rows write one place"
+                written.add(place)
+        for row in plan.rows:
+            token_ids, block_ids, sample, max_tokens = self.slots[row.slot]
+            end = row.start + row.num_tokens
+            for position in range(row.start, end):
+                self.blocks[block_ids[position // self.size]][position % self.size] = token_ids[position]
+            assert row.samples == (end == len(token_ids) and max_tokens > 0)
+            drawn = [next_token(token_ids, sample)] if row.samples else []
+            token_ids += drawn
+            results.append(RowResult(drawn))
+        return StepResult(plan.step_id, results)
+
+
+def solo(prompt: list[int], params: SamplingParams, sample: int, max_model_len: int) -> tuple[list[int], str]:
+    tokens = list(prompt)
+    while len(tokens) - len(prompt) < params.max_tokens:
+        tokens.append(next_token(tokens, sample))
+        drawn = len(tokens) - len(prompt)
+        if tokens[-1] == EOS and not params.ignore_eos and drawn >= params.min_tokens:
+            return tokens[len(prompt) :], "stop"
+        if len(tokens) >= max_model_len:
+            break
+    return tokens[len(prompt) :], "length"
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(
+        num_blocks=st.integers(8, 24),
+        block_size=st.integers(1, 4),
+        max_num_seqs=st.integers(1, 6),
+        extra=st.integers(0, 12),
+        prefill=st.integers(1, 12),
+        caching=st.booleans(),
+    )
+    def start(self, num_blocks, block_size, max_num_seqs, extra, prefill, caching):
+        capacity = (num_blocks - 1) * block_size
+        self.config = SchedulerConfig(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_seqs + extra,
+            max_num_prefill_tokens=prefill,
+            max_model_len=min(capacity, 40),
+            eos_token_ids=frozenset([EOS]),
+            prefix_caching=caching,
+        )
+        self.scheduler = Scheduler(self.config)
+        self.runner = CacheModel(self.config)
+        self.clock = 0.0
+        self.expected: dict[tuple[str, int], tuple[list[int], str]] = {}
+        self.got: dict[tuple[str, int], list[int]] = {}
+        self.ended: dict[tuple[str, int], str] = {}
+        self.count = 0
+
+    @rule(
+        prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30),
+        max_tokens=st.integers(0, 20),
+        min_tokens=st.integers(0, 3),
+        ignore_eos=st.booleans(),
+        n=st.integers(1, 4),
+        priority=st.integers(-2, 2),
+        salt=st.sampled_from(["", "a"]),
+    )
+    def add(self, prompt, max_tokens, min_tokens, ignore_eos, n, priority, salt):
+        params = SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens, ignore_eos=ignore_eos, n=n)
+        self.clock += 1
+        request_id = f"r{self.count}"
+        self.count += 1
+        too_long = len(prompt) + (max_tokens > 0) > self.config.max_model_len
+        try:
+            self.scheduler.add(
+                request_id, prompt, params, priority=priority, arrival=self.clock, cache_salt=salt
+            )
+        except Refused:
+            assert too_long
+            return
+        assert not too_long
+        for sample in range(n):
+            self.expected[request_id, sample] = solo(prompt, params, sample, self.config.max_model_len)
+            self.got[request_id, sample] = []
+
+    @precondition(lambda self: self.expected)
+    @rule(data=st.data())
+    def abort(self, data):
+        request_id = data.draw(st.sampled_from(sorted({r for r, _ in self.expected})))
+        self._take(self.scheduler.abort(request_id))
+        assert self.scheduler.abort(request_id) == []
+
+    @rule(steps=st.integers(1, 6))
+    def step(self, steps):
+        for _ in range(steps):
+            self._step()
+
+    def _step(self) -> bool:
+        decoding = [r for r in self.scheduler.running if r.remaining == 1]
+        oldest = min(self.scheduler.running, key=lambda r: r.order, default=None)
+        before = {r: r.num_computed for r in self.scheduler.running}
+        plan = self.scheduler.schedule()
+        if plan is None:
+            assert not self.scheduler.has_work, "there is work and nothing runs"
+            return False
+        assert plan.num_tokens <= self.config.max_num_batched_tokens
+        slots = [row.slot for row in plan.rows]
+        assert len(set(slots)) == len(slots)
+        if oldest in decoding:
+            assert oldest.slot in slots, "the oldest decode did not run"
+        for request in decoding:  # stall-free: a decode runs, or was preempted
+            assert request.slot < 0 or request.slot in slots or request not in before
+        self._take(self.scheduler.update(plan, self.runner.execute(plan)))
+        return True
+
+    def _take(self, chunks):
+        for chunk in chunks:
+            name = (chunk.request_id, chunk.index)
+            assert name not in self.ended, "news after the end"
+            self.got[name] += chunk.token_ids
+            if chunk.finish_reason:
+                self.ended[name] = chunk.finish_reason
+            tokens, reason = self.expected[name]
+            assert self.got[name] == tokens[: len(self.got[name])]
+            if chunk.finish_reason not in (None, "abort"):
+                assert (self.got[name], chunk.finish_reason) == (tokens, reason)
+
+    @invariant()
+    def accounted_for(self):
+        if hasattr(self, "scheduler"):
+            self.scheduler.check()
+
+    def teardown(self):
+        if not hasattr(self, "scheduler"):
+            return
+        for _ in range(20000):
+            if not self._step():
+                break
+        assert not self.scheduler.has_work
+        assert set(self.ended) == set(self.expected)
+        assert self.scheduler.pool.num_used == 0
+        assert self.scheduler._promised == {}
+
+
+SchedulerMachine.TestCase.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestScheduler = SchedulerMachine.TestCase

@@ -96,6 +96,7 @@ class Chunk:
     stop_reason      the stop token id that matched; None for EOS
     prompt_logprobs  in pieces as the prompt is computed, in order; the first prompt token has none
     num_cached       prompt tokens that came from the prefix cache; -1 except in a sample's first chunk
+    queued_seconds   from the request's arrival to the first step it was in; -1 except in a sample's first chunk
     error            why finish_reason is "error"
     """
 
@@ -108,3 +109,4 @@ class Chunk:
     prompt_logprobs: list[TokenLogprob] | None = None
     num_cached: int = -1
     error: str | None = None
+    queued_seconds: float = -1.0

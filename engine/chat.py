@@ -8,6 +8,7 @@ Encode it with `add_special_tokens=False`: the template has put them already.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from .tokenizer import Tokenizer, check_encodable
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 10_000  # a day of an agent's turns; each costs the template some microseconds
+MAX_REASON_CHARS = 500  # of a complaint that the template wrote, which goes back to the caller
 MAX_DEPTH = 32  # nesting inside tools, tool calls and template variables: deeper than any JSON schema in use
 # What `render` itself sets, and what the well-known function of this name takes beside template variables.
 RESERVED_VARIABLES = frozenset(
@@ -73,7 +75,7 @@ class ChatTemplate:
         template = self._with_tools if tools else self._plain
         if add_generation_prompt and continue_final_message:
             raise RequestError(
-                "continue_final_message and add_generation_prompt cannot both be set; set add_generation_prompt to false",
+                "continue_final_message and add_generation_prompt cannot both be set; unset one",
                 "continue_final_message",
             )
         conversation = _conversation(messages, keep_developer="developer" in template.source)
@@ -96,7 +98,7 @@ class ChatTemplate:
             )
         except TemplateError as error:
             raise RequestError(
-                f"the model's chat template cannot write this conversation: {error.message}; "
+                f"the model's chat template cannot write this conversation: {_reason(error)}; "
                 "see which roles and fields the model's card allows",
                 "messages",
             ) from error
@@ -187,9 +189,7 @@ def _text(content: object, where: str) -> str:
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
-            raise RequestError(
-                f"{where}[{i}] has type {_shown(kind)}; this model reads text parts only", "messages"
-            )
+            raise RequestError(f"{where}[{i}] has type {_shown(kind)}; this model reads text parts only", "messages")
         if not isinstance(part.get("text"), str):
             raise RequestError(f"{where}[{i}].text must be text", "messages")
         texts.append(part["text"])
@@ -263,6 +263,11 @@ def _cut_at_mark(text: str) -> str:
         )
     strips = not text.startswith(CONTINUE_MARK + " ", cut)
     return text[:cut].rstrip() if strips else text[:cut]
+
+
+def _reason(error: TemplateError) -> str:
+    """The template's complaint, short and without the addresses of objects that it may quote."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", error.message or type(error).__name__)[:MAX_REASON_CHARS]
 
 
 def _shown(value: object) -> str:

@@ -21,11 +21,13 @@ class EngineConfig:
     threads                 intra-op threads on the CPU; None = the cores this process may use
     max_model_len           prompt and output together; None = the model's own context
     max_num_seqs            sequences that may run at once
-    max_num_batched_tokens  tokens of one step over all sequences: the bound on how long a prompt can hold up a stream
+    max_num_batched_tokens  tokens of one step over all sequences
+    max_num_prefill_tokens  of these, prompt tokens while any stream decodes: the bound on how long a prompt holds it up
     block_size              tokens per KV block
     num_blocks              KV blocks; None = from kv_cache_bytes
     kv_cache_bytes          memory for the KV cache; None = a share of what is free after the weights are loaded
     prefix_caching          share full blocks between prompts with equal beginnings
+    max_logprobs            rivals per token that a request may ask for; -1 = up to the whole vocabulary
     kernels                 {op: implementation}, to override the choice of the registry
     check                   verify every block count after every step (tests; too slow to serve with)
     """
@@ -38,9 +40,11 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
+    max_num_prefill_tokens: int = 128
     block_size: int = 32
     num_blocks: int | None = None
     kv_cache_bytes: int | None = None
     prefix_caching: bool = True
+    max_logprobs: int = 20
     kernels: dict[str, str] = field(default_factory=dict)
     check: bool = False

@@ -12,6 +12,16 @@ from typing import NoReturn
 
 from .errors import EngineStartError
 
+# Bounds that no released model approaches; they keep a broken file from becoming a huge allocation.
+MAX_HIDDEN = 1 << 17
+MAX_LAYERS = 1 << 10
+MAX_HEADS = 1 << 10
+MAX_HEAD_DIM = 1 << 10
+MAX_FFN = 1 << 20
+MAX_VOCAB = 1 << 22
+MAX_POSITION = 1 << 24
+MAX_EXPERTS = 1 << 12
+LAYER_TYPES = ("full_attention", "sliding_attention")
 MAX_JSON_BYTES = 64 << 20  # a sharded index of a large mixture of experts is 10 MB; nothing honest comes near this
 
 

@@ -12,24 +12,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config_fields import ConfigFields, read_json
-from .model_config import Activation, DecoderConfig, MoeConfig, Norms, QkNorm, RopeConfig
+from .config_fields import (
+    LAYER_TYPES,
+    MAX_EXPERTS,
+    MAX_FFN,
+    MAX_HEAD_DIM,
+    MAX_HEADS,
+    MAX_HIDDEN,
+    MAX_LAYERS,
+    MAX_POSITION,
+    MAX_VOCAB,
+    ConfigFields,
+    read_json,
+)
+from .model_config import Activation, DecoderConfig, MoeConfig, Norms, QkNorm
+from .rope_fields import Ropes, gemma3_ropes, same_rope, smollm3_ropes, smollm3_rotates
 
 log = logging.getLogger(__name__)
 
-# Bounds that no released model approaches; they keep a broken file from becoming a huge allocation.
-MAX_HIDDEN = 1 << 17
-MAX_LAYERS = 1 << 10
-MAX_HEADS = 1 << 10
-MAX_HEAD_DIM = 1 << 10
-MAX_FFN = 1 << 20
-MAX_VOCAB = 1 << 22
-MAX_POSITION = 1 << 24
-MAX_EXPERTS = 1 << 12
-MAX_BASE = 1e12  # of rotary angles
-
 ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu"}
-LAYER_TYPES = ("full_attention", "sliding_attention")
 
 Windows = Callable[[ConfigFields, int], list[int | None]]
 
@@ -50,8 +51,8 @@ def load_config(folder: Path) -> DecoderConfig:
     head_dim = _head_dim(fields, family, hidden, heads)
     max_position = fields.integer("max_position_embeddings", 1, MAX_POSITION)
     vocab_size = fields.integer("vocab_size", 1, MAX_VOCAB)
-    windows = [None if w is None or w >= max_position else w for w in family.windows(fields, layers)]
-    ropes, layer_ropes = family.ropes(fields, family, layers, head_dim)
+    windows = family.windows(fields, layers)
+    ropes, layer_ropes = family.ropes(fields, family.rope_base, head_dim, windows)
     moe = family.moe(fields, layers) if family.moe else None
     attention_cap, logit_cap = family.softcaps
     return DecoderConfig(
@@ -79,7 +80,7 @@ def load_config(folder: Path) -> DecoderConfig:
         logit_softcap=_softcap(fields, "final_logit_softcapping", logit_cap),
         ropes=ropes,
         layer_ropes=layer_ropes,
-        windows=tuple(windows),
+        windows=tuple(None if width is None or width >= max_position else width for width in windows),
         moe=moe,
         eos_token_ids=_eos_token_ids(folder, fields, vocab_size),
     )
@@ -194,99 +195,7 @@ def _gemma3_slides(fields: ConfigFields, layer: int) -> bool:
 
 
 def _smollm3_slides(fields: ConfigFields, layer: int) -> bool:
-    return not _smollm3_rotates(fields, layer)
-
-
-# Rotary angles.
-
-Ropes = tuple[tuple[RopeConfig, ...], tuple[int | None, ...]]
-
-
-def _same_rope(fields: ConfigFields, family: Family, layers: int, head_dim: int) -> Ropes:
-    base = fields.number("rope_theta", 1, MAX_BASE, family.rope_base)
-    return (_rope(fields, _rope_parameters(fields), head_dim, base),), (0,) * layers
-
-
-def _smollm3_ropes(fields: ConfigFields, family: Family, layers: int, head_dim: int) -> Ropes:
-    ropes, _ = _same_rope(fields, family, layers, head_dim)
-    return ropes, tuple(0 if _smollm3_rotates(fields, layer) else None for layer in range(layers))
-
-
-def _smollm3_rotates(fields: ConfigFields, layer: int) -> bool:
-    flags = fields.integers("no_rope_layers", 0, 1)  # 1 = has rotary angles, whatever the key's name says
-    if not flags:
-        return (layer + 1) % fields.integer("no_rope_layer_interval", 1, MAX_LAYERS, 4) != 0
-    if layer >= len(flags):
-        fields.refuse("no_rope_layers", "must have an entry for every layer")
-    return bool(flags[layer])
-
-
-def _gemma3_ropes(fields: ConfigFields, family: Family, layers: int, head_dim: int) -> Ropes:
-    """Full layers and sliding layers each have their own angles: nested in new files, two bases in older ones."""
-    full = _rope_parameters(fields)
-    sliding = ConfigFields(fields.path, {})
-    if any(full.has(kind) for kind in LAYER_TYPES):
-        full, sliding = (full.child(kind) if full.has(kind) else sliding for kind in LAYER_TYPES)
-    ropes = (
-        _rope(fields, full, head_dim, fields.number("rope_theta", 1, MAX_BASE, family.rope_base)),
-        _rope(fields, sliding, head_dim, fields.number("rope_local_base_freq", 1, MAX_BASE, 10_000.0)),
-    )
-    return ropes, tuple(int(window is not None) for window in family.windows(fields, layers))
-
-
-def _rope_parameters(fields: ConfigFields) -> ConfigFields:
-    """`rope_parameters` (transformers 5) or `rope_scaling` (before), else nothing."""
-    for key in ("rope_scaling", "rope_parameters"):
-        if fields.has(key):
-            return fields.child(key)
-    return ConfigFields(fields.path, {}, "rope_parameters.")
-
-
-def _rope(fields: ConfigFields, parameters: ConfigFields, head_dim: int, base: float) -> RopeConfig:
-    base = parameters.number("rope_theta", 1, MAX_BASE, base)
-    whole = fields.number("partial_rotary_factor", 0, 1, 1.0)
-    rotary_dim = int(head_dim * parameters.number("partial_rotary_factor", 0, 1, whole))
-    if rotary_dim < 2 or rotary_dim % 2:
-        parameters.refuse("partial_rotary_factor", f"must leave an even number of rotated columns of {head_dim}")
-    return RopeConfig(base=base, rotary_dim=rotary_dim, scaling=_rope_scaling(fields, parameters, rotary_dim))
-
-
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
-ROPE_ALIASES = {"su": "longrope"}  # Phi-3's first releases
-
-
-def _rope_scaling(fields: ConfigFields, parameters: ConfigFields, rotary_dim: int) -> dict[str, object] | None:
-    key = "rope_type" if parameters.has("rope_type") else "type"
-    kind = parameters.text(key, "default")
-    kind = ROPE_ALIASES.get(kind, kind)
-    if kind not in ROPE_TYPES:
-        parameters.refuse(key, f"must be one of {', '.join(ROPE_TYPES)}")
-    if kind == "default":
-        return None
-    scaling: dict[str, object] = {"rope_type": kind}
-    if kind in ("linear", "dynamic", "llama3") or parameters.has("factor"):
-        scaling["factor"] = parameters.number("factor", 1, 1e6)
-    if kind in ("yarn", "llama3", "longrope"):
-        trained = fields.optional_integer("original_max_position_embeddings", 1, MAX_POSITION)
-        scaling["original_max_position_embeddings"] = trained or parameters.integer(
-            "original_max_position_embeddings",
-            1,
-            MAX_POSITION,
-            fields.integer("max_position_embeddings", 1, MAX_POSITION),
-        )
-    if kind == "llama3":
-        low = scaling["low_freq_factor"] = parameters.number("low_freq_factor", 1e-6, 1e6)
-        scaling["high_freq_factor"] = parameters.number("high_freq_factor", low * (1 + 1e-6), 1e6)
-    if kind == "longrope":
-        scaling |= {name: parameters.numbers(name, rotary_dim // 2) for name in ("short_factor", "long_factor")}
-    if kind in ("yarn", "longrope") and parameters.has("attention_factor"):
-        scaling["attention_factor"] = parameters.number("attention_factor", 0, 1e6)
-    if kind == "yarn":
-        for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
-            if parameters.has(name):
-                scaling[name] = parameters.number(name, 0, 1e6)
-        scaling["truncate"] = parameters.flag("truncate", True)
-    return scaling
+    return not smollm3_rotates(fields, layer)
 
 
 # Mixtures of experts.
@@ -352,7 +261,7 @@ class Family:
     o_bias: Flag = _never
     mlp_bias: Flag = _never
     windows: Windows = _no_windows
-    ropes: Callable[[ConfigFields, Family, int, int], Ropes] = _same_rope
+    ropes: Callable[[ConfigFields, float, int, list[int | None]], Ropes] = same_rope
     rope_base: float = 10_000.0
     moe: Callable[[ConfigFields, int], MoeConfig] | None = None
     head_dim: int | None = None
@@ -402,7 +311,7 @@ FAMILIES: dict[str, Family] = {
         qkv_bias=_attention_bias,
         o_bias=_attention_bias,
         windows=_by_layer_type(_gemma3_slides),
-        ropes=_gemma3_ropes,
+        ropes=gemma3_ropes,
         rope_base=1_000_000.0,
         head_dim=256,
         gemma=True,
@@ -414,7 +323,7 @@ FAMILIES: dict[str, Family] = {
         o_bias=_attention_bias,
         mlp_bias=_key("mlp_bias", False),
         windows=_if_used(_by_layer_type(_smollm3_slides)),
-        ropes=_smollm3_ropes,
+        ropes=smollm3_ropes,
         rope_base=2_000_000.0,
         tied=True,
     ),

@@ -69,6 +69,7 @@ class EngineReady(msgspec.Struct, frozen=True, tag="ready"):
     max_model_len: int  # prompt and output together, capped by what the KV cache can hold
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_logprobs: int  # rivals per token that a request may ask for; -1 = the whole vocabulary
     block_size: int
     num_blocks: int
     eos_token_ids: list[int]

@@ -1,15 +1,14 @@
 """From the engine's chunks to what a caller reads: the one fold that streams and whole answers share.
 
-    Chunk ──RequestStream.fold──▶ Delta ──▶ an event of a stream, or SampleOutput.add
+Chunk ──RequestStream.fold──▶ Delta ──▶ an event of a stream, or SampleOutput.add
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..scheduler.plan import TokenLogprob
+from ..scheduler.plan import Chunk, TokenLogprob
 from .detokenizer import Detokenizer, StopChecker
-from .messages import Chunk
 from .tokenizer import Tokenizer
 
 
@@ -60,7 +59,13 @@ class SampleStream:
     """The fold of one sample. After its end further chunks give empty deltas (the engine may be a step ahead)."""
 
     def __init__(
-        self, tokenizer: Tokenizer, options: TextOptions, *, index: int = 0, min_tokens: int = 0, opens_document: bool = False
+        self,
+        tokenizer: Tokenizer,
+        options: TextOptions,
+        *,
+        index: int = 0,
+        min_tokens: int = 0,
+        opens_document: bool = False,
     ) -> None:
         self.index = index
         self.num_tokens = 0  # drawn, up to the end of the sample
@@ -113,7 +118,7 @@ class SampleStream:
             delta.finish_reason, delta.stop_reason = "stop", released.stop
 
     def _finish(self, delta: Delta, chunk: Chunk) -> None:
-        """The engine ended the sample: the last half character, which may still complete a stop string, and the rest."""
+        """The engine ended the sample: half a character may be left, then the held text."""
         tail = self._detokenizer.finish()
         self._num_chars += len(tail)
         self._show(delta, tail)
@@ -180,12 +185,12 @@ class RequestStream:
         return self.finished and not all(self._engine_ended)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class SampleOutput:
     """One whole sample: the sum of its deltas, in whose terms the fields are explained."""
 
     index: int
-    parts: list[str] = field(default_factory=list, repr=False)
+    parts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
@@ -196,6 +201,13 @@ class SampleOutput:
     @property
     def text(self) -> str:
         return "".join(self.parts)
+
+    def __repr__(self) -> str:
+        reason = self.error or self.stop_reason
+        return (
+            f"SampleOutput(index={self.index}, text={self.text!r}, {len(self.token_ids)} tokens, "
+            f"finish_reason={self.finish_reason!r}" + (f", {reason!r})" if reason is not None else ")")
+        )
 
     def add(self, delta: Delta) -> None:
         self.parts.append(delta.text)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -34,11 +35,13 @@ MAX_SOURCE_CHARS = 1 << 20  # the longest published template is about 30 kB
 MAX_OUTPUT_CHARS = 4 << 20  # a million tokens; more than any context here
 MAX_WORK_CHARS = 64 << 20  # text copied on the way: templates pass a message through a handful of macros and filters
 MAX_CPU_SECONDS = 2.0  # a hundred messages with tools take a few milliseconds
+MAX_ITEMS = 500_000  # of lists and objects together with all they hold; as JSON, a full output's worth
 MAX_INTEGER_BITS = 256
 MAX_WIDTH = 10_000  # padding, indentation and repetition counts given as numbers
 
 # Built in, but unbounded in time or size, or random; no chat template needs them.
 REMOVED_FILTERS = ("urlize", "wordwrap", "random", "pprint", "xmlattr")
+WIDE_FIELD = re.compile(r"\d{5}|%[^a-zA-Z%]*\*|\{[^{}]*\{[^{]")
 REMOVED_METHODS = frozenset({"expandtabs", "translate", "format_map", "maketrans"})
 
 
@@ -68,14 +71,25 @@ class _Budget(threading.local):
 _budget = _Budget()
 
 
-def _size(value: object, depth: int = 0) -> int:
-    """Characters that `value` takes as text, about; containers count with what they hold."""
+def _size(value: object) -> int:
+    """Characters that `value` takes as text, about; a container counts with all it holds, shared parts each time."""
     if isinstance(value, str):
         return len(value)
-    if depth > 32 or not isinstance(value, Mapping | list | tuple):
-        return 8
-    items = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
-    return 2 + sum(2 + _size(item, depth + 1) for item in items)
+    total = visited = 0
+    pending = [value]
+    while pending:
+        item = pending.pop()
+        visited += 1
+        if visited > MAX_ITEMS:
+            raise SecurityError(f"the template makes a list of more than {MAX_ITEMS} items")
+        if isinstance(item, str):
+            total += len(item)
+        elif isinstance(item, Mapping):
+            pending += [*item.keys(), *item.values()]
+        elif isinstance(item, list | tuple):
+            pending += item
+        total += 2
+    return total
 
 
 def _check_arguments(name: str, subject: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -88,20 +102,19 @@ def _check_arguments(name: str, subject: object, args: tuple[Any, ...], kwargs: 
         if len(texts) == 2:
             _budget.spend(subject.count(texts[0]) * len(texts[1]))
     elif name == "join":
-        separator, items = (subject, args[:1]) if isinstance(subject, str) else ("".join(map(str, args[:1])), (subject,))
-        count = len(items[0]) if items and isinstance(items[0], list | tuple | str | Mapping) else 0
-        _budget.spend(count * len(separator) + _size(items))
+        method = isinstance(subject, str)  # of the separator; the filter's subject is the list
+        separator, items = (subject, values[0] if values else "") if method else (values[0] if values else "", subject)
+        count = len(items) if isinstance(items, list | tuple | str | Mapping) else 0
+        _budget.spend(count * _size(separator) + _size(items))
     elif name == "format" and isinstance(subject, str):
-        _check_format(subject, subject.count("{") + subject.count("%"), values)
+        _check_format(subject, values)
 
 
-def _check_format(template: str, fields: int, values: object) -> None:
-    digits = "".join(char if char.isdigit() else " " for char in template).split()
-    if any(len(run) > len(str(MAX_WIDTH)) - 1 for run in digits):
-        raise SecurityError("a format with a width or index beyond four digits")
-    if isinstance(values, tuple) and any(isinstance(value, int) and abs(value) > MAX_WIDTH for value in values):
-        fields *= 2 if "*" not in template and template.count("{") == fields else MAX_WORK_CHARS
-    _budget.spend(fields * _size(values))
+def _check_format(template: str, values: tuple[Any, ...]) -> None:
+    """Refuse wide fields, and widths that are themselves values."""
+    if WIDE_FIELD.search(template):
+        raise SecurityError("a text format with a width of more than four digits or one that is a value")
+    _budget.spend((template.count("%") + template.count("{")) * _size(values))
 
 
 class _Namespace(jinja2.utils.Namespace):
@@ -117,6 +130,9 @@ class _Namespace(jinja2.utils.Namespace):
     def __setitem__(self, name: str, value: Any) -> None:
         _Namespace._check(name)
         super().__setitem__(name, value)
+
+    def __repr__(self) -> str:
+        return "<namespace>"  # its contents may hold it many times over
 
     @staticmethod
     def _check(name: object) -> None:
@@ -162,39 +178,41 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         }
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
-        """Parse, then put a `turn` at the head of every loop's body and send every `~` through `concat`."""
+        """Parse, then put a `turn` at the head of every loop's body and count every `~` and literal."""
         tree = super()._parse(source, name, filename)
         for loop in list(tree.find_all(jinja2.nodes.For)):
             constant = sum(len(text.data) for text in loop.find_all(jinja2.nodes.TemplateData))
-            turn = _call("turn", [jinja2.nodes.Const(constant)])
+            turn = _call("turn", [jinja2.nodes.Const(constant)], loop.lineno)
             loop.body.insert(0, jinja2.nodes.ExprStmt(turn))
-        _replace_concats(tree)
+        _replace_values(tree)
         tree.set_environment(self)
         return tree
 
-    def turn(self, chars: int) -> str:
+    # The three methods that `_parse` writes into templates; what the last two return is counted by `call`.
+
+    def turn(self, chars: int) -> None:
         _budget.spend(chars)
-        return ""
 
     def concat_values(self, *values: object) -> str:
-        text = "".join(map(str, values))
-        _budget.spend(len(text))
-        return text
+        return "".join(map(str, values))
+
+    def literal(self, value: object) -> object:
+        return value
 
     def _finalize(self, value: object) -> object:
         _budget.spend(_size(value))
         return value
 
-    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         name, subject = getattr(__obj, "__name__", ""), getattr(__obj, "__self__", None)
         _check_arguments(name, subject, args, kwargs)
         result = super().call(__context, __obj, *args, **kwargs)
-        _budget.spend(len(result) if isinstance(result, str) else 1)
+        _budget.spend(_size(result))
         return result
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str):
-            _check_format(left, left.count("%"), right if isinstance(right, tuple) else (right,))
+            _check_format(left, right if isinstance(right, tuple) else (right,))
         elif isinstance(left, int) and isinstance(right, int):
             bits = {"*": left.bit_length() + right.bit_length(), "**": left.bit_length() * abs(right)}.get(operator, 0)
             if bits > MAX_INTEGER_BITS:
@@ -206,27 +224,49 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             _budget.spend(sum(len(value) for value in (left, right) if isinstance(value, str | list | tuple)))
         return super().call_binop(context, operator, left, right)
 
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """The sandbox's own `str.format`, which hides the text it belongs to from `call`."""
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None:
+            return None
+        template = value.__self__
+
+        @functools.wraps(wrapped)
+        def bounded(*args: Any, **kwargs: Any) -> str:
+            _check_format(template, (*args, *kwargs.values()))
+            return wrapped(*args, **kwargs)
+
+        return bounded
+
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         return attr not in REMOVED_METHODS and super().is_safe_attribute(obj, attr, value)
 
 
-def _call(method: str, args: list[Any]) -> Any:
+def _call(method: str, args: list[Any], line: int) -> jinja2.nodes.Node:
     """A call of the environment's own method, by a node that no template variable can shadow."""
-    return jinja2.nodes.Call(jinja2.nodes.EnvironmentAttribute(method), args, [], None, None)
+    call = jinja2.nodes.Call(jinja2.nodes.EnvironmentAttribute(method), args, [], None, None)
+    call.set_lineno(line)
+    return call
 
 
-def _replace_concats(node: jinja2.nodes.Node) -> None:
+def _replace_values(node: jinja2.nodes.Node) -> None:
+    """Below `node`, route `~` and list, tuple and object literals through the environment's counting methods."""
     for name, value in node.iter_fields():
-        if isinstance(value, list):
-            for i, child in enumerate(value):
-                if isinstance(child, jinja2.nodes.Node):
-                    _replace_concats(child)
-                    if isinstance(child, jinja2.nodes.Concat):
-                        value[i] = _call("concat_values", child.nodes).set_lineno(child.lineno)
-        elif isinstance(value, jinja2.nodes.Node):
-            _replace_concats(value)
-            if isinstance(value, jinja2.nodes.Concat):
-                setattr(node, name, _call("concat_values", value.nodes).set_lineno(value.lineno))
+        if isinstance(value, jinja2.nodes.Node):
+            setattr(node, name, _counted(value))
+        elif isinstance(value, list):
+            value[:] = [_counted(child) if isinstance(child, jinja2.nodes.Node) else child for child in value]
+
+
+def _counted(node: jinja2.nodes.Node) -> jinja2.nodes.Node:
+    _replace_values(node)
+    if isinstance(node, jinja2.nodes.Concat):
+        return _call("concat_values", node.nodes, node.lineno)
+    if isinstance(node, jinja2.nodes.List | jinja2.nodes.Dict) or (
+        isinstance(node, jinja2.nodes.Tuple) and node.ctx == "load"
+    ):
+        return _call("literal", [node], node.lineno)
+    return node
 
 
 def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -238,7 +278,7 @@ def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
         subject, rest = args[leading], args[leading + 1 :]
         _check_arguments(name, subject, rest, kwargs)
         result = function(*args, **kwargs)
-        _budget.spend(len(result) if isinstance(result, str) else 1)
+        _budget.spend(_size(result))
         return result
 
     return bounded

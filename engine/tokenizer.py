@@ -228,7 +228,11 @@ def _byte_reader(path: Path, description: dict[str, Any]) -> tuple[Callable[[str
     for step in steps:
         if step.get("type") == "Replace":
             pattern, content = step.get("pattern"), step.get("content")
-            if not isinstance(pattern, dict) or not isinstance(pattern.get("String"), str) or not isinstance(content, str):
+            if (
+                not isinstance(pattern, dict)
+                or not isinstance(pattern.get("String"), str)
+                or not isinstance(content, str)
+            ):
                 raise EngineStartError(f"{path}: a decoder that replaces by regular expression is not supported")
             replacements.append((pattern["String"], content))
     byte_pieces = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)} if "ByteFallback" in kinds else {}

@@ -94,7 +94,7 @@ class Chunk:
 
     finish_reason    None = goes on; "stop", "length", "abort", "error"
     stop_reason      the stop token id that matched; None for EOS
-    prompt_logprobs  in pieces as the prompt is computed, in order; the first prompt token has none
+    prompt_logprobs  with sample 0, in pieces as the prompt is computed, in order; the first prompt token has none
     num_cached       prompt tokens that came from the prefix cache; -1 except in a sample's first chunk
     queued_seconds   from the request's arrival to the first step it was in; -1 except in a sample's first chunk
     error            why finish_reason is "error"

@@ -294,7 +294,7 @@ class Scheduler:
 
         The last prompt token is computed again, for its logits, into a block of the request's own.
         """
-        if request.num_output or request.params.prompt_logprobs is not None:
+        if request.num_output:
             return None
         for sibling in self._samples[request.request_id]:
             if sibling.slot >= 0 and sibling.num_computed >= sibling.num_prompt:
@@ -303,8 +303,8 @@ class Scheduler:
         return None
 
     def _may_share(self, request: Request) -> bool:
-        # Prompt logprobs need every prompt token's logits, so every prompt token has to be computed.
-        return self.config.prefix_caching and request.params.prompt_logprobs is None
+        # Prompt logprobs need every prompt token's logits, so the first sample has to compute every prompt token.
+        return self.config.prefix_caching and (request.params.prompt_logprobs is None or request.index > 0)
 
     def _match(self, request: Request) -> list[int]:
         """The longest run of cached blocks that the request begins with; its last token is always left to compute."""
@@ -346,6 +346,7 @@ class Scheduler:
         end = row.start + row.num_tokens
         self.counters.prompt_tokens += max(0, min(end, request.num_prompt) - row.start)
         self.counters.recomputed_tokens += max(0, min(end, request.max_computed) - row.start)
+        prompt_logprobs = got.prompt_logprobs and got.prompt_logprobs[max(0, request.max_computed - row.start) :]
         request.num_computed = end
         request.max_computed = max(request.max_computed, end)
 
@@ -362,14 +363,14 @@ class Scheduler:
             finish = "length"
         self.counters.generated_tokens += len(drawn)
         self._publish(request)
-        if not drawn and not finish and got.prompt_logprobs is None:
+        if not drawn and not finish and not prompt_logprobs:
             return None
 
         num_cached, request.num_cached = request.num_cached, -1
         if finish:
             self._finish(request)
         logprobs = got.logprobs[: len(drawn)] if got.logprobs is not None else None
-        return Chunk(request.request_id, request.index, drawn, finish, stop, logprobs, got.prompt_logprobs, num_cached)
+        return Chunk(request.request_id, request.index, drawn, finish, stop, logprobs, prompt_logprobs, num_cached)
 
     def _stop(self, request: Request, token: int) -> tuple[str | None, int | None]:
         params = request.params

@@ -1,8 +1,89 @@
-"""Fixtures that more than one folder uses."""
+"""Fixtures that more than one folder uses: a tiny random model and an engine that runs on a thread."""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 
 # Two threads everywhere: results of a reduction may depend on how many share it.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+TINY = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+}
+
+
+def make_tiny_model(folder: Path, **changes: object) -> Path:
+    """A random fp32 model whose logits are far enough apart that rounding does not decide the greedy token."""
+    import torch
+    from safetensors.torch import save_file
+
+    config = TINY | changes
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, scale: float = 0.3) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * scale
+
+    d, f, v = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    head = d // config["num_attention_heads"]
+    kv = head * config["num_key_value_heads"]
+    tensors = {"model.embed_tokens.weight": normal(v, d, scale=1.0), "model.norm.weight": torch.ones(d)}
+    tensors["lm_head.weight"] = normal(v, d, scale=1.0)
+    for i in range(config["num_hidden_layers"]):
+        p = f"model.layers.{i}."
+        tensors |= {
+            p + "input_layernorm.weight": torch.ones(d),
+            p + "post_attention_layernorm.weight": torch.ones(d),
+            p + "self_attn.q_proj.weight": normal(d, d),
+            p + "self_attn.k_proj.weight": normal(kv, d),
+            p + "self_attn.v_proj.weight": normal(kv, d),
+            p + "self_attn.o_proj.weight": normal(d, d),
+            p + "self_attn.q_proj.bias": normal(d),
+            p + "self_attn.k_proj.bias": normal(kv),
+            p + "self_attn.v_proj.bias": normal(kv),
+            p + "mlp.gate_proj.weight": normal(f, d),
+            p + "mlp.up_proj.weight": normal(f, d),
+            p + "mlp.down_proj.weight": normal(d, f),
+        }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen2-shaped, 3 layers, 300 tokens, fp32; no tokenizer."""
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def kill_leftovers() -> Iterator[list[int]]:
+    """Process ids put in here are killed at the end, whatever the test did."""
+    import signal
+
+    pids: list[int] = []
+    yield pids
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue

@@ -1,0 +1,54 @@
+# Everything a person types. Each target makes what it needs; a second call is instant.
+.DEFAULT_GOAL := help
+.PHONY: help serve test test-all lint format bench clean
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+ARGS   ?=
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Stamps: pip runs again only when the dependencies may have changed.
+$(VENV)/.installed: $(BIN)/python pyproject.toml
+	@echo "Installing; the first time takes minutes (torch is large)."
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(BIN)/python pyproject.toml
+	@echo "Installing; the first time takes minutes (torch is large)."
+	$(BIN)/pip install --quiet --editable '.[test]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-lint: $(BIN)/python pyproject.toml
+	$(BIN)/pip install --quiet --editable '.[lint]'
+	@touch $@
+
+serve: $(VENV)/.installed  ## serve the bundled model on 127.0.0.1:8000; ARGS="MODEL --option …" for another
+	$(BIN)/quire serve --host 127.0.0.1 --port 8000 $(ARGS)
+
+test: $(VENV)/.installed-test  ## the default tests (minutes on two cores, no GPU); ARGS="-k name" for some of them
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-all: $(VENV)/.installed-test  ## the heavy suites as well
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-lint  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict scheduler server engine/messages.py
+
+format: $(VENV)/.installed-lint  ## repair style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed  ## load the server that runs on 127.0.0.1:8000; ARGS="--request-rate 4 …"
+	$(BIN)/quire bench serve --concurrency 8 $(ARGS)
+
+clean:  ## remove everything that can be made again
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,209 @@
+"""Load on a running server, closed loop (N at a time) or open loop (so many a second): `quire bench serve`.
+
+    connect ─▶ ask list ─▶ warm up ─▶ /metrics ─▶ load ─▶ /metrics ─▶ Result
+
+In a closed loop a slow server slows its own load down; only an open loop shows what happens when it falls behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from .arrivals import arrival_times
+from .client import CHAT, COMPLETIONS, ServerError, Target, metrics_text, send, served_model, tokenize
+from .counters import TokenCounts, read_counters
+from .dataset import POOL_TEXT, Ask, random_shapes, read_asks, sharegpt_like_shapes, text_asks, token_asks
+from .metrics import Record, Summary, summarise
+
+COUNTER_PATIENCE = 2.0  # seconds: a server may count a request a moment after its last byte
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadConfig:
+    """What to measure; names and meanings as on the command line."""
+
+    base_url: str = "http://127.0.0.1:8000"
+    endpoint: str = COMPLETIONS
+    model: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    num_prompts: int = 100
+    num_warmups: int = 1
+    concurrency: int | None = None
+    request_rate: float | None = None
+    burstiness: float = 1.0
+    dataset: str = "random"
+    random_input_len: int = 256
+    random_output_len: int = 64
+    random_range_ratio: float = 0.0
+    random_prefix_len: int = 0
+    output_len: int | None = None
+    ignore_eos: bool | None = None  # None = yes for made-up prompts, no for a file's
+    temperature: float = 0.0
+    extra_body: dict[str, Any] = field(default_factory=dict)
+    request_timeout: float = 600.0
+    goodput: dict[str, float] = field(default_factory=dict)
+    percentiles: tuple[float, ...] = (50, 90, 95, 99)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_prompts", "concurrency", "request_rate", "burstiness", "output_len", "request_timeout"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: must be above 0")
+        if not isinstance(self.extra_body, dict):
+            raise ValueError(f"--extra-body {self.extra_body!r}: must be a JSON object")
+        if self.endpoint not in (COMPLETIONS, CHAT):
+            raise ValueError(f"--endpoint {self.endpoint}: choose {COMPLETIONS} or {CHAT}")
+        if not all(0 <= q <= 100 for q in self.percentiles):
+            raise ValueError(f"--metric-percentiles {self.percentiles}: each lies between 0 and 100")
+
+    @property
+    def made_up(self) -> bool:
+        return self.dataset in ("random", "sharegpt-like")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    model: str
+    config: LoadConfig
+    summary: Summary
+    records: list[Record]
+    client_tokens: TokenCounts
+    server_tokens: TokenCounts | None  # growth of the server's counters meanwhile; None = it shows none
+
+    @property
+    def details(self) -> dict[str, str]:
+        """One example for each kind of error."""
+        return {record.error: record.detail for record in reversed(self.records) if record.error is not None}
+
+
+Progress = Callable[[int], None]
+
+
+async def run(config: LoadConfig, progress: Progress = lambda done: None) -> Result:
+    """Measure one load. Raises ServerError (no server, no such model) and ValueError (a setting that cannot be)."""
+    base_url = config.base_url.rstrip("/").removesuffix("/v1")
+    headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
+    timeout = aiohttp.ClientTimeout(total=config.request_timeout)
+    connector = aiohttp.TCPConnector(limit=0)  # the load is limited by its own rule, not by the connection pool
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector, headers=headers) as session:
+        model, context = await served_model(session, base_url, config.model)
+        target = Target(base_url, config.endpoint, model, _extra_body(config), headers)
+        asks = await _asks(session, base_url, model, context, config)
+        warmups, asks = asks[: config.num_warmups], asks[config.num_warmups :]
+        for ask in warmups:
+            warmed = await send(session, target, ask)
+            if warmed.error is not None:
+                raise ServerError(f"the warm-up request failed: {warmed.error} {warmed.detail}")
+        before = await _counters(session, base_url)
+        records = await _load(session, target, asks, config, progress)
+        client = TokenCounts(sum(r.prompt_tokens for r in records), sum(r.output_tokens for r in records))
+        server = None if before is None else await _settled_growth(session, base_url, before, client)
+    duration = max(record.last for record in records) - min(record.sent for record in records)
+    summary = summarise(records, duration, config.goodput, config.percentiles)
+    return Result(model, config, summary, records, client, server)
+
+
+def _extra_body(config: LoadConfig) -> dict[str, Any]:
+    ignore_eos = config.made_up if config.ignore_eos is None else config.ignore_eos
+    return {"temperature": config.temperature, **({"ignore_eos": True} if ignore_eos else {}), **config.extra_body}
+
+
+async def _asks(
+    session: aiohttp.ClientSession, base_url: str, model: str, context: int | None, config: LoadConfig
+) -> list[Ask]:
+    """Warm-ups first, then the load: different prompts, so that warming up does not fill the prefix cache for it."""
+    count = config.num_warmups + config.num_prompts
+    if not config.made_up:
+        asks = read_asks(Path(config.dataset), count, config.output_len, config.seed)
+        return [await _with_length(session, base_url, model, ask) for ask in asks]
+    if config.dataset == "random":
+        lengths = config.random_input_len, config.random_output_len, config.random_range_ratio
+        shapes = random_shapes(count, *lengths, config.seed)
+    elif context is None:
+        raise ServerError("/v1/models tells no max_model_len, which --dataset sharegpt-like is scaled by")
+    else:
+        shapes = sharegpt_like_shapes(count, context, config.seed)
+    if config.output_len is not None:
+        shapes = [replace(shape, output_len=config.output_len) for shape in shapes]
+    pool = await tokenize(session, base_url, model, POOL_TEXT)
+    if config.endpoint == CHAT:
+        return text_asks(shapes, len(pool) / len(POOL_TEXT.split()), config.seed, config.random_prefix_len)
+    return token_asks(shapes, sorted(set(pool)), config.seed, config.random_prefix_len)
+
+
+async def _with_length(session: aiohttp.ClientSession, base_url: str, model: str, ask: Ask) -> Ask:
+    if ask.output_len is not None:
+        return ask
+    if ask.answer is None:
+        raise ValueError("the dataset has rows without max_tokens: give them one, or pass --output-len")
+    return replace(ask, output_len=max(1, len(await tokenize(session, base_url, model, ask.answer))))
+
+
+async def _load(
+    session: aiohttp.ClientSession, target: Target, asks: Sequence[Ask], config: LoadConfig, progress: Progress
+) -> list[Record]:
+    """Records in the order of the asks."""
+    records: list[Record | None] = [None] * len(asks)
+
+    async def one(index: int, due: float | None) -> None:
+        records[index] = await send(session, target, asks[index], due)
+        progress(1)
+
+    if config.request_rate is None:
+        await _closed_loop(one, len(asks), config.concurrency or len(asks))
+    else:
+        times = arrival_times(len(asks), config.request_rate, config.burstiness, config.seed)
+        await _open_loop(one, times, config.concurrency)
+    return [record for record in records if record is not None]
+
+
+One = Callable[[int, float | None], Any]
+
+
+async def _closed_loop(one: One, count: int, concurrency: int) -> None:
+    indices = iter(range(count))
+
+    async def worker() -> None:
+        for index in indices:  # one iterator for all workers: each takes the next
+            await one(index, None)
+
+    await asyncio.gather(*(worker() for _ in range(min(concurrency, count))))
+
+
+async def _open_loop(one: One, times: Iterable[float], concurrency: int | None) -> None:
+    """Requests leave when they are due; `concurrency` holds them back, and what it costs shows as lateness."""
+    gate = asyncio.Semaphore(concurrency or 1 << 30)
+    start = time.perf_counter()
+
+    async def at(index: int, due: float) -> None:
+        async with gate:
+            await one(index, due)
+
+    async with asyncio.TaskGroup() as group:
+        for index, offset in enumerate(times):
+            await asyncio.sleep(start + offset - time.perf_counter())
+            group.create_task(at(index, start + offset))
+
+
+async def _counters(session: aiohttp.ClientSession, base_url: str) -> TokenCounts | None:
+    text = await metrics_text(session, base_url)
+    return None if text is None else read_counters(text)
+
+
+async def _settled_growth(
+    session: aiohttp.ClientSession, base_url: str, before: TokenCounts, expected: TokenCounts
+) -> TokenCounts | None:
+    deadline = time.perf_counter() + COUNTER_PATIENCE
+    while (after := await _counters(session, base_url)) is not None:
+        if after - before == expected or time.perf_counter() > deadline:
+            return after - before
+        await asyncio.sleep(0.1)
+    return None

@@ -1,0 +1,197 @@
+"""The engine: a plain loop on one thread.
+
+receive() ──▶ add / abort ──▶ schedule() ──▶ runner.execute() ──▶ update() ──▶ send(StepOutputs)
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
+
+import torch
+
+from .. import kernels as kernel_table
+from ..kernels.batch import LayerKV
+from ..scheduler.plan import Chunk
+from ..scheduler.scheduler import Refused, Scheduler, SchedulerConfig
+from .config import EngineConfig
+from .errors import EngineStartError, RequestError
+from .families import load_config
+from .kv_cache import allocate, kv_spec
+from .layout import count_parameters
+from .loader import load_decoder, locate_model
+from .messages import Abort, AddRequest, Down, EngineReady, Shutdown, StepOutputs, StepStats, Up
+from .model_config import DecoderConfig
+from .resolve import Resolved, look_at_machine, resolve
+from .runner import ModelRunner
+from .sampler import Sampler
+from .slots import SlotTable
+from .validation import Limits, check_request
+
+log = logging.getLogger(__name__)
+
+# An idle engine says this often that it turns: the API side's watchdog and gauges live on it.
+HEARTBEAT_SECONDS = 1.0
+
+
+class EngineCore:
+    def __init__(self, config: EngineConfig) -> None:
+        """Load the model and get everything ready to serve. Raises EngineStartError."""
+        self.config = config
+        self._phases: dict[str, float] = {}
+        with self._phase("read configuration"):
+            path = locate_model(config.model, config.revision)
+            model = load_config(path)
+            settings = resolve(config, model, look_at_machine(config.device))
+        torch.set_num_threads(settings.threads)
+        with self._phase("load weights"):
+            kernels = self._kernels(model, settings)
+            decoder = load_decoder(path, model, kernels, settings.dtype, settings.device, settings.max_model_len)
+        with self._phase("allocate KV cache"):
+            cache = self._allocate(model, settings)
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                num_blocks=settings.num_blocks,
+                block_size=settings.block_size,
+                max_num_seqs=settings.max_num_seqs,
+                max_num_batched_tokens=settings.max_num_batched_tokens,
+                max_num_prefill_tokens=settings.max_num_prefill_tokens,
+                max_model_len=settings.max_model_len,
+                eos_token_ids=frozenset(model.eos_token_ids),
+                prefix_caching=config.prefix_caching,
+                cache_context=(str(path), cache[0].spec.format),
+            )
+        )
+        slots = SlotTable(settings.max_num_seqs, settings.max_model_len, settings.block_size, settings.device)
+        sampler = Sampler(kernels, model.vocab_size, settings.max_num_seqs, tuple(model.eos_token_ids), settings.device)
+        self.runner = ModelRunner(decoder, kernels, cache, slots, sampler)
+        with self._phase("warm up"):
+            self.runner.warm_up(min(settings.max_num_batched_tokens, settings.max_model_len))
+        self.limits = Limits(model.vocab_size, settings.max_model_len, config.max_logprobs)
+        self.stats = StepStats(kv_blocks_total=settings.num_blocks - 1)
+        self.ready = EngineReady(
+            model_path=str(path),
+            model_type=model.model_type,
+            num_parameters=count_parameters(model),
+            dtype=str(settings.dtype).removeprefix("torch."),
+            device=str(settings.device),
+            vocab_size=model.vocab_size,
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_logprobs=config.max_logprobs,
+            block_size=settings.block_size,
+            num_blocks=settings.num_blocks,
+            eos_token_ids=list(model.eos_token_ids),
+            kernels=kernels.describe(),
+            reasons=settings.reasons,
+            startup_seconds=self._phases,
+            memory_bytes={"weights": settings.weight_bytes, "kv_cache": settings.kv_cache_bytes},
+        )
+
+    # ---------------------------------------------------------------- start
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._phases[name] = round(time.perf_counter() - started, 3)
+
+    def _kernels(self, model: DecoderConfig, settings: Resolved) -> kernel_table.Kernels:
+        spec = kv_spec(model, settings.block_size, settings.dtype)
+        target = kernel_table.Target(settings.device.type, settings.dtype, model.head_dim, spec.format)
+        try:
+            return kernel_table.resolve(target, self.config.kernels)
+        except ValueError as error:
+            raise EngineStartError(f"kernels: {error}") from None
+
+    def _allocate(self, model: DecoderConfig, settings: Resolved) -> list[LayerKV]:
+        spec = kv_spec(model, settings.block_size, settings.dtype)
+        try:
+            return allocate(spec, model.num_layers, settings.num_blocks, settings.device)
+        except (RuntimeError, MemoryError) as error:
+            raise EngineStartError(
+                f"the KV cache of {settings.kv_cache_bytes} bytes cannot be allocated ({type(error).__name__}); "
+                "lower kv_cache_bytes, num_blocks or max_num_seqs"
+            ) from None
+
+    # ---------------------------------------------------------------- requests and steps
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def handle(self, message: AddRequest | Abort) -> list[Chunk]:
+        """Take one message in; what it ends at once is answered by the chunks."""
+        if isinstance(message, Abort):
+            return [chunk for request_id in message.request_ids for chunk in self.scheduler.abort(request_id)]
+        try:
+            # The API side has checked all this; here is the engine's own wall, whatever route the message took.
+            check_request(message, self.limits)
+            self.scheduler.add(
+                message.request_id,
+                message.prompt_ids,
+                message.params,
+                priority=message.priority,
+                arrival=message.arrival,
+                cache_salt=message.cache_salt,
+            )
+            return []
+        except (RequestError, Refused) as error:
+            reason = str(error)
+        except Exception as error:
+            log.exception("request %s cannot be added", message.request_id)
+            reason = f"the request cannot be run: {type(error).__name__}"
+        self.scheduler.counters.failed += 1
+        return [
+            Chunk(message.request_id, index, [], finish_reason="error", error=reason)
+            for index in range(min(message.params.n, 128))
+        ]
+
+    def step(self) -> list[Chunk]:
+        """One step over all requests; nothing to do is an empty list."""
+        started = time.perf_counter()
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return []
+        scheduled = time.perf_counter()
+        result = self.runner.execute(plan)
+        executed = time.perf_counter()
+        chunks = self.scheduler.update(plan, result)
+        if self.config.check:
+            self.scheduler.check()
+        self.stats.step_tokens = plan.num_tokens
+        self.stats.step_seqs = len(plan.rows)
+        self.stats.forward_seconds = executed - scheduled
+        self.stats.schedule_seconds = scheduled - started + time.perf_counter() - executed
+        self.stats.steps_total += 1
+        return chunks
+
+    def outputs(self, chunks: list[Chunk]) -> StepOutputs:
+        """The chunks with the figures of now."""
+        scheduler, counters, stats = self.scheduler, self.scheduler.counters, self.stats
+        stats.running, stats.waiting = len(scheduler.running), len(scheduler.waiting)
+        stats.kv_blocks_used, stats.kv_blocks_cached = scheduler.pool.num_used, scheduler.pool.num_cached
+        stats.prompt_tokens_total = counters.prompt_tokens
+        stats.generated_tokens_total = counters.generated_tokens
+        stats.prefix_query_tokens_total = counters.prefix_query_tokens
+        stats.prefix_hit_tokens_total = counters.prefix_hit_tokens
+        stats.preemptions_total = counters.preemptions
+        stats.recomputed_tokens_total = counters.recomputed_tokens
+        stats.aborted_total, stats.failed_total = counters.aborted, counters.failed
+        return StepOutputs(chunks, copy(stats))  # the message lives on, on another thread
+
+
+def run(core: EngineCore, receive: Callable[[float], list[Down]], send: Callable[[Up], None]) -> None:
+    """Serve until told to shut down. receive(seconds) waits that long at most, and returns what came."""
+    while True:
+        chunks: list[Chunk] = []
+        for message in receive(0.0 if core.has_work else HEARTBEAT_SECONDS):
+            if isinstance(message, Shutdown):
+                return
+            chunks += core.handle(message)
+        chunks += core.step()
+        send(core.outputs(chunks))

@@ -1,0 +1,325 @@
+"""Draws the next token of every sequence of a step, each by its own parameters.
+
+    logits ─ greedy ─▶ is the row sound? done, where greedy and unedited
+                └────▶ edits of each sequence ─ process_logits ─ sample ─▶ ids ─▶ counted for the next step's penalties
+
+What a sequence asks for lives in one object that enters its slot whole and leaves it whole, and noise comes from the
+sequence's seed, its index and the position: neither the slot nor the batch-mates reach a result.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..kernels.reference.sampling import Bias, LogitEdits, Marks, Penalties
+from ..kernels.registry import Kernels
+from ..scheduler.params import SamplingParams
+from ..scheduler.plan import RowResult, TokenLogprob
+from .errors import RequestError
+
+log = logging.getLogger(__name__)
+
+NAN_LOGITS = "the model produced NaN logits; this is a fault of the model or its weights, not of the request"
+NO_TOKEN_LEFT = (
+    "no token may be drawn: allowed_token_ids, bad_words and min_tokens together forbid the whole vocabulary; relax one"
+)
+
+
+class RowEdits(NamedTuple):
+    """What one sequence changes in its row of logits at this step; None = nothing of the kind."""
+
+    penalised: np.ndarray | None = None  # ids of the tokens it holds
+    subtracted: np.ndarray | None = None  # beside `penalised`: presence and frequency
+    biased: np.ndarray | None = None  # ids
+    bias: np.ndarray | None = None
+    banned: np.ndarray | None = None  # ids
+    allowed: np.ndarray | None = None  # ids
+
+
+class TokenCounts:
+    """The distinct tokens of one sequence, and how often each was drawn: grows with them, not the vocabulary."""
+
+    def __init__(self, prompt: Sequence[int], output: Sequence[int]) -> None:
+        distinct = dict.fromkeys(prompt)
+        self._place = {token: i for i, token in enumerate(distinct)}
+        self._ids = np.fromiter(distinct, np.int64, len(distinct))
+        self._counts = np.zeros(len(distinct), np.float32)
+        for token in output:
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        place = self._place.setdefault(token, len(self._place))
+        if place == len(self._ids):
+            room = np.zeros(max(64, place), np.int64)
+            self._ids = np.concatenate([self._ids, room])
+            self._counts = np.concatenate([self._counts, room.astype(np.float32)])
+        self._ids[place] = token
+        self._counts[place] += 1
+
+    @property
+    def ids(self) -> np.ndarray:
+        """[n] int64"""
+        return self._ids[: len(self._place)]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """[n] float32: times drawn; 0 = in the prompt only"""
+        return self._counts[: len(self._place)]
+
+
+class SequenceState:
+    """One sequence's parameters, and what it has drawn as far as they depend on it."""
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        sample_index: int,
+        token_ids: Sequence[int],
+        num_prompt: int,
+        eos_token_ids: Sequence[int],
+        vocab_size: int,
+    ) -> None:
+        def ids(values: Iterable[int], field: str) -> np.ndarray:
+            return _checked(values, field, vocab_size)
+
+        p = self.params = params
+        self.sample_index = sample_index
+        self.seed = (p.seed + 2**63) % 2**64 - 2**63  # 64 bits in two's complement
+        self.num_drawn = len(token_ids) - num_prompt
+
+        penalised = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
+        ids(token_ids if penalised else (), "prompt")
+        self._counts = TokenCounts(token_ids[:num_prompt], token_ids[num_prompt:]) if penalised else None
+        self._biased = ids(p.logit_bias, "logit_bias") if p.logit_bias else None
+        self._bias = np.fromiter(p.logit_bias.values(), np.float32) if p.logit_bias else None
+        self._allowed = (
+            None if p.allowed_token_ids is None else np.unique(ids(p.allowed_token_ids, "allowed_token_ids"))
+        )
+        self._ends = ids((*eos_token_ids, *p.stop_token_ids), "stop_token_ids") if p.min_tokens > 0 else None
+        if self._allowed is not None and not len(self._allowed):
+            raise RequestError(
+                "allowed_token_ids is empty; name at least one token id, or leave it out", "allowed_token_ids"
+            )
+        for word in p.bad_words:
+            ids(word, "bad_words")
+        self._tail = deque(token_ids, maxlen=max((len(word) for word in p.bad_words), default=1) - 1)
+        self.edited = bool(
+            penalised or p.logit_bias or self._allowed is not None or self._ends is not None or p.bad_words
+        )
+
+    def edits(self) -> RowEdits:
+        p, counts = self.params, self._counts
+        banned = self._completions()
+        if self._ends is not None and self.num_drawn < p.min_tokens:
+            banned = np.concatenate([banned, self._ends])
+        return RowEdits(
+            penalised=None if counts is None else counts.ids,
+            subtracted=None
+            if counts is None
+            else p.frequency_penalty * counts.counts + p.presence_penalty * (counts.counts > 0),
+            biased=self._biased,
+            bias=self._bias,
+            banned=banned if len(banned) else None,
+            allowed=self._allowed,
+        )
+
+    def _completions(self) -> np.ndarray:
+        """The tokens that would complete a bad word, whether it began in the prompt or in the output."""
+        tail = tuple(self._tail)
+        last = [
+            w[-1] for w in self.params.bad_words if len(w) <= len(tail) + 1 and w[:-1] == tail[len(tail) + 1 - len(w) :]
+        ]
+        return np.array(last, np.int64)
+
+    def append(self, token: int) -> None:
+        self.num_drawn += 1
+        self._tail.append(token)
+        if self._counts is not None:
+            self._counts.add(token)
+
+
+def _checked(values: Iterable[int], field: str, vocab_size: int) -> np.ndarray:
+    """Ids as an array. The door has checked them; an id that slipped through would read or write another row."""
+    ids = np.array(list(values), np.int64)
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if len(wrong):
+        raise RequestError(f"{field} holds {wrong[0]}; token ids go from 0 to {vocab_size - 1}", field)
+    return ids
+
+
+class Sampler:
+    """The sampling half of the runner: one `SequenceState` per occupied slot.
+
+    vocab_size     the width of the logits
+    eos_token_ids  the model's end tokens, masked until a sequence's min_tokens
+    """
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        vocab_size: int,
+        max_num_seqs: int,
+        eos_token_ids: tuple[int, ...],
+        device: torch.device | str,
+    ) -> None:
+        self._kernels = kernels
+        self._vocab_size = vocab_size
+        # An end token past the logits' width can never be drawn; some model configs name one.
+        self._eos_token_ids = tuple(token for token in eos_token_ids if token < vocab_size)
+        self._device = torch.device(device)
+        self._slots: list[SequenceState | None] = [None] * max_num_seqs
+
+    def add(
+        self, slot: int, params: SamplingParams, sample_index: int, token_ids: Sequence[int], num_prompt: int
+    ) -> None:
+        """Fill a slot. token_ids: the prompt, then what was drawn before a preemption.
+
+        Raises RequestError for a token id outside the vocabulary; the slot is then empty.
+        """
+        self._slots[slot] = None
+        self._slots[slot] = SequenceState(
+            params, sample_index, token_ids, num_prompt, self._eos_token_ids, self._vocab_size
+        )
+
+    def remove(self, slot: int) -> None:
+        self._slots[slot] = None
+
+    def sample(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int]) -> list[RowResult]:
+        """One token per row, appended to its sequence's state.
+
+        logits [L, V] float32, beside slots; positions[i] = the index in its sequence of the token being drawn
+        A row that no token can be drawn from carries an error, and no other row notices.
+        """
+        states = [self._state(slot) for slot in slots]
+        values, greedy_ids = self._kernels.greedy.run(logits)
+        results = [
+            RowResult([token]) if math.isfinite(value) else RowResult(error=NAN_LOGITS)
+            for value, token in zip(values.tolist(), greedy_ids.tolist(), strict=True)
+        ]
+        busy = [
+            i
+            for i, state in enumerate(states)
+            if results[i].error is None and (state.edited or state.params.temperature > 0)
+        ]
+        if busy:
+            self._draw(logits, states, positions, results, busy)
+        for state, result in zip(states, results, strict=True):
+            for token in result.token_ids:
+                state.append(token)
+        self._attach_logprobs(logits, states, results)
+        return results
+
+    def _state(self, slot: int) -> SequenceState:
+        state = self._slots[slot]
+        if state is None:
+            raise KeyError(f"slot {slot} is empty")
+        return state
+
+    def _draw(
+        self,
+        logits: Tensor,
+        states: Sequence[SequenceState],
+        positions: Sequence[int],
+        results: list[RowResult],
+        busy: list[int],
+    ) -> None:
+        """Replace the results of the rows `busy` by draws from their edited logits."""
+        edits = {}
+        for i in busy:
+            try:
+                edits[i] = states[i].edits() if states[i].edited else RowEdits()
+            except Exception as error:
+                log.exception("the logit edits of one sequence failed")
+                results[i] = RowResult(error=f"the request cannot be run: {type(error).__name__}")
+        rows = list(edits)
+        x = self._select(logits, rows)
+        step = self._gather(list(edits.values()), [states[i].params.repetition_penalty for i in rows])
+        if any(kind is not None for kind in step):
+            x = self._kernels.process_logits.run(x, step)
+        chosen = [states[i] for i in rows]
+        numbers = np.array(
+            [(s.params.temperature, s.params.top_p, s.params.min_p) for s in chosen], np.float32
+        ).reshape(-1, 3)
+        integers = np.array(
+            [(s.params.top_k, s.seed, s.sample_index, positions[i]) for i, s in zip(rows, chosen, strict=True)],
+            np.int64,
+        ).reshape(-1, 4)
+        temperature, top_p, min_p = self._tensor(numbers).unbind(1)
+        top_k, seeds, sample_index, place = self._tensor(integers).unbind(1)
+        ids = self._kernels.sample.run(x, temperature, top_k, top_p, min_p, seeds, sample_index, place)
+        left = x.gather(1, ids[:, None]).squeeze(1)
+        for i, token, value in zip(rows, ids.tolist(), left.tolist(), strict=True):
+            results[i] = RowResult([token]) if value > -math.inf else RowResult(error=NO_TOKEN_LEFT)
+
+    def _gather(self, edits: Sequence[RowEdits], repetition: Sequence[float]) -> LogitEdits:
+        """The rows' edits as one set of tensors."""
+        penalised = self._pairs([e.penalised for e in edits])
+        biased = self._pairs([e.biased for e in edits])
+        banned = self._pairs([e.banned for e in edits])
+        allowed = self._pairs([e.allowed for e in edits])
+        return LogitEdits(
+            penalties=penalised
+            and Penalties(
+                *penalised,
+                self._tensor(np.array(repetition, np.float32))[penalised[0]],
+                self._values([e.subtracted for e in edits]),
+            ),
+            bias=biased and Bias(*biased, self._values([e.bias for e in edits])),
+            banned=banned and Marks(*banned),
+            allowed=allowed and Marks(*allowed),
+        )
+
+    def _pairs(self, ids: Sequence[np.ndarray | None]) -> tuple[Tensor, Tensor] | None:
+        """(rows, columns) of every id; ids[i] belongs to row i."""
+        some = [(row, columns) for row, columns in enumerate(ids) if columns is not None]
+        if not some:
+            return None
+        rows = np.repeat([row for row, _ in some], [len(columns) for _, columns in some])
+        return self._tensor(rows), self._tensor(np.concatenate([columns for _, columns in some]))
+
+    def _values(self, values: Sequence[np.ndarray | None]) -> Tensor:
+        return self._tensor(np.concatenate([v for v in values if v is not None]).astype(np.float32))
+
+    def _select(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
+        return logits if len(rows) == len(logits) else logits.index_select(0, self._tensor(np.array(rows, np.int64)))
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+    def _attach_logprobs(self, logits: Tensor, states: Sequence[SequenceState], results: list[RowResult]) -> None:
+        wanted: dict[int, list[int]] = {}  # k -> rows
+        for row, (state, result) in enumerate(zip(states, results, strict=True)):
+            if state.params.logprobs is not None and result.error is None:
+                wanted.setdefault(state.params.logprobs, []).append(row)
+        for k, rows in wanted.items():
+            chosen = self._select(logits, rows)
+            for row, logprob in zip(
+                rows, self._logprobs(chosen, [results[r].token_ids[0] for r in rows], k), strict=True
+            ):
+                results[row].logprobs = [logprob]
+
+    def prompt_logprobs(self, logits: Tensor, target_ids: Sequence[int], k: int) -> list[TokenLogprob]:
+        """Of target_ids [n] under logits [n, V] float32, row by row; k = -1 for the whole vocabulary.
+
+        Raises ValueError when a row is not sound: the request cannot be answered, others can.
+        """
+        if not bool(self._kernels.greedy.run(logits)[0].isfinite().all()):
+            raise ValueError(NAN_LOGITS)
+        return self._logprobs(logits, target_ids, k)
+
+    def _logprobs(self, logits: Tensor, ids: Sequence[int], k: int) -> list[TokenLogprob]:
+        width = self._vocab_size if k < 0 else min(k, self._vocab_size)
+        found = self._kernels.token_logprobs.run(logits, self._tensor(np.array(ids, np.int64)), width)
+        columns = (found.logprob, found.rank, found.top_ids, found.top_logprobs)
+        return [
+            TokenLogprob(token, logprob, rank, tuple(zip(top_ids, top_logprobs, strict=True)))
+            for token, logprob, rank, top_ids, top_logprobs in zip(ids, *(c.tolist() for c in columns), strict=True)
+        ]

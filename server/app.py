@@ -1,0 +1,150 @@
+"""The application: state from a started engine, routes, and one answer to every kind of error."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from .. import __version__
+from ..engine.chat import load_chat_template
+from ..engine.client import EngineClient
+from ..engine.errors import QuireError
+from ..engine.messages import EngineReady
+from ..engine.tokenizer import generation_defaults, load_tokenizer
+from ..engine.validation import Limits
+from . import errors, logs, routes_admin, routes_chat, routes_completions
+from .admission import Admission
+from .auth import Keys
+from .config import ServerConfig
+from .dispatcher import Dispatcher
+from .inputs import TextSide
+from .logs import logger
+from .metrics import Metrics
+from .middleware import LOOPBACK_HOSTS, Outermost
+from .state import State, state_of
+from .throughput import report_throughput
+
+
+def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
+    """The ASGI application of one engine. Its lifespan starts `client` and closes it.
+
+    Start-up raises EngineStartError before any port is open: an orchestrator sees a failed start, not a sick server.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        try:
+            state = await _start(client, config)
+        except Exception as error:
+            logger.error("cannot start: %s", error if isinstance(error, QuireError) else logs.where(error))
+            raise
+        app.state.quire = state
+        reporter = asyncio.create_task(report_throughput(state.metrics))
+        try:
+            yield
+        finally:
+            reporter.cancel()
+            state.dispatcher.fail_all(errors.draining())
+            await state.dispatcher.stop()
+            state.pool.shutdown(wait=False, cancel_futures=True)
+
+    app = FastAPI(
+        title="Quire", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
+    )
+    for module in (routes_completions, routes_chat, routes_admin):
+        app.include_router(module.router)
+    app.add_middleware(Outermost, allowed_hosts=_allowed_hosts(config))
+    for kind in (errors.ApiError, QuireError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, _answer)
+    return app
+
+
+async def _start(client: EngineClient, config: ServerConfig) -> State:
+    dispatcher = Dispatcher(client, config.hang_timeout)
+    try:
+        ready = await dispatcher.start()
+        folder = Path(ready.model_path)
+        tokenizer = load_tokenizer(folder)
+        text = TextSide(
+            tokenizer=tokenizer,
+            template=load_chat_template(tokenizer),
+            limits=Limits(ready.vocab_size, ready.max_model_len, ready.max_logprobs),
+            ready=ready,
+            defaults=_sampling_defaults(config, folder),
+        )
+    except BaseException:
+        await dispatcher.stop()
+        raise
+    names = config.served_model_name or (folder.name,)
+    metrics = Metrics(ready, names[0], vllm_aliases=config.vllm_metrics)
+    dispatcher.on_stats = metrics.saw_step
+    _log_facts(ready, names)
+    return State(
+        config=config,
+        ready=ready,
+        model_names=names,
+        created=int(time.time()),
+        keys=Keys(config.api_key),
+        admission=Admission(ready.max_num_seqs + config.max_queued_requests),
+        dispatcher=dispatcher,
+        metrics=metrics,
+        text=text,
+        pool=ThreadPoolExecutor(config.text_threads, thread_name_prefix="text"),
+    )
+
+
+def _sampling_defaults(config: ServerConfig, folder: Path) -> dict[str, float | int]:
+    if config.generation_config == "none":
+        return {}
+    defaults = generation_defaults(folder)
+    if defaults:
+        listed = ", ".join(f"{name} {value}" for name, value in defaults.items())
+        logger.info("defaults for requests that leave them out, from generation_config.json: %s", listed)
+    return defaults
+
+
+def _log_facts(ready: EngineReady, names: tuple[str, ...]) -> None:
+    logger.info(
+        "model %s (%s, %d parameters), %s on %s, context %d tokens, KV cache %d blocks of %d tokens, ready in %.1f s",
+        ", ".join(names),
+        ready.model_type,
+        ready.num_parameters,
+        ready.dtype,
+        ready.device,
+        ready.max_model_len,
+        ready.num_blocks,
+        ready.block_size,
+        sum(ready.startup_seconds.values()),
+    )
+
+
+def _allowed_hosts(config: ServerConfig) -> frozenset[str]:
+    """Bound to loopback, only loopback names: a web page that rebinds its own name to 127.0.0.1 is turned away."""
+    if config.allowed_hosts:
+        return frozenset(host.lower() for host in config.allowed_hosts)
+    return LOOPBACK_HOSTS if config.host in ("localhost", "127.0.0.1", "::1") else frozenset()
+
+
+async def _answer(request: Request, error: Exception) -> Response:
+    headers: Mapping[str, str] = {}
+    if isinstance(error, RequestValidationError):
+        answer = errors.from_validation(error.errors(), error.body)
+    elif isinstance(error, HTTPException):
+        answer = errors.from_status(error.status_code)
+        headers = error.headers or {}  # 405 says what is allowed
+    else:
+        answer = error if isinstance(error, errors.ApiError) else errors.from_engine(error)
+    state_of(request).metrics.error(answer.status, answer.code)
+    response = answer.response()
+    response.headers.update(headers)
+    return response

@@ -1,0 +1,147 @@
+"""`quire bench`: option names of `vllm bench` where it has them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .cli_options import err, option, out
+
+if TYPE_CHECKING:
+    from ..bench.serve import LoadConfig
+
+bench_app = typer.Typer(help="Measure a running server.", no_args_is_help=True)
+
+LOAD, ASKED, REPORT, SERVER = "Load", "What is asked", "Report", "Server"
+
+
+@bench_app.callback()
+def bench() -> None:
+    pass
+
+
+@bench_app.command("serve", context_settings={"allow_extra_args": True})
+def bench_serve(
+    ctx: typer.Context,
+    model: Annotated[
+        str | None, option(SERVER, 'Served name; "bundled" or nothing = the model that the server has.', "--model")
+    ] = None,
+    base_url: Annotated[str, option(SERVER, "Where the server is.")] = "http://127.0.0.1:8000",
+    endpoint: Annotated[
+        str, option(SERVER, "/v1/completions (token ids) or /v1/chat/completions (text).")
+    ] = "/v1/completions",
+    api_key: Annotated[
+        str | None,
+        option(SERVER, "Key, if the server wants one.", envvar=["QUIRE_API_KEY", "OPENAI_API_KEY"], show_default=False),
+    ] = None,
+    request_timeout: Annotated[float, option(SERVER, "Seconds until a request counts as failed.")] = 600.0,
+    num_prompts: Annotated[int, option(LOAD, "Requests to send.", min=1)] = 100,
+    num_warmups: Annotated[int, option(LOAD, "Requests before them that are not counted.", min=0)] = 1,
+    concurrency: Annotated[
+        int | None,
+        option(LOAD, "Requests in flight; nothing = all at once.", "--concurrency", "--max-concurrency", min=1),
+    ] = None,
+    request_rate: Annotated[
+        float | None, option(LOAD, "Open loop: requests a second on average; nothing = closed loop.")
+    ] = None,
+    burstiness: Annotated[
+        float, option(LOAD, "Shape of the gaps of an open loop: 1 = Poisson, below 1 = in bursts, above 1 = even.")
+    ] = 1.0,
+    dataset: Annotated[
+        str,
+        option(
+            ASKED,
+            "random, sharegpt-like (lognormal lengths, scaled to the context), or a .jsonl / ShareGPT .json file.",
+            "--dataset",
+            "--dataset-name",
+        ),
+    ] = "random",
+    random_input_len: Annotated[int, option(ASKED, "Prompt tokens of a random request.", min=1)] = 256,
+    random_output_len: Annotated[int, option(ASKED, "Output tokens of a random request.", min=1)] = 64,
+    random_range_ratio: Annotated[
+        float, option(ASKED, "Random lengths vary evenly by this share up and down.", min=0, max=0.99)
+    ] = 0.0,
+    random_prefix_len: Annotated[int, option(ASKED, "Tokens in front that all made-up prompts share.", min=0)] = 0,
+    output_len: Annotated[int | None, option(ASKED, "Output tokens of every request, of any dataset.", min=1)] = None,
+    ignore_eos: Annotated[
+        bool | None, option(ASKED, "Write to the full length; nothing = yes for made-up prompts, no for a file's.")
+    ] = None,
+    temperature: Annotated[float, option(ASKED, "0 = greedy.", min=0)] = 0.0,
+    extra_body: Annotated[
+        str, option(ASKED, "JSON object with more fields for every request, such as '{\"top_k\": 5}'.")
+    ] = "{}",
+    seed: Annotated[int, option(ASKED, "Of lengths, prompts and arrivals.")] = 0,
+    goodput: Annotated[
+        list[str] | None,
+        option(REPORT, "Limits in ms that a good request meets: ttft:500 tpot:50 e2el:2000.", metavar="NAME:MS …"),
+    ] = None,
+    metric_percentiles: Annotated[str, option(REPORT, "Percentiles to print.")] = "50,90,95,99",
+    json_file: Annotated[
+        Path | None, option(REPORT, "Write the result here as JSON.", "--json", "--result-filename")
+    ] = None,
+) -> None:
+    """Put a load on a running server; report latencies, throughput and errors. Exit code 1 if any request failed."""
+    from ..bench.client import ServerError
+    from ..bench.metrics import parse_goodput
+    from ..bench.serve import LoadConfig
+
+    if ctx.args and not goodput:
+        raise typer.BadParameter(f"unexpected {' '.join(ctx.args)}")
+    try:
+        config = LoadConfig(
+            base_url=base_url,
+            endpoint=endpoint,
+            model=model,
+            api_key=api_key,
+            num_prompts=num_prompts,
+            num_warmups=num_warmups,
+            concurrency=concurrency,
+            request_rate=request_rate,
+            burstiness=burstiness,
+            dataset=dataset,
+            random_input_len=random_input_len,
+            random_output_len=random_output_len,
+            random_range_ratio=random_range_ratio,
+            random_prefix_len=random_prefix_len,
+            output_len=output_len,
+            ignore_eos=ignore_eos,
+            temperature=temperature,
+            extra_body=json.loads(extra_body),
+            request_timeout=request_timeout,
+            goodput=parse_goodput([*(goodput or []), *ctx.args]),  # as in vLLM, one --goodput takes several words
+            percentiles=tuple(float(q) for q in metric_percentiles.split(",")),
+            seed=seed,
+        )
+        failed = measure(config, json_file)
+    except (ServerError, ValueError) as error:
+        err.print("[bold red]quire bench:[/] ", end="")
+        err.print(str(error), markup=False)
+        raise typer.Exit(1) from None
+    if failed:
+        raise typer.Exit(1)
+
+
+def measure(config: LoadConfig, json_file: Path | None) -> bool:
+    """Run, show, write; True if a request failed."""
+    import asyncio
+
+    import uvloop
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from ..bench.report import as_json, table
+    from ..bench.serve import run
+
+    columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=err, disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task("requests", total=config.num_prompts)
+        # uvloop spends less per event, which counts where client and server share the cores.
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            result = runner.run(run(config, lambda done: bar.advance(task, done)))
+    out.print(table(result))
+    if json_file is not None:
+        json_file.write_text(json.dumps(as_json(result), indent=2) + "\n", encoding="utf-8")
+    return bool(result.summary.errors)

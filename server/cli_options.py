@@ -1,0 +1,97 @@
+"""Where an option's value comes from: command line, then QUIRE_… environment, then --config YAML, then the default."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+ENV_PREFIX = "QUIRE"
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+UNITS = {"": 1, "B": 1, **{f"{p}iB": 1 << 10 * i for i, p in enumerate("KMGT", 1)}}
+UNITS |= {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
+
+
+def option(panel: str, help: str, *names: str, **settings: Any) -> Any:
+    """A typer option in a group of the help page."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_envvar=False, **settings)
+
+
+def parse_bytes(text: str | int) -> int:
+    """ "2GiB", "1.5 GB" or a plain number of bytes; GiB counts 1024s, GB counts 1000s."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    unit = next((u for u in UNITS if match and u.lower() == match[2].lower()), None)
+    if match is None or unit is None:
+        raise typer.BadParameter(f"{text!r} is not a size; write for example 512MiB, 2GiB or a number of bytes")
+    return int(float(match[1]) * UNITS[unit])
+
+
+def format_bytes(count: float) -> str:
+    """1536 -> "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def parse_overrides(pairs: Iterable[str]) -> dict[str, str]:
+    """["attention=reference"] -> {"attention": "reference"}; commas separate as well, as in an environment variable."""
+    overrides = {}
+    for pair in (part.strip() for text in pairs for part in text.split(",") if part.strip()):
+        op, equals, implementation = pair.partition("=")
+        if not (op and equals and implementation):
+            raise typer.BadParameter(f"{pair!r} is not OP=IMPLEMENTATION", param_hint="--kernels")
+        overrides[op] = implementation
+    return overrides
+
+
+def read_config_file(ctx: typer.Context, path: Path | None) -> Path | None:
+    """Callback of --config: the file's values become defaults of the other options. Keys are options without dashes."""
+    if path is None:
+        return None
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise typer.BadParameter(f"{path}: {error}", param_hint="--config") from error
+    if not isinstance(values, dict):
+        raise typer.BadParameter(f"{path}: expected `option: value` lines", param_hint="--config")
+    spelling = ctx.token_normalize_func or str
+    values = {spelling(str(key)).replace("-", "_"): value for key, value in values.items()}
+    known = {parameter.name for parameter in ctx.command.params} - {"config"}
+    if unknown := sorted(set(values) - known):
+        raise typer.BadParameter(
+            f"{path}: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}", param_hint="--config"
+        )
+    for name, value in values.items():
+        if isinstance(value, dict):  # kernels: {attention: reference}
+            values[name] = [f"{key}={item}" for key, item in value.items()]
+    ctx.default_map = {**(ctx.default_map or {}), **values}
+    return path
+
+
+def unknown_environment(ctx: typer.Context) -> list[str]:
+    """QUIRE_… variables that no option of this command reads: most likely misspelled."""
+    known = {f"{ENV_PREFIX}_{parameter.name}".upper() for parameter in ctx.command.params}
+    return sorted(name for name in os.environ if name.startswith(ENV_PREFIX + "_") and name not in known)
+
+
+def changed_values(ctx: typer.Context, secret: Iterable[str] = ()) -> dict[str, tuple[Any, str]]:
+    """{option: (value, where it came from)} of everything that is not a default."""
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    named = {"COMMANDLINE": "command line", "ENVIRONMENT": "environment", "DEFAULT_MAP": "config file"}
+    return {
+        name: ("…" if name in secret else ctx.params[name], named[source.name])
+        for name, source in sources.items()
+        if source is not None and source.name in named
+    }

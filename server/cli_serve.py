@@ -1,0 +1,229 @@
+"""`quire serve`: the settings of the engine and of the HTTP server as options.
+
+Every field of `EngineConfig` and `ServerConfig` is an option of that name; defaults stand in those two classes only.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..engine.config import EngineConfig
+from .cli_options import (
+    ENV_PREFIX,
+    changed_values,
+    err,
+    option,
+    parse_bytes,
+    parse_overrides,
+    read_config_file,
+    unknown_environment,
+)
+from .config import ServerConfig
+
+ENGINE, SERVER = EngineConfig(), ServerConfig()
+MODEL, MEMORY, BATCH, COMPUTE = "Model", "Memory", "Batching", "Computing"
+HTTP, ACCESS, LIMITS, LOGS = "HTTP", "Access", "Limits and timeouts", "Logs and metrics"
+
+ALIASES = {
+    "enable-prefix-caching": "prefix-caching",
+    "no-enable-prefix-caching": "no-prefix-caching",
+    "kv-cache-memory-bytes": "kv-cache-bytes",
+    "num-gpu-blocks-override": "num-blocks",
+    "max-num-queued-reqs": "max-queued-requests",
+    "shutdown-timeout": "drain-timeout",
+    "sse-keep-alive-interval": "keep-alive-interval",
+}
+
+
+def spelling(name: str) -> str:
+    """The option that a name means, without its dashes: vLLM's spellings and underscores are accepted."""
+    name = name.replace("_", "-")
+    return ALIASES.get(name, name)
+
+
+CONTEXT = {"auto_envvar_prefix": ENV_PREFIX, "token_normalize_func": spelling}
+
+
+def serve(
+    ctx: typer.Context,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help='"bundled", a folder in Hugging Face layout, or a hub id.', envvar="QUIRE_MODEL", metavar="MODEL"
+        ),
+    ] = ENGINE.model,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file of options (`max-model-len: 4096`); environment and command line win over it.",
+            callback=read_config_file,
+            is_eager=True,
+        ),
+    ] = None,
+    revision: Annotated[str | None, option(MODEL, "Revision of a hub id.")] = ENGINE.revision,
+    served_model_name: Annotated[
+        list[str] | None, option(MODEL, "Names that requests may use (repeatable); nothing = the folder's name.")
+    ] = None,
+    max_model_len: Annotated[
+        int | None, option(MODEL, "Prompt and output together, in tokens; nothing = the model's own context.", min=1)
+    ] = ENGINE.max_model_len,
+    generation_config: Annotated[
+        str, option(MODEL, "Sampling defaults: auto = the model's own, none = OpenAI's.")
+    ] = SERVER.generation_config,
+    kv_cache_bytes: Annotated[
+        Any,
+        option(
+            MEMORY,
+            "Memory for the KV cache, such as 2GiB; nothing = a share of what is free.",
+            parser=parse_bytes,
+            metavar="SIZE",
+        ),
+    ] = ENGINE.kv_cache_bytes,
+    num_blocks: Annotated[int | None, option(MEMORY, "KV blocks, instead of a size.", min=2)] = ENGINE.num_blocks,
+    block_size: Annotated[int, option(MEMORY, "Tokens of a KV block.", min=1)] = ENGINE.block_size,
+    prefix_caching: Annotated[
+        bool,
+        option(MEMORY, "Share the KV cache of equal prompt beginnings."),
+    ] = ENGINE.prefix_caching,
+    max_num_seqs: Annotated[int, option(BATCH, "Sequences that run at once.", min=1)] = ENGINE.max_num_seqs,
+    max_num_batched_tokens: Annotated[
+        int, option(BATCH, "Tokens of one step over all sequences.", min=1)
+    ] = ENGINE.max_num_batched_tokens,
+    max_num_prefill_tokens: Annotated[
+        int,
+        option(
+            BATCH,
+            "Of these, prompt tokens while any stream decodes: less = steadier streams, more = faster prompts.",
+            min=1,
+        ),
+    ] = ENGINE.max_num_prefill_tokens,
+    dtype: Annotated[str, option(COMPUTE, "auto, bfloat16, float16 or float32.")] = ENGINE.dtype,
+    device: Annotated[str, option(COMPUTE, "auto, cpu or cuda.")] = ENGINE.device,
+    threads: Annotated[
+        int | None, option(COMPUTE, "CPU threads; nothing = the cores that this process may use.", min=1)
+    ] = ENGINE.threads,
+    kernels: Annotated[
+        list[str] | None,
+        option(COMPUTE, "Choose an implementation, such as attention=reference (repeatable).", metavar="OP=NAME"),
+    ] = None,
+    check: Annotated[
+        bool, option(COMPUTE, "Verify every KV block after every step; for tests, slow.", "--check/--no-check")
+    ] = ENGINE.check,
+    host: Annotated[str, option(HTTP, "Address to listen on.")] = SERVER.host,
+    port: Annotated[int, option(HTTP, "0 = any free one.", min=0, max=65535)] = SERVER.port,
+    allowed_hosts: Annotated[
+        list[str] | None,
+        option(
+            HTTP,
+            "Host names that requests may be addressed to (repeatable); nothing = loopback names if bound to loopback.",
+        ),
+    ] = None,
+    text_threads: Annotated[
+        int, option(HTTP, "Threads that tokenize and render chat templates.", min=1)
+    ] = SERVER.text_threads,
+    api_key: Annotated[
+        list[str] | None,
+        option(
+            ACCESS,
+            "Key that clients must send (repeatable). Shown by ps: prefer QUIRE_API_KEY or --api-key-file.",
+            show_default=False,
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, option(ACCESS, "File with one key a line.", exists=True, dir_okay=False)
+    ] = None,
+    insecure_no_auth: Annotated[
+        bool, option(ACCESS, "Listen beyond this machine without any key.", "--insecure-no-auth")
+    ] = False,
+    max_queued_requests: Annotated[
+        int,
+        option(LIMITS, "Samples that may wait; past it, 503 with Retry-After.", min=0),
+    ] = SERVER.max_queued_requests,
+    max_body_bytes: Annotated[
+        Any, option(LIMITS, "Largest request body, such as 2MiB.", parser=parse_bytes, metavar="SIZE")
+    ] = SERVER.max_body_bytes,
+    max_logprobs: Annotated[
+        int, option(LIMITS, "Most likely tokens that a request may ask for.", min=0)
+    ] = ENGINE.max_logprobs,
+    request_timeout: Annotated[float, option(LIMITS, "Seconds for a whole request.", min=0)] = SERVER.request_timeout,
+    drain_timeout: Annotated[
+        float,
+        option(LIMITS, "Seconds that running requests get to finish after SIGTERM.", min=0),
+    ] = SERVER.drain_timeout,
+    write_timeout: Annotated[
+        float, option(LIMITS, "Seconds until a client that does not read is dropped.", min=0)
+    ] = SERVER.write_timeout,
+    keep_alive_interval: Annotated[
+        float,
+        option(LIMITS, "Seconds of silence after which a stream gets a comment.", min=0),
+    ] = SERVER.keep_alive_interval,
+    hang_timeout: Annotated[
+        float, option(LIMITS, "Seconds without a sign of life from the engine until /health says 503.", min=0)
+    ] = SERVER.hang_timeout,
+    vllm_metrics: Annotated[
+        bool, option(LOGS, "Repeat metrics under their vllm: names.", "--vllm-metrics/--no-vllm-metrics")
+    ] = SERVER.vllm_metrics,
+    log_json: Annotated[bool, option(LOGS, "One JSON object a line.", "--log-json/--no-log-json")] = SERVER.log_json,
+    log_level: Annotated[str, option(LOGS, "debug, info, warning or error.")] = SERVER.log_level,
+) -> None:
+    """Serve a model with an OpenAI-compatible HTTP API.
+
+    Every option is also a variable (QUIRE_MAX_MODEL_LEN) and a line of --config. vLLM's spellings are accepted.
+    """
+    engine_config, server_config = read_settings(ctx)
+    for name in unknown_environment(ctx):
+        err.print(f"[yellow]warning:[/] {name} in the environment is no option of quire serve")
+    for name, (value, source) in changed_values(ctx, secret=("api_key",)).items():
+        err.print(f"{name.replace('_', '-')} = {value}  ({source})", style="dim", markup=False)
+    if not run(engine_config, server_config):
+        raise typer.Exit(1)
+
+
+def run(engine_config: EngineConfig, server_config: ServerConfig) -> bool:
+    """Serve from an engine in a process of its own until told to stop; False if that went wrong."""
+    from ..engine.process import ProcessClient
+    from .serve import serve as serve_until_stopped
+
+    return serve_until_stopped(ProcessClient(engine_config), server_config)
+
+
+def read_settings(ctx: typer.Context) -> tuple[EngineConfig, ServerConfig]:
+    """The two settings objects from the options by field name; refuses a door that is open to a network by accident."""
+    values = dict(ctx.params)
+    values["kernels"] = parse_overrides(values["kernels"] or ())
+    values["api_key"] = (*(values["api_key"] or ()), *_keys_of(values["api_key_file"]))
+    for name in ("served_model_name", "allowed_hosts"):
+        values[name] = tuple(values[name] or ())
+    if not is_loopback(values["host"]) and not values["api_key"] and not values["insecure_no_auth"]:
+        raise typer.BadParameter(
+            f"--host {values['host']} can be reached from other machines and no API key is set. Set QUIRE_API_KEY or "
+            "--api-key-file, or say --insecure-no-auth",
+            param_hint="--host",
+        )
+    engine = EngineConfig(**{field.name: values[field.name] for field in fields(EngineConfig)})
+    server = ServerConfig(**{field.name: values[field.name] for field in fields(ServerConfig)})
+    return engine, server
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`; a name other than localhost may resolve to anything, so it does not."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _keys_of(path: Path | None) -> tuple[str, ...]:
+    if path is None:
+        return ()
+    keys = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    if not keys:
+        raise typer.BadParameter(f"{path} holds no key", param_hint="--api-key-file")
+    return keys

@@ -1,0 +1,46 @@
+"""What a person sets about the HTTP side, and nothing else: frozen, spelled as on the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Settings of one HTTP server.
+
+    host, port            where it listens
+    served_model_name     the names that requests may use; the first is the one shown. Empty = the model folder's name
+    api_key               keys that open /v1 and the tokenizer routes; empty = open to everybody who reaches the port
+    allowed_hosts         names accepted in the Host header; empty = loopback names when bound to loopback, else any
+    max_queued_requests   samples that may wait beyond those that can run; past it new requests get 503 with Retry-After
+    max_body_bytes        of a request body; past it 413
+    request_timeout       seconds from arrival to the last token; past it the request is aborted (504)
+    drain_timeout         seconds that running requests get to finish after SIGTERM
+    write_timeout         seconds that one write to a client may take before its request is aborted: nobody reads there
+    keep_alive_interval   seconds without a token after which a stream gets a comment, so that proxies keep it open
+    hang_timeout          seconds without a sign of life from the engine's loop after which /health and /ready say 503
+    text_threads          threads that tokenize and render chat templates
+    generation_config     "auto" = the model's own sampling defaults, "none" = OpenAI's
+    vllm_metrics          repeat the metrics that dashboards and gateways know under their `vllm:` names
+    log_json              one JSON object a line
+    log_level             of our own lines: "debug", "info", "warning", "error"
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    served_model_name: tuple[str, ...] = ()
+    api_key: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    max_queued_requests: int = 1024
+    max_body_bytes: int = 2 * 1024 * 1024
+    request_timeout: float = 600.0
+    drain_timeout: float = 30.0
+    write_timeout: float = 60.0
+    keep_alive_interval: float = 15.0
+    hang_timeout: float = 10.0
+    text_threads: int = 2
+    generation_config: str = "auto"
+    vllm_metrics: bool = False
+    log_json: bool = False
+    log_level: str = "info"

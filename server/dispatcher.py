@@ -1,0 +1,173 @@
+"""Engine messages to the requests that wait for them: one hop to the event loop per step, one mailbox per request.
+
+    engine thread                      event loop
+    on_message(StepOutputs) ──hop──▶ for each chunk: mailbox.put() ──wakes──▶ mailbox.take()
+
+A mailbox has a single slot per sample in which news *merge*: whoever reads slowly gets fewer, longer pieces, and what
+waits for it is bounded by its own max_tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterable
+
+from ..engine.client import EngineClient
+from ..engine.errors import EngineDeadError
+from ..engine.messages import Abort, AddRequest, Chunk, EngineDead, EngineReady, StepOutputs, StepStats
+from . import errors
+from .logs import logger
+from .metrics import Metrics
+
+SampleKey = tuple[str, int]  # engine request id, sample index
+
+
+class Mailbox:
+    """What has arrived for one API request, whose prompts are one engine request each. Event loop only."""
+
+    def __init__(self, arrival: float, metrics: Metrics) -> None:
+        self._arrival = arrival
+        self._metrics = metrics
+        self._last_token: dict[SampleKey, float] = {}
+        self._news: dict[SampleKey, Chunk] = {}
+        self._failure: errors.ApiError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        """A token has come."""
+        return bool(self._last_token)
+
+    def put(self, chunk: Chunk, now: float) -> None:
+        """Latencies are taken here, as tokens arrive, so that a slow reader does not look like a slow engine."""
+        key = (chunk.request_id, chunk.index)
+        if chunk.token_ids:
+            last = self._last_token.get(key)
+            if last is None:
+                self._metrics.time_to_first_token.observe(now - self._arrival)
+            else:
+                self._metrics.inter_token_latency.observe(now - last)
+            self._last_token[key] = now
+        if chunk.queued_seconds >= 0:
+            self._metrics.queue_time.observe(chunk.queued_seconds)
+        held = self._news.get(key)
+        if held is None:
+            self._news[key] = chunk
+        else:
+            _merge(held, chunk)
+        self._wake()
+
+    def fail(self, failure: errors.ApiError) -> None:
+        self._failure = failure
+        self._wake()
+
+    async def take(self, timeout: float) -> list[Chunk]:
+        """All news since the last call; empty if none came within `timeout` seconds. Raises what `fail` was given."""
+        if not self._news and self._failure is None:
+            loop = asyncio.get_running_loop()
+            self._waiter = loop.create_future()
+            timer = loop.call_later(timeout, self._wake)
+            try:
+                await self._waiter
+            finally:
+                timer.cancel()
+                self._waiter = None
+        if self._news:  # what came before a failure is still delivered
+            news = list(self._news.values())
+            self._news.clear()
+            return news
+        if self._failure is not None:
+            raise self._failure
+        return []
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+def _merge(held: Chunk, chunk: Chunk) -> None:
+    held.token_ids = held.token_ids + chunk.token_ids
+    if chunk.logprobs:
+        held.logprobs = (held.logprobs or []) + chunk.logprobs
+    if chunk.prompt_logprobs:
+        held.prompt_logprobs = (held.prompt_logprobs or []) + chunk.prompt_logprobs
+    held.num_cached = max(held.num_cached, chunk.num_cached)
+    held.finish_reason = chunk.finish_reason
+    held.stop_reason = chunk.stop_reason
+    held.error = chunk.error
+
+
+class Dispatcher:
+    """The one user of the engine client. `on_stats` is called with the figures of every step."""
+
+    def __init__(self, client: EngineClient, hang_timeout: float) -> None:
+        self.on_stats: Callable[[StepStats], None] = _ignore
+        self._client = client
+        self._hang_timeout = hang_timeout
+        self._mailboxes: dict[str, Mailbox] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.dead = False
+
+    async def start(self) -> EngineReady:
+        """Raises EngineStartError with the reason."""
+        self._loop = asyncio.get_running_loop()
+        return await asyncio.to_thread(self._client.start, self._on_message)
+
+    async def stop(self) -> None:
+        await asyncio.to_thread(self._client.close)
+
+    def trouble(self) -> str | None:
+        """Why the engine cannot serve now: "dead", "hung", or None."""
+        if self.dead:
+            return "dead"
+        return "hung" if self._client.heartbeat_age() > self._hang_timeout else None
+
+    def send(self, requests: Iterable[AddRequest], mailbox: Mailbox) -> None:
+        """Hand requests to the engine; what comes of them goes to `mailbox`. Raises 503 if the engine is gone."""
+        try:
+            if self.dead:
+                raise errors.engine_dead()
+            for request in requests:
+                self._mailboxes[request.request_id] = mailbox
+                self._client.send(request)
+        except EngineDeadError:
+            raise errors.engine_dead() from None
+
+    def forget(self, request_ids: Iterable[str], *, abort: bool) -> bool:
+        """Deliver nothing more for these requests and, with `abort`, end them. False if all were forgotten before."""
+        known = [request_id for request_id in request_ids if self._mailboxes.pop(request_id, None) is not None]
+        if known and abort and not self.dead:
+            try:
+                self._client.send(Abort(known))
+            except EngineDeadError:
+                logger.debug("the engine was gone before an abort reached it")
+        return bool(known)
+
+    def fail_all(self, failure: errors.ApiError) -> None:
+        for mailbox in set(self._mailboxes.values()):
+            mailbox.fail(failure)
+
+    def _on_message(self, message: StepOutputs | EngineDead) -> None:
+        """On the client's thread."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has closed: the server has stopped
+                self._loop.call_soon_threadsafe(self._deliver, message)
+
+    def _deliver(self, message: StepOutputs | EngineDead) -> None:
+        if isinstance(message, EngineDead):
+            self.dead = True
+            logger.error("the engine is gone: %s", message.reason)
+            self.fail_all(errors.engine_dead())
+            return
+        now = time.monotonic()
+        self.on_stats(message.stats)
+        for chunk in message.chunks:
+            mailbox = self._mailboxes.get(chunk.request_id)
+            if mailbox is not None:  # else it was forgotten a moment ago, and the abort is on its way
+                mailbox.put(chunk, now)
+
+
+def _ignore(stats: StepStats) -> None:
+    pass

@@ -1,0 +1,172 @@
+"""One shape for everything that is refused: OpenAI's nested error body, from a fixed catalogue.
+
+The caller learns the field, the value and the remedy; never a path, an address, a traceback or a class name.
+A validation error is 400, never 422: that is what OpenAI's clients branch on.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+from starlette.responses import Response
+
+from ..engine.errors import EngineDeadError, RequestError, TooLongError
+
+JSON = "application/json"
+SHOWN_CHARS = 60  # of a refused value: enough to recognise it, too little to fill a log or echo a prompt
+
+
+class ApiError(Exception):
+    """An answer that is not a completion.
+
+    code    stable, for programs; also the `reason` label of the error counter
+    param   the field at fault, in the caller's spelling
+    retry   the same request may succeed later: the answer carries Retry-After
+    """
+
+    def __init__(self, status: int, message: str, *, code: str, param: str | None = None, retry: bool = False) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+        self.retry = retry
+
+    @property
+    def type(self) -> str:
+        return _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def headers(self) -> dict[str, str]:
+        if self.retry:
+            # Jittered, so that those who were turned away together do not come back together.
+            return {"Retry-After": str(random.randint(1, 5)), "x-should-retry": "true"}
+        if self.status == 401:
+            return {"WWW-Authenticate": "Bearer"}
+        return {}
+
+    def response(self) -> Response:
+        return Response(msgspec.json.encode(self.body()), self.status, self.headers(), JSON)
+
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+    504: "timeout_error",
+}
+
+
+def invalid(message: str, param: str | None = None) -> ApiError:
+    return ApiError(400, message, code="invalid_value", param=param)
+
+
+def unsupported(param: str, message: str) -> ApiError:
+    return ApiError(400, message, code="unsupported_parameter", param=param)
+
+
+def unauthorized() -> ApiError:
+    message = "Missing or wrong API key. Send it as `Authorization: Bearer KEY`."
+    return ApiError(401, message, code="invalid_api_key")
+
+
+def model_not_found(name: str) -> ApiError:
+    return ApiError(404, f"The model `{shown(name)}` does not exist.", code="model_not_found", param="model")
+
+
+def too_large(limit: int) -> ApiError:
+    return ApiError(413, f"The request body is larger than {limit} bytes.", code="request_too_large")
+
+
+def body_too_slow(seconds: float) -> ApiError:
+    return ApiError(408, f"The request body took longer than {seconds:g} seconds.", code="request_too_slow")
+
+
+def unsupported_media_type(what: str) -> ApiError:
+    return ApiError(415, f"Unsupported Media Type: {what}", code="unsupported_media_type")
+
+
+def overloaded() -> ApiError:
+    return ApiError(503, "The server's queue is full. Try again later.", code="server_overloaded", retry=True)
+
+
+def draining() -> ApiError:
+    return ApiError(503, "The server is shutting down.", code="server_draining", retry=True)
+
+
+def engine_dead() -> ApiError:
+    return ApiError(503, "The engine is not running.", code="engine_dead", retry=True)
+
+
+def engine_failed() -> ApiError:
+    return ApiError(500, "The engine could not finish this request.", code="engine_error")
+
+
+def timed_out(seconds: float) -> ApiError:
+    return ApiError(504, f"The request took longer than {seconds:g} seconds.", code="request_timeout")
+
+
+def internal() -> ApiError:
+    return ApiError(500, "Internal server error.", code="internal_error")
+
+
+def from_status(status: int) -> ApiError:
+    """What the router itself refuses: no such path, no such method."""
+    message, code = _ROUTER.get(status, ("The request was refused.", "http_error"))
+    return ApiError(status, message, code=code)
+
+
+_ROUTER = {
+    404: ("There is nothing at this path.", "not_found"),
+    405: ("This path does not take this method.", "method_not_allowed"),
+}
+
+
+def from_engine(error: Exception) -> ApiError:
+    """The engine side's own errors, in HTTP's words; anything unexpected becomes a 500 that says nothing."""
+    if isinstance(error, TooLongError):
+        return ApiError(400, str(error), code="context_length_exceeded", param=error.param)
+    if isinstance(error, RequestError):
+        return invalid(str(error), error.param)
+    if isinstance(error, EngineDeadError):
+        return engine_dead()
+    return internal()
+
+
+def from_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
+    """pydantic's first error as one sentence with the field, what it must be, and what it was."""
+    if not errors:
+        return invalid("The request is not valid.")
+    error = errors[0]
+    where: list[str] = []
+    value = body
+    for part in error["loc"][1:]:  # the first part says "body"; the branches of a union are not the caller's names
+        named = isinstance(value, dict) and part in value
+        numbered = isinstance(value, list) and isinstance(part, int) and part < len(value)
+        if not named and not numbered:
+            break
+        value = value[part]
+        where.append(str(part))
+    if error["type"] == "missing":
+        where.append(str(error["loc"][-1]))
+        param = ".".join(where)
+        return ApiError(400, f"`{param}` is required.", code="missing_parameter", param=param)
+    param = ".".join(where)
+    what = str(error["msg"])
+    if not param:
+        return invalid("The request body must be a JSON object.")
+    return invalid(f"`{param}`: {what}; got {shown(value)}.", param)
+
+
+def shown(value: Any) -> str:
+    """A caller's value, short enough to be read and free of control characters."""
+    text = value if isinstance(value, str) else msgspec.json.encode(value, enc_hook=str).decode()
+    text = "".join(c if c.isprintable() else "\ufffd" for c in text[: SHOWN_CHARS + 1])
+    return text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + "…"

@@ -1,0 +1,208 @@
+"""From a request's fields to token ids and sampling parameters. Runs on the text threads, never on the event loop."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..engine.chat import ChatTemplate, require_chat_template
+from ..engine.messages import EngineReady
+from ..engine.outputs import TextOptions
+from ..engine.tokenizer import Tokenizer
+from ..engine.validation import MAX_BAD_WORDS, Limits, check_length, check_params, check_stop, clamp_logit_bias, valid_token_ids
+from ..scheduler.params import SamplingParams
+from . import errors
+from .generate import GenerateRequest, Prompt
+from .protocol import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerateBody, TokenizeBody
+
+MAX_PROMPTS = 1024  # of one call, as elsewhere: an evaluation harness sends its whole batch in one
+MAX_SAMPLES = 4096  # prompts times n of one call: each holds text state here and KV blocks in the engine
+
+
+@dataclass(frozen=True, slots=True)
+class TextSide:
+    """What turns text into ids and back, and the bounds that hold for them."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    limits: Limits
+    ready: EngineReady
+    defaults: Mapping[str, float | int]  # the model's own sampling defaults
+
+
+def count_samples(body: CompletionBody) -> int:
+    """How many samples `body` asks for, before anything else is known of it. Raises 400 for none or too many."""
+    prompt = body.prompt
+    if prompt is None or prompt == "" or prompt == []:
+        raise errors.invalid("`prompt` is required and must not be empty.", "prompt")
+    prompts = len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1
+    if prompts > MAX_PROMPTS:
+        raise errors.invalid(f"`prompt` holds {prompts} prompts; at most {MAX_PROMPTS} are taken in one call.", "prompt")
+    if prompts * body.samples > MAX_SAMPLES:
+        raise errors.invalid(f"prompts times `n` is {prompts * body.samples}; at most {MAX_SAMPLES} are taken.", "n")
+    return prompts * body.samples
+
+
+def completion_request(body: CompletionBody, text: TextSide, arrival: float, cache_salt: str) -> GenerateRequest:
+    """Raises ApiError or RequestError for whatever cannot be served as asked."""
+    echo_logprobs = body.logprobs if body.echo else None
+    if body.max_tokens == 0 and not body.echo:
+        raise errors.invalid("`max_tokens` must be at least 1; 0 is for `echo` only.", "max_tokens")
+    prompt_logprobs = body.prompt_logprobs if echo_logprobs is None else max(echo_logprobs, body.prompt_logprobs or 0)
+    prompts = []
+    for source in _sources(body.prompt):
+        ids = _encode(source, text, body) if isinstance(source, str) else _checked_ids(source, text)
+        ids = _truncated(ids, body, text, body.max_tokens or 0)
+        room = text.ready.max_model_len - len(ids)
+        max_tokens = min(DEFAULT_COMPLETION_TOKENS, max(room, 1)) if body.max_tokens is None else body.max_tokens
+        params = _params(body, text, max_tokens, body.logprobs, prompt_logprobs)
+        check_length(len(ids), max_tokens, text.ready.max_model_len)
+        prompts.append(Prompt(ids, params, source if isinstance(source, str) else None))
+    return _request(body, prompts, text, arrival, cache_salt)
+
+
+def chat_request(body: ChatBody, text: TextSide, arrival: float, cache_salt: str) -> GenerateRequest:
+    """Raises ApiError or RequestError for whatever cannot be served as asked."""
+    max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    if max_tokens is not None and max_tokens < 1:
+        name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        raise errors.invalid(f"`{name}` must be at least 1, got {max_tokens}.", name)
+    ids = encode_chat(body, text)
+    ids = _truncated(ids, body, text, max_tokens or 0)
+    if max_tokens is None:
+        room = max(text.ready.max_model_len - len(ids), 1)
+        max_tokens = min(int(text.defaults.get("max_tokens", room)), room)
+    params = _params(body, text, max_tokens, body.num_logprobs, body.prompt_logprobs)
+    check_length(len(ids), max_tokens, text.ready.max_model_len)
+    return _request(body, [Prompt(ids, params)], text, arrival, cache_salt)
+
+
+def encode_chat(body: ChatBody | TokenizeBody, text: TextSide) -> list[int]:
+    """The ids of the rendered conversation."""
+    continue_final = bool(body.continue_final_message)
+    rendered = require_chat_template(text.template).render(
+        body.messages,
+        add_generation_prompt=not continue_final if body.add_generation_prompt is None else body.add_generation_prompt,
+        continue_final_message=continue_final,
+        variables=body.chat_template_kwargs,
+    )
+    text.tokenizer.check_bytes(rendered, text.ready.max_model_len, "messages")
+    return text.tokenizer.encode(rendered, add_special_tokens=bool(body.add_special_tokens))
+
+
+def _sources(prompt: Any) -> list[str] | list[list[int]]:
+    """`prompt` as a list of texts or of id lists. Raises 400 for anything else."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt, list) and prompt:
+        if all(isinstance(item, str) for item in prompt):
+            empty = next((i for i, item in enumerate(prompt) if not item), None)
+            if empty is not None:
+                raise errors.invalid(f"`prompt[{empty}]` is empty.", "prompt")
+            return prompt
+        lists = [prompt] if type(prompt[0]) is int else prompt
+        if all(isinstance(item, list) and item and all(type(i) is int for i in item) for item in lists):
+            return lists
+    raise errors.invalid(
+        "`prompt` must be text, a list of texts, a list of token ids or a list of such lists, none of them empty.",
+        "prompt",
+    )
+
+
+def _encode(source: str, text: TextSide, body: GenerateBody) -> list[int]:
+    text.tokenizer.check_bytes(source, text.ready.max_model_len)
+    ids = text.tokenizer.encode(source, add_special_tokens=body.add_special_tokens is not False)
+    if not ids:
+        raise errors.invalid("`prompt` has no tokens.", "prompt")
+    return ids
+
+
+def _checked_ids(ids: list[int], text: TextSide) -> list[int]:
+    valid_token_ids(ids, text.ready.vocab_size, "prompt")
+    return ids
+
+
+def _truncated(ids: list[int], body: GenerateBody, text: TextSide, max_tokens: int) -> list[int]:
+    """The last `truncate_prompt_tokens` ids; -1 keeps what fits beside max_tokens."""
+    keep = body.truncate_prompt_tokens
+    if keep is None:
+        return ids
+    longest = text.ready.max_model_len - max_tokens
+    if keep != -1 and not 1 <= keep <= text.ready.max_model_len:
+        raise errors.invalid(
+            f"`truncate_prompt_tokens` must be -1 or between 1 and {text.ready.max_model_len}, got {keep}.",
+            "truncate_prompt_tokens",
+        )
+    return ids[-max(longest, 1) :] if keep == -1 else ids[-keep:]
+
+
+def _params(
+    body: GenerateBody, text: TextSide, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
+) -> SamplingParams:
+    """Unset fields take the model's defaults, then OpenAI's."""
+
+    def chosen(name: str, default: float) -> float:
+        value = getattr(body, name)
+        return text.defaults.get(name, default) if value is None else value
+
+    top_k = int(chosen("top_k", 0))
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=body.min_tokens or 0,
+        n=body.samples,
+        temperature=chosen("temperature", 1.0),
+        top_k=0 if top_k == -1 else top_k,  # both mean off
+        top_p=chosen("top_p", 1.0),
+        min_p=chosen("min_p", 0.0),
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        repetition_penalty=chosen("repetition_penalty", 1.0),
+        # Unset must mean different answers each time, and noise is a function of the seed alone.
+        seed=secrets.randbits(63) if body.seed is None else body.seed,
+        stop_token_ids=tuple(body.stop_token_ids or ()),
+        ignore_eos=bool(body.ignore_eos),
+        logit_bias=_logit_bias(body.logit_bias),
+        allowed_token_ids=None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
+        bad_words=_bad_words(body.bad_words, text.tokenizer),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+    check_params(params, text.limits)
+    return params
+
+
+def _logit_bias(given: Mapping[str, float] | None) -> dict[int, float]:
+    try:
+        return clamp_logit_bias({int(token_id): value for token_id, value in (given or {}).items()})
+    except ValueError:
+        raise errors.invalid("The keys of `logit_bias` must be token ids.", "logit_bias") from None
+
+
+def _bad_words(words: list[str] | None, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """A word is spelled by other tokens at the start of a text than after a space: both are forbidden."""
+    spelled: dict[tuple[int, ...], None] = {}
+    if len(words or ()) > MAX_BAD_WORDS // 2:
+        raise errors.invalid(f"`bad_words` has more than {MAX_BAD_WORDS // 2} entries.", "bad_words")
+    for word in words or ():
+        if not word.strip():
+            raise errors.invalid("`bad_words` cannot contain an empty string.", "bad_words")
+        for variant in (word, " " + word.lstrip()):
+            spelled[tuple(tokenizer.encode(variant, add_special_tokens=False))] = None
+    return tuple(spelled)
+
+
+def _request(
+    body: GenerateBody, prompts: list[Prompt], text: TextSide, arrival: float, cache_salt: str
+) -> GenerateRequest:
+    options = TextOptions(
+        stop=body.stops,
+        include_stop_str_in_output=bool(body.include_stop_str_in_output),
+        skip_special_tokens=body.skip_special_tokens is not False,
+        spaces_between_special_tokens=body.spaces_between_special_tokens is not False,
+    )
+    check_stop(options.stop)
+    return GenerateRequest(
+        prompts=prompts, text_options=options, arrival=arrival, priority=body.priority or 0, cache_salt=cache_salt
+    )

@@ -1,0 +1,222 @@
+"""All Prometheus objects: one registry per server, names as vLLM's with the prefix `quire_`.
+
+Two kinds: what the API side counts as it happens (latencies, tokens, ends, errors), and what the engine reports in
+every StepStats, which is only kept and turned into families when somebody scrapes.
+
+Token counters and the responses' `usage` are fed by the same numbers at the same place (`generate.py`), so the sum over
+all usages, those of aborted requests included, equals the counters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
+
+from ..engine.messages import EngineReady, StepStats
+
+# vLLM's bucket sets, so that recorded queries keep their meaning, extended downwards: a small model's first token takes
+# less than their first bucket, and 1 to 8 ms is where its inter-token latency lives.
+TTFT_BUCKETS = (
+    0.001, 0.002, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+    160.0, 640.0, 2560.0,
+)  # fmt: skip
+ITL_BUCKETS = (
+    0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0,
+    2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+)  # fmt: skip
+REQUEST_BUCKETS = (
+    0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0,
+    50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
+)  # fmt: skip
+STEP_TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+# What dashboards, KEDA recipes and gateway endpoint pickers ask for under vLLM's names.
+ALIASED = frozenset(
+    {
+        "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "cache_config_info", "prompt_tokens",
+        "prompt_tokens_cached", "generation_tokens", "request_success", "num_preemptions", "prefix_cache_queries",
+        "prefix_cache_hits", "admission_rejections", "time_to_first_token_seconds", "inter_token_latency_seconds",
+        "request_time_per_output_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds",
+        "request_prompt_tokens", "request_generation_tokens", "iteration_tokens_total",
+    }
+)  # fmt: skip
+
+
+class Metrics:
+    """The instruments, as attributes; a method where one event moves several."""
+
+    def __init__(self, ready: EngineReady, model_name: str, *, vllm_aliases: bool) -> None:
+        self._registry = CollectorRegistry()
+        self._vllm_aliases = vllm_aliases
+        self._model = model_name
+        self.stats = StepStats(kv_blocks_total=ready.num_blocks)
+        sizes = _one_two_five(ready.max_model_len)
+
+        self.time_to_first_token = self._histogram(
+            "time_to_first_token_seconds", "From arrival to a sample's first token.", TTFT_BUCKETS
+        )
+        self.inter_token_latency = self._histogram(
+            "inter_token_latency_seconds", "Between two deliveries of tokens of one sample.", ITL_BUCKETS
+        )
+        self.time_per_output_token = self._histogram(
+            "request_time_per_output_token_seconds", "A sample's mean time per token after its first.", ITL_BUCKETS
+        )
+        self.e2e_latency = self._histogram(
+            "e2e_request_latency_seconds", "From arrival to a sample's end.", REQUEST_BUCKETS
+        )
+        self.queue_time = self._histogram(
+            "request_queue_time_seconds", "From arrival at the engine to the first step.", REQUEST_BUCKETS
+        )
+        self.request_prompt_tokens = self._histogram("request_prompt_tokens", "Tokens of a prompt.", sizes)
+        self.request_generation_tokens = self._histogram("request_generation_tokens", "Tokens of a sample.", sizes)
+        self.step_tokens = self._histogram(
+            "iteration_tokens_total", "Tokens in one step of the engine.", STEP_TOKEN_BUCKETS
+        )
+
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens, as in the responses' usage.")
+        self.cached_tokens = self._counter("prompt_tokens_cached", "Prompt tokens that the prefix cache held.")
+        self.generation_tokens = self._counter("generation_tokens", "Tokens drawn, as in the responses' usage.")
+        self._finished = self._family("request_success", "Samples that ended, by finish reason.", "finished_reason")
+        self._aborted = self._family("requests_aborted", "Requests whose client left, by stage.", "stage")
+        self._errors = self._family("request_errors", "Answers that are errors.", "code", "reason")
+        self._rejected = self._family("admission_rejections", "Requests that were not let in.", "reason")
+        self._steps = self._family("step_seconds", "Time in the engine's steps, by part.", "part")
+        self.schedule_seconds = self._steps.labels(model_name, "schedule")
+        self.forward_seconds = self._steps.labels(model_name, "forward")
+        self._http = Counter(
+            "quire_http_requests", "HTTP requests.", ("method", "handler", "status"), registry=self._registry
+        )
+        self._http_seconds = Histogram(
+            "quire_http_request_duration_seconds",
+            "HTTP requests, headers to last byte.",
+            ("method", "handler"),
+            buckets=REQUEST_BUCKETS,
+            registry=self._registry,
+        )
+        self._registry.register(_EngineCollector(self, ready, model_name))
+        ProcessCollector(registry=self._registry)
+
+    def saw_step(self, stats: StepStats) -> None:
+        if stats.steps_total != self.stats.steps_total:  # not a mere report of an abort
+            self.step_tokens.observe(stats.step_tokens)
+            self.schedule_seconds.inc(stats.schedule_seconds)
+            self.forward_seconds.inc(stats.forward_seconds)
+        self.stats = stats
+
+    def sample_finished(self, reason: str, tokens: int, total_seconds: float, decode_seconds: float) -> None:
+        self._finished.labels(self._model, reason).inc()
+        self.e2e_latency.observe(total_seconds)
+        self.request_generation_tokens.observe(tokens)
+        if tokens > 1:
+            self.time_per_output_token.observe(decode_seconds / (tokens - 1))
+
+    def aborted(self, stage: str) -> None:
+        """`stage`: "waiting" (no token yet) or "running"."""
+        self._aborted.labels(self._model, stage).inc()
+
+    def error(self, status: int, reason: str) -> None:
+        self._errors.labels(self._model, str(status), reason).inc()
+
+    def rejected(self, reason: str) -> None:
+        self._rejected.labels(self._model, reason).inc()
+
+    def http(self, method: str, handler: str, status: int, seconds: float) -> None:
+        self._http.labels(method, handler, str(status)).inc()
+        self._http_seconds.labels(method, handler).observe(seconds)
+
+    def render(self) -> bytes:
+        """The text format that Prometheus scrapes."""
+        text = generate_latest(self._registry)
+        return text + generate_latest(_Aliases(self._registry)) if self._vllm_aliases else text
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        family = Histogram(f"quire_{name}", text, ("model_name",), buckets=buckets, registry=self._registry)
+        return family.labels(self._model)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(f"quire_{name}", text, ("model_name",), registry=self._registry).labels(self._model)
+
+    def _family(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"quire_{name}", text, ("model_name", *labels), registry=self._registry)
+
+
+class _EngineCollector(Collector):
+    """The engine's last StepStats and its facts from the start, as families."""
+
+    def __init__(self, metrics: Metrics, ready: EngineReady, model_name: str) -> None:
+        self._metrics = metrics
+        self._ready = ready
+        self._model = model_name
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._metrics.stats
+        gauges = {
+            "num_requests_running": ("Samples in the running batch.", stats.running),
+            "num_requests_waiting": ("Samples that wait for a place in it.", stats.waiting),
+            "kv_cache_usage_perc": ("Share of KV blocks held by requests, 0 to 1.", _ratio(stats)),
+            "kv_blocks_cached": ("Free KV blocks that a prompt could still hit.", stats.kv_blocks_cached),
+        }
+        for name, (text, value) in gauges.items():
+            yield self._gauge(name, text, {(): value})
+        counters = {
+            "num_preemptions": ("Running samples put back to waiting.", stats.preemptions_total),
+            "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", stats.prefix_query_tokens_total),
+            "prefix_cache_hits": ("Prompt tokens found there.", stats.prefix_hit_tokens_total),
+            "engine_steps": ("Steps of the engine.", stats.steps_total),
+            "engine_prompt_tokens": ("Prompt tokens computed, recomputed ones included.", stats.prompt_tokens_total),
+            "engine_generated_tokens": ("Tokens drawn by the engine.", stats.generated_tokens_total),
+            "recomputed_tokens": ("Tokens computed again after a preemption.", stats.recomputed_tokens_total),
+            "engine_aborted": ("Samples ended from outside.", stats.aborted_total),
+            "engine_failed": ("Samples ended by an error of their own.", stats.failed_total),
+        }
+        for name, (text, value) in counters.items():
+            family = CounterMetricFamily(f"quire_{name}", text, labels=("model_name",))
+            family.add_metric((self._model,), value)
+            yield family
+        ready = self._ready
+        facts = {"block_size": str(ready.block_size), "num_gpu_blocks": str(ready.num_blocks)}
+        yield self._gauge("cache_config_info", "Shape of the KV cache.", {tuple(facts.values()): 1}, *facts)
+        phases: dict[tuple[str, ...], float] = {(phase,): seconds for phase, seconds in ready.startup_seconds.items()}
+        yield self._gauge("startup_seconds", "Time to start, by phase.", phases, "phase")
+        memory: dict[tuple[str, ...], float] = {(kind,): size for kind, size in ready.memory_bytes.items()}
+        yield self._gauge("memory_bytes", "Memory held, by kind.", memory, "kind")
+
+    def _gauge(self, name: str, text: str, values: Mapping[tuple[str, ...], float], *labels: str) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(f"quire_{name}", text, labels=("model_name", *labels))
+        for key, value in values.items():
+            family.add_metric((self._model, *key), value)
+        return family
+
+
+class _Aliases(CollectorRegistry):
+    """The same numbers under the names that vLLM gave them."""
+
+    def __init__(self, source: CollectorRegistry) -> None:
+        super().__init__()
+        self._source = source
+
+    def collect(self) -> Iterable[Metric]:
+        for family in self._source.collect():
+            if family.name.removeprefix("quire_") in ALIASED:
+                alias = Metric(family.name.replace("quire_", "vllm:", 1), family.documentation, family.type)
+                alias.samples = [
+                    sample._replace(
+                        name=sample.name.replace("quire_", "vllm:", 1), labels={**sample.labels, "engine": "0"}
+                    )
+                    for sample in family.samples
+                ]
+                yield alias
+
+
+def _ratio(stats: StepStats) -> float:
+    return stats.kv_blocks_used / stats.kv_blocks_total if stats.kv_blocks_total else 0.0
+
+
+def _one_two_five(largest: int) -> tuple[float, ...]:
+    """1, 2, 5, 10, 20, 50 … up to `largest`."""
+    series = [float(m * 10**e) for e in range(len(str(largest))) for m in (1, 2, 5)]
+    return tuple(value for value in series if value <= largest)

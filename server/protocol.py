@@ -1,0 +1,193 @@
+"""What callers send: OpenAI's request shapes with the extras that vLLM and SGLang made common.
+
+Types are strict (no "1", 1.0 or true for 1) and null means the default everywhere. Ranges are not checked here but in
+`engine/validation.py`, which the offline API shares. Three kinds of fields do nothing, each on purpose:
+
+unknown     accepted, and named in the debug log: newer clients must not fail
+NO_EFFECT   known and harmless: labels and hints that change no token
+NOT_BUILT   known and not harmless: refused by name unless it says what happens anyway
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..engine.validation import MAX_N
+from . import errors
+from .logs import logger
+
+Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # what the wire to the engine can carry
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions only
+
+# Accepted and without effect here.
+NO_EFFECT = frozenset(
+    {
+        "metadata", "moderation", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
+        "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user", "verbosity",
+    }
+)  # fmt: skip
+
+# field -> the values, beside null, that ask for nothing
+NOT_BUILT: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (),  # n is what it may be equal to: checked where n is known
+    "chat_template": (),
+    "documents": (),
+    "function_call": ("none",),
+    "functions": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "kv_transfer_params": (),
+    "logits_processors": (),
+    "logprob_token_ids": (),
+    "mm_processor_kwargs": (),
+    "modalities": (["text"],),
+    "prompt_embeds": (),
+    "repetition_detection": (),
+    "response_format": ({"type": "text"},),
+    "return_tokens_as_token_ids": (False,),
+    "stop_regex": (),
+    "stream_interval": (1,),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "thinking_token_budget": (),
+    "tool_choice": ("none",),
+    "tools": (),
+    "truncation_side": ("left",),
+    "use_beam_search": (False,),
+    "vllm_xargs": (),
+    "web_search_options": (),
+}
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
+
+    def refuse_unbuilt(self) -> None:
+        """Raises 400 for the first field that asks for something this server cannot do."""
+        extras = self.model_extra or {}
+        for name, value in extras.items():
+            if name in NOT_BUILT:
+                if value is not None and value not in NOT_BUILT[name] and not self._is_what_happens_anyway(name, value):
+                    raise errors.unsupported(name, f"`{name}` is not supported by this server; leave it out.")
+            elif name not in NO_EFFECT:
+                logger.debug("a request has the unknown field %s", errors.shown(name))
+
+    def _is_what_happens_anyway(self, name: str, value: Any) -> bool:
+        return False
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerateBody(_Body):
+    """The fields that both generating endpoints share."""
+
+    model: str | None = None
+    n: Integer | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Integer | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: Integer | None = None
+    max_tokens: Integer | None = None
+    min_tokens: Integer | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[Integer] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[Integer] | None = None
+    bad_words: list[str] | None = None
+    prompt_logprobs: Integer | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    priority: Integer | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None  # the suffix of the answer's id
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Integer | None = None
+    return_token_ids: bool | None = None
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def samples(self) -> int:
+        return 1 if self.n is None else self.n
+
+    def check_together(self) -> None:
+        """What no single field's type can say. Raises 400."""
+        self.refuse_unbuilt()
+        if not 1 <= self.samples <= MAX_N:  # before admission, which counts them
+            raise errors.invalid(f"`n` must be between 1 and {MAX_N}, got {self.n}.", "n")
+        if self.stream_options is not None and not self.stream:
+            raise errors.invalid("Stream options can only be defined when `stream=True`.", "stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise errors.invalid("`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs")
+
+    def _is_what_happens_anyway(self, name: str, value: Any) -> bool:
+        return name == "best_of" and type(value) is int and value == self.samples
+
+
+class CompletionBody(GenerateBody):
+    # Text, texts, ids or lists of ids; told apart in `inputs.py`, off the event loop: it may hold a million ids.
+    prompt: Any = None
+    echo: bool | None = None
+    logprobs: Integer | None = None
+
+
+class ChatBody(GenerateBody):
+    messages: list[dict[str, Any]]
+    max_completion_tokens: Integer | None = None
+    logprobs: bool | None = None
+    top_logprobs: Integer | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+
+    def check_together(self) -> None:
+        super().check_together()
+        if self.top_logprobs is not None and self.top_logprobs != 0 and not self.logprobs:
+            raise errors.invalid("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
+        if self.top_logprobs is not None and self.top_logprobs < 0:
+            raise errors.invalid("`top_logprobs` must be a positive value.", "top_logprobs")
+        if (self.model_extra or {}).get("echo"):
+            raise errors.unsupported("echo", "`echo` is not supported for chat completions; leave it out.")
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class TokenizeBody(_Body):
+    """Either `prompt`, or `messages` with the options of a chat request."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class DetokenizeBody(_Body):
+    model: str | None = None
+    tokens: list[Integer]

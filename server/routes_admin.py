@@ -1,0 +1,122 @@
+"""Everything that is not generation: what is served, whether it is well, and the tokenizer as a service."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from .. import __version__
+from ..engine.validation import valid_token_ids
+from . import errors
+from .inputs import encode_chat
+from .protocol import DetokenizeBody, TokenizeBody
+from .routing import GuardedRoute
+from .state import State, state_of
+
+router = APIRouter(route_class=GuardedRoute)
+
+
+@router.get("/v1/models", response_model=None)
+async def list_models(request: Request) -> Response:
+    state = state_of(request)
+    return _json({"object": "list", "data": [_model(state, name) for name in state.model_names]})
+
+
+@router.get("/v1/models/{model:path}", response_model=None)
+async def show_model(model: str, request: Request) -> Response:
+    state = state_of(request)
+    return _json(_model(state, state.model_name(model)))
+
+
+@router.get("/health", response_model=None)
+async def health(request: Request) -> Response:
+    """Liveness: the engine's loop turns. Load and drain do not change it."""
+    return _probe(state_of(request).dispatcher.trouble())
+
+
+@router.get("/ready", response_model=None)
+async def ready(request: Request) -> Response:
+    """Readiness: a request sent now would be let in."""
+    state = state_of(request)
+    return _probe(state.dispatcher.trouble() or ("draining" if state.admission.draining else None))
+
+
+@router.get("/metrics", response_model=None)
+async def metrics(request: Request) -> Response:
+    text = state_of(request).metrics.render()
+    return Response(text, media_type="text/plain; version=1.0.0; charset=utf-8")
+
+
+@router.get("/version", response_model=None)
+async def version(request: Request) -> Response:
+    """What runs here, as resolved at the start."""
+    state = state_of(request)
+    facts = msgspec.structs.asdict(state.ready)
+    del facts["model_path"]  # this route is open to everybody
+    return _json({"version": __version__, "model": state.model_names[0], **facts})
+
+
+@router.get("/openapi.json", response_model=None)
+async def openapi(request: Request) -> Response:
+    return _json(request.app.openapi())
+
+
+@router.post("/tokenize", response_model=None)
+async def tokenize(body: TokenizeBody, request: Request) -> Response:
+    state = state_of(request)
+    state.model_name(body.model)
+    body.refuse_unbuilt()
+    if (body.prompt is None) == (body.messages is None):
+        raise errors.invalid("Send either `prompt` or `messages`.", "prompt")
+    tokenizer = state.text.tokenizer
+
+    def encode() -> list[int]:
+        if body.prompt is None:
+            return encode_chat(body, state.text)
+        tokenizer.check_bytes(body.prompt, state.ready.max_model_len)
+        return tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+
+    ids = await state.in_pool(encode)
+    answer: dict[str, Any] = {"count": len(ids), "max_model_len": state.ready.max_model_len, "tokens": ids}
+    if body.return_token_strs:
+        answer["token_strs"] = [tokenizer.token_text(token_id) for token_id in ids]
+    return _json(answer)
+
+
+@router.post("/detokenize", response_model=None)
+async def detokenize(body: DetokenizeBody, request: Request) -> Response:
+    state = state_of(request)
+    state.model_name(body.model)
+    body.refuse_unbuilt()
+
+    def decode() -> str:
+        valid_token_ids(body.tokens, state.ready.vocab_size, "tokens")
+        return state.text.tokenizer.decode(body.tokens, skip_special_tokens=False)
+
+    return _json({"prompt": await state.in_pool(decode)})
+
+
+def _model(state: State, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": state.created,
+        "owned_by": "quire",
+        "root": state.model_names[0],
+        "parent": None,
+        "max_model_len": state.ready.max_model_len,
+    }
+
+
+def _probe(trouble: str | None) -> Response:
+    if trouble is None:
+        return _json({"status": "ok"})
+    return Response(msgspec.json.encode({"status": trouble}), 503, {"Retry-After": "5"}, errors.JSON)
+
+
+def _json(content: Any) -> Response:
+    return Response(msgspec.json.encode(content), media_type=errors.JSON)

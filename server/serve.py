@@ -1,0 +1,96 @@
+"""Run the server until it is told to stop, and stop it gently.
+
+first SIGTERM or SIGINT   /ready says 503, new requests get 503, running ones finish within drain_timeout
+second                    now
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from types import FrameType
+
+import uvicorn
+
+from ..engine.client import EngineClient
+from . import errors, logs
+from .app import create_app
+from .config import ServerConfig
+from .http_protocol import BoundedProtocol
+from .logs import logger
+
+CLOSE_SECONDS = 5  # for the last error events to reach their readers, once everything has been aborted
+
+
+def serve(client: EngineClient, config: ServerConfig) -> bool:
+    """Start `client`, then listen; returns when stopped. False if the start failed or the engine died.
+
+    The port opens when the model is ready: what goes wrong before is in the log, and no probe ever sees half a server.
+    """
+    logs.setup(config.log_level, config.log_json)
+    server = _Server(client, config)
+    try:
+        server.run()
+    except SystemExit:  # uvicorn's word for a failed start; the reason has been logged
+        return False
+    return not server.engine_died
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, client: EngineClient, config: ServerConfig) -> None:
+        self._client = client
+        self._app = create_app(client, config)
+        self._drain_timeout = config.drain_timeout
+        self._stopping: asyncio.Task[None] | None = None
+        self._hurry = asyncio.Event()
+        super().__init__(
+            uvicorn.Config(
+                self._app,
+                host=config.host,
+                port=config.port,
+                http=BoundedProtocol,
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=CLOSE_SECONDS,
+            )
+        )
+
+    @property
+    def engine_died(self) -> bool:
+        return bool(self._app.state.quire.dispatcher.dead)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        logger.info("serving on http://%s:%d", self.config.host, self.config.port)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """In place of uvicorn's: that one closes the port first, and lets the signal kill the process in the end."""
+        if not self.started:
+            self.should_exit = True
+            threading.Thread(target=self._client.close).start()  # ends the start that the main thread waits for
+        else:
+            self._loop.call_soon_threadsafe(self._stop)
+
+    def _stop(self) -> None:
+        if self._stopping is None:
+            self._stopping = asyncio.create_task(self._drain())
+        else:
+            self._hurry.set()
+
+    async def _drain(self) -> None:
+        state = self._app.state.quire
+        logger.info("stopping: %d requests may finish within %g s", state.admission.requests, self._drain_timeout)
+        drained = asyncio.ensure_future(state.admission.drain(self._drain_timeout))
+        hurried = asyncio.ensure_future(self._hurry.wait())
+        await asyncio.wait((drained, hurried), return_when=asyncio.FIRST_COMPLETED)
+        hurried.cancel()
+        drained.cancel()
+        if state.admission.requests:
+            logger.warning("stopping: %d requests are cut off", state.admission.requests)
+            state.dispatcher.fail_all(errors.draining())
+        self.should_exit = True

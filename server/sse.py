@@ -1,0 +1,62 @@
+"""Server-sent events: the frames, and the response that writes them for as long as somebody reads.
+
+data: {json}\\n\\n  …  data: [DONE]\\n\\n          : keep-alive\\n\\n
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import AbstractContextManager, aclosing
+from typing import Any
+
+import msgspec
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from .connection import ClientGone, while_connected
+
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+
+_encode = msgspec.json.Encoder().encode
+
+
+def event(payload: Any) -> bytes:
+    """One `data:` frame. JSON escapes every line break, so the frame cannot be torn by the text it carries."""
+    return b"data: " + _encode(payload) + b"\n\n"
+
+
+class EventStream(Response):
+    """Writes what `frames` yields; ends when the client leaves, or takes no byte for `write_timeout` seconds.
+
+    `owner` is entered for the life of the response and left in every case, also when `frames` was never started.
+    A slow reader holds up nobody: while a write blocks, the tokens of its request merge in their mailbox.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self, frames: AsyncGenerator[bytes], owner: AbstractContextManager[object], write_timeout: float
+    ) -> None:
+        # "no": or nginx collects the stream and hands it over at its end.
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._frames = frames
+        self._owner = owner
+        self._write_timeout = write_timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._owner:
+            await while_connected(receive, self._write(send))
+
+    async def _write(self, send: Send) -> None:
+        async with aclosing(self._frames) as frames:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for frame in frames:
+                try:
+                    async with asyncio.timeout(self._write_timeout):
+                        await send({"type": "http.response.body", "body": frame, "more_body": True})
+                except TimeoutError:
+                    raise ClientGone from None
+            await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,282 @@
+"""A scripted engine behind the real HTTP side, and a tokenizer whose ids are bytes."""
+
+from __future__ import annotations
+
+import json
+import math
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from quire.engine.errors import EngineDeadError
+from quire.engine.messages import Abort, AddRequest, Chunk, EngineDead, EngineReady, StepOutputs, StepStats
+from quire.scheduler.plan import TokenLogprob
+from quire.server.app import create_app
+from quire.server.config import ServerConfig
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+EOS = 256
+VOCAB_SIZE = 320  # wider than the tokenizer, as real logits are
+MAX_MODEL_LEN = 512
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}{{ mood | default('') }}"
+)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Byte-level spelling with id = byte value."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(hidden)}
+
+
+def make_folder(path: Path) -> Path:
+    """A model folder without weights: token id = byte, 256 = <eos>."""
+    path.mkdir()
+    tokenizer = Tokenizer(models.BPE(vocab=_byte_alphabet(), merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<eos>", special=True)])
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>", "chat_template": TEMPLATE}))
+    (path / "config.json").write_text(json.dumps({"eos_token_id": EOS}))
+    (path / "generation_config.json").write_text(json.dumps({"top_k": 7, "temperature": 0.5}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def logprob_of(token_id: int) -> float:
+    """A made-up figure that tells tokens apart."""
+    return -(token_id % 16 + 1) / 16
+
+
+def entry(token_id: int, num_top: int) -> TokenLogprob:
+    rivals = [token_id, *((token_id + i) % 256 for i in range(1, VOCAB_SIZE))][: num_top if num_top >= 0 else None]
+    return TokenLogprob(token_id, logprob_of(token_id), 1, tuple((rival, logprob_of(rival)) for rival in rivals))
+
+
+class _Sample:
+    def __init__(self, request: AddRequest, index: int, answer: list[int]) -> None:
+        self.request = request
+        self.index = index
+        self.answer = answer
+        self.done = 0
+
+
+class FakeClient:
+    """An engine that says what it is told to: `answer(request, sample index)` gives the ids it draws.
+
+    One step gives every sample `tokens_per_step` ids. While `gate` is clear no step happens.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.answer: Callable[[AddRequest, int], list[int]] = lambda request, index: [*b"Hello, world!", EOS]
+        self.tokens_per_step = 1
+        self.step_seconds = 0.0
+        self.fail_request: str | None = None  # error text that the next step gives every sample
+        self.num_cached = 0
+        self.age = 0.0
+        self.gate = threading.Event()
+        self.gate.set()
+        self.added: list[AddRequest] = []
+        self.aborted: list[str] = []
+        self.closed = False
+        self._inbox: queue.SimpleQueue[AddRequest | Abort | EngineDead | None] = queue.SimpleQueue()
+        self._running: list[_Sample] = []
+        self._stats = StepStats(kv_blocks_total=100)
+        self._dead = False
+
+    def start(self, on_message: Callable[[StepOutputs | EngineDead], None]) -> EngineReady:
+        self._on_message = on_message
+        self._thread = threading.Thread(target=self._loop, daemon=True)
+        self._thread.start()
+        return EngineReady(
+            model_path=str(self.folder),
+            model_type="llama",
+            num_parameters=1000,
+            dtype="float32",
+            device="cpu",
+            vocab_size=VOCAB_SIZE,
+            max_model_len=MAX_MODEL_LEN,
+            max_logprobs=20,
+            max_num_seqs=4,
+            max_num_batched_tokens=64,
+            block_size=16,
+            num_blocks=100,
+            eos_token_ids=[EOS],
+            kernels={"attention": "reference"},
+            reasons={"dtype": "asked for"},
+            startup_seconds={"load": 0.5},
+            memory_bytes={"weights": 4000},
+        )
+
+    def send(self, message: AddRequest | Abort) -> None:
+        if self._dead:
+            raise EngineDeadError("gone")
+        if isinstance(message, Abort):
+            self.aborted += message.request_ids
+        else:
+            self.added.append(message)
+        self._inbox.put(message)
+
+    def heartbeat_age(self) -> float:
+        return math.inf if self._dead else self.age
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self.gate.set()
+            self._inbox.put(None)
+            self._thread.join(5)
+
+    def die(self) -> None:
+        self._dead = True
+        self._inbox.put(EngineDead("planned by the test, in /secret/place"))
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def _loop(self) -> None:
+        while True:
+            message = self._inbox.get() if not self._running or not self._inbox.empty() else False
+            if message is None:
+                return
+            if isinstance(message, EngineDead):
+                self._on_message(message)
+                return
+            if isinstance(message, Abort):
+                self._running = [s for s in self._running if s.request.request_id not in message.request_ids]
+                self._stats.aborted_total += len(message.request_ids)
+            elif isinstance(message, AddRequest):
+                self._running += [_Sample(message, i, self.answer(message, i)) for i in range(message.params.n)]
+                self._stats.prompt_tokens_total += len(message.prompt_ids)
+                continue  # take all that is there before the next step
+            if not self._inbox.empty():
+                continue
+            while not self.gate.wait(0.005):
+                if not self._inbox.empty():
+                    break
+            else:
+                if self._running:
+                    self._step()
+
+    def _step(self) -> None:
+        time.sleep(self.step_seconds)
+        chunks = [self._advance(sample) for sample in self._running]
+        self._running = [s for s, chunk in zip(self._running, chunks, strict=True) if chunk.finish_reason is None]
+        self._stats.steps_total += 1
+        self._stats.running = len(self._running)
+        self._stats.generated_tokens_total += sum(len(chunk.token_ids) for chunk in chunks)
+        self._on_message(StepOutputs(chunks, StepStats(**{f: getattr(self._stats, f) for f in self._stats.__struct_fields__})))
+
+    def _advance(self, sample: _Sample) -> Chunk:
+        request, params = sample.request, sample.request.params
+        chunk = Chunk(request.request_id, sample.index, [])
+        if self.fail_request is not None:
+            chunk.finish_reason, chunk.error = "error", self.fail_request
+            return chunk
+        if sample.done == 0:
+            chunk.num_cached, chunk.queued_seconds = self.num_cached, 0.001
+            if params.prompt_logprobs is not None and sample.index == 0:
+                chunk.prompt_logprobs = [entry(token_id, params.prompt_logprobs) for token_id in request.prompt_ids[1:]]
+        end = min(sample.done + self.tokens_per_step, params.max_tokens, len(sample.answer))
+        chunk.token_ids = sample.answer[sample.done : end]
+        stops = {EOS, *params.stop_token_ids} if not params.ignore_eos else set(params.stop_token_ids)
+        for i, token_id in enumerate(chunk.token_ids):
+            if token_id in stops:
+                del chunk.token_ids[i + 1 :]
+                chunk.finish_reason, chunk.stop_reason = "stop", None if token_id == EOS else token_id
+                break
+        sample.done += len(chunk.token_ids)
+        if chunk.finish_reason is None and sample.done >= min(params.max_tokens, len(sample.answer)):
+            chunk.finish_reason = "length"
+        if params.logprobs is not None:
+            chunk.logprobs = [entry(token_id, params.logprobs) for token_id in chunk.token_ids]
+        return chunk
+
+
+@pytest.fixture
+def fake(folder: Path) -> FakeClient:
+    return FakeClient(folder)
+
+
+Serve = Callable[..., Any]
+
+
+@pytest.fixture
+def serve(fake: FakeClient) -> Serve:
+    """`async with serve(**ServerConfig fields) as client:` gives an httpx client of the app in this process."""
+
+    @asynccontextmanager
+    async def serving(**settings: Any) -> AsyncIterator[httpx.AsyncClient]:
+        app: FastAPI = create_app(fake, ServerConfig(**settings))
+        async with app.router.lifespan_context(app):
+            transport = httpx.ASGITransport(app=app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=10) as client:
+                client.app = app  # type: ignore[attr-defined]
+                yield client
+
+    return serving
+
+
+@pytest.fixture
+async def http(serve: Serve) -> AsyncIterator[httpx.AsyncClient]:
+    async with serve() as client:
+        yield client
+
+
+def events(text: str) -> list[Any]:
+    """The payloads of a stream; checks its framing and that it ends with [DONE]."""
+    frames = text.split("\n\n")
+    assert frames.pop() == ""
+    frames = [frame for frame in frames if not frame.startswith(":")]
+    assert all(frame.startswith("data: ") and "\n" not in frame for frame in frames)
+    assert frames.pop() == "data: [DONE]"
+    return [json.loads(frame.removeprefix("data: ")) for frame in frames]
+
+
+@pytest.fixture
+def stream(http: httpx.AsyncClient) -> Callable[..., Awaitable[list[Any]]]:
+    """POST with stream=true; the payloads of the answer."""
+
+    async def post(path: str, **body: Any) -> list[Any]:
+        response = await http.post(path, json={**body, "stream": True})
+        assert response.status_code == 200, response.text
+        assert response.headers["content-type"].startswith("text/event-stream")
+        return events(response.text)
+
+    return post
+
+
+async def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Wait until `condition()`; a test's own deadline, generous because the machine may be busy."""
+    import asyncio
+
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        await asyncio.sleep(0.005)
+
+
+@pytest.fixture(name="eventually")
+def _eventually() -> Callable[..., Awaitable[None]]:
+    return eventually
+
+
+@pytest.fixture(name="events")
+def _events() -> Callable[[str], list[Any]]:
+    return events

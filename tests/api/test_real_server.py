@@ -1,0 +1,360 @@
+"""The same over real sockets: uvicorn, the official client, clients that hang up or do not read, and signals."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from quire.server.app import create_app
+from quire.server import http_protocol, routing
+from quire.server.config import ServerConfig
+from quire.server.http_protocol import BoundedProtocol
+
+
+@pytest.fixture
+def server(fake):
+    """(port, app) of a uvicorn server on a thread."""
+    app = create_app(fake, ServerConfig(api_key=("right",)))
+    config = uvicorn.Config(
+        app, port=0, log_config=None, access_log=False, lifespan="on", http=BoundedProtocol, ws="none"
+    )
+    instance = uvicorn.Server(config)
+    thread = threading.Thread(target=instance.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not instance.started:
+        assert thread.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    yield instance.servers[0].sockets[0].getsockname()[1], app
+    instance.should_exit = True
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+@pytest.fixture
+def client(server):
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{server[0]}/v1", api_key="right", max_retries=0) as client:
+        yield client
+
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+
+
+def test_openai_models(client):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+
+
+def test_openai_completions(client):
+    answer = client.completions.create(model="tiny", prompt=["a", "b"], n=2, logprobs=1, max_tokens=30)
+    assert [choice.text for choice in answer.choices] == ["Hello, world!"] * 4
+    assert answer.usage.completion_tokens == 56
+    assert answer.choices[0].logprobs.tokens[0] == "H"
+
+
+def test_openai_chat(client):
+    answer = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, logprobs=True, top_logprobs=2, extra_body={"top_k": 3, "ignore_eos": False}
+    )
+    assert answer.choices[0].message.content == "Hello, world!"
+    assert len(answer.choices[0].logprobs.content[0].top_logprobs) == 2
+    assert answer.usage.prompt_tokens_details.cached_tokens == 0
+
+
+def test_openai_streams(client):
+    chunks = list(
+        client.chat.completions.create(
+            model="tiny", messages=MESSAGES, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "Hello, world!"
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
+    assert chunks[-1].usage.completion_tokens == 14
+    texts = [c.choices[0].text for c in client.completions.create(model="tiny", prompt="x", stream=True)]
+    assert "".join(texts) == "Hello, world!"
+
+
+def test_openai_stream_helper(client):
+    with client.chat.completions.stream(model="tiny", messages=MESSAGES) as stream:
+        for _ in stream:
+            pass
+        assert stream.get_final_completion().choices[0].message.content == "Hello, world!"
+
+
+def test_openai_errors(server, client, fake):
+    with pytest.raises(openai.NotFoundError, match="The model `nope` does not exist"):
+        client.completions.create(model="nope", prompt="x")
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 512 tokens") as caught:
+        client.completions.create(model="tiny", prompt="x" * 600)
+    assert caught.value.code == "context_length_exceeded"
+    with (
+        openai.OpenAI(base_url=f"http://127.0.0.1:{server[0]}/v1", api_key="wrong") as stranger,
+        pytest.raises(openai.AuthenticationError),
+    ):
+        stranger.models.list()
+    fake.fail_request = "planned"
+    with pytest.raises(openai.APIError, match="could not finish"):
+        list(client.completions.create(model="tiny", prompt="x", stream=True))
+
+
+async def test_openai_async_in_parallel(server):
+    async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{server[0]}/v1", api_key="right") as client:
+
+        async def one(i: int) -> str:
+            stream = await client.completions.create(model="tiny", prompt="x" * (i + 1), stream=True)
+            return "".join([chunk.choices[0].text async for chunk in stream])
+
+        assert set(await asyncio.gather(*(one(i) for i in range(40)))) == {"Hello, world!"}
+
+
+def raw(port: int, body: dict, **headers: str) -> socket.socket:
+    """A connection on which the request has been sent."""
+    content = json.dumps(body).encode()
+    lines = {
+        "Host": "localhost",
+        "Authorization": "Bearer right",
+        "Content-Type": "application/json",
+        "Content-Length": str(len(content)),
+        **headers,
+    }
+    head = "POST /v1/completions HTTP/1.1\r\n" + "".join(f"{k}: {v}\r\n" for k, v in lines.items()) + "\r\n"
+    connection = socket.create_connection(("127.0.0.1", port), timeout=10)
+    connection.sendall(head.encode() + content)
+    return connection
+
+
+def wait_until(condition, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("how", ["reset", "close", "half-close"])
+def test_a_client_that_hangs_up_is_aborted(server, fake, stream, how):
+    port, app = server
+    fake.answer = lambda request, index: [97] * 480
+    fake.step_seconds = 0.01
+    connection = raw(port, {"prompt": "x", "max_tokens": 480, "stream": stream})
+    wait_until(lambda: fake.running == 1)
+    if stream:
+        assert b"200 OK" in connection.recv(100)
+    if how == "reset":
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+    if how == "half-close":
+        connection.shutdown(socket.SHUT_WR)
+    else:
+        connection.close()
+    wait_until(lambda: fake.aborted == [fake.added[0].request_id])
+    wait_until(lambda: app.state.quire.admission.open == 0)
+    connection.close()
+
+
+def test_a_client_that_does_not_read_holds_up_nobody_and_is_dropped(fake):
+    """Its socket fills; another's stream goes on; after write_timeout its request is aborted."""
+    fake.answer = lambda request, index: [97] * 480
+    fake.step_seconds = 0.0005
+    app = create_app(fake, ServerConfig(write_timeout=0.3))
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    listener.bind(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    instance = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on"))
+    thread = threading.Thread(target=instance.run, args=([listener],), daemon=True)
+    thread.start()
+    wait_until(lambda: instance.started, 20)
+    lazy = socket.socket()
+    lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    lazy.connect(("127.0.0.1", port))
+    body = {"prompt": ["x"] * 20, "max_tokens": 480, "stream": True, "n": 8, "logprobs": 5}
+    content = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    lazy.sendall(head.encode() + content)
+    wait_until(lambda: len(fake.added) == 20)
+    answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json={"prompt": "y", "max_tokens": 20}, timeout=20)
+    assert answer.status_code == 200
+    wait_until(lambda: app.state.quire.admission.open == 0, 30)
+    assert fake.aborted
+    lazy.close()
+    instance.should_exit = True
+    thread.join(20)
+
+
+@pytest.mark.parametrize("head", ["a/b?", "a#", "a\\", "localhost/v1/models?", "x/health?"])
+def test_a_host_header_does_not_move_the_path(server, head):
+    with socket.create_connection(("127.0.0.1", server[0]), timeout=10) as connection:
+        connection.sendall(f"GET /v1/models HTTP/1.1\r\nHost: {head}\r\nConnection: close\r\n\r\n".encode())
+        status = connection.makefile("rb").readline()
+    assert status.split()[1] in (b"400", b"401", b"403")
+
+
+def answer_to(port: int, *pieces: bytes) -> bytes:
+    """Everything that comes back until the connection closes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        try:
+            for piece in pieces:
+                connection.sendall(piece)
+        except OSError:  # refused while still sending
+            pass
+        received = b""
+        try:
+            while data := connection.recv(65536):
+                received += data
+        except OSError:  # reset after the answer: it did not read all that was sent
+            pass
+        return received
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        b"X: " + b"a" * 20_000 + b"\r\n",
+        b"X: " + b"a" * 2_000_000,
+        b"".join(b"X-%d: a\r\n" % i for i in range(101)),
+    ],
+)
+def test_oversized_headers_are_refused(server, headers):
+    answer = answer_to(server[0], b"GET /health HTTP/1.1\r\nHost: localhost\r\n", headers, b"\r\n")
+    assert answer == b"" or (answer.startswith(b"HTTP/1.1 431") and b'"code":"headers_too_large"' in answer)
+    assert httpx.get(f"http://127.0.0.1:{server[0]}/health").status_code == 200
+
+
+def test_an_oversized_path_is_refused(server):
+    assert answer_to(server[0], b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n").startswith(b"HTTP/1.1 431")
+
+
+@pytest.mark.parametrize("garbage", [b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", b"NOT HTTP\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n"])
+def test_what_is_not_http_gets_our_error(server, garbage):
+    answer = answer_to(server[0], garbage)
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert b'"code":"invalid_http"' in answer
+
+
+def test_smuggling_shapes_are_refused(server):
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    for lengths in (
+        b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nabcde",
+        b"Content-Length: -5\r\n\r\n",
+        b"Transfer-Encoding: chunked\r\n\r\nZZ\r\n",
+    ):
+        assert b" 200 " not in answer_to(server[0], head + lengths).split(b"\r\n")[0]
+
+
+def test_slow_headers_and_slow_bodies_are_cut_off(server, monkeypatch):
+    monkeypatch.setattr(http_protocol, "HEADER_SECONDS", 0.1)
+    monkeypatch.setattr(routing, "BODY_SECONDS", 0.1)
+    assert answer_to(server[0]) == b""
+    assert answer_to(server[0], b"GET /hea") == b""
+    with raw(server[0], {}, **{"Content-Length": "500"}) as connection:
+        assert connection.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+def test_keep_alive_connections_outlive_the_header_timer(server, monkeypatch):
+    monkeypatch.setattr(http_protocol, "HEADER_SECONDS", 0.2)
+    with httpx.Client(base_url=f"http://127.0.0.1:{server[0]}") as client:
+        for _ in range(3):
+            assert client.get("/health").status_code == 200
+            time.sleep(0.3)
+        assert client.get("/health").status_code == 200
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {here!r})
+from pathlib import Path
+from conftest import FakeClient, make_folder
+from quire.server.config import ServerConfig
+from quire.server.serve import serve
+fake = FakeClient(make_folder(Path({folder!r})))
+fake.answer = lambda request, index: [97] * request.params.max_tokens
+fake.step_seconds = 0.01
+ok = serve(fake, ServerConfig(port={port}, drain_timeout={drain}))
+print("closed" if fake.closed else "open")
+sys.exit(0 if ok else 1)
+"""
+
+
+class Process:
+    """A server process with a scripted engine."""
+
+    def __init__(self, tmp_path: Path, drain: float) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        here = str(Path(__file__).parent)
+        script = SCRIPT.format(here=here, folder=str(tmp_path / "tiny"), port=self.port, drain=drain)
+        self.popen = subprocess.Popen(
+            [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.url = f"http://localhost:{self.port}"
+        wait_until(lambda: self.status("/ready") == 200, 60)
+
+    def status(self, path: str) -> int:
+        assert self.popen.poll() is None, self.popen.stderr.read()
+        try:
+            return httpx.get(self.url + path, timeout=10).status_code
+        except httpx.TransportError:
+            return 0
+
+    def post(self, **body: object) -> httpx.Response:
+        return httpx.post(self.url + "/v1/completions", json={"prompt": "x", **body}, timeout=30)
+
+    def stop(self) -> tuple[int, str, str]:
+        out, err = self.popen.communicate(timeout=30)
+        return self.popen.returncode, out, err
+
+
+def stream_of(process: Process, results: list[str], **body: object) -> threading.Thread:
+    thread = threading.Thread(target=lambda: results.append(process.post(stream=True, **body).text))
+    thread.start()
+    return thread
+
+
+def test_sigterm_drains(tmp_path):
+    process = Process(tmp_path, drain=20)
+    results: list[str] = []
+    thread = stream_of(process, results, max_tokens=150)
+    time.sleep(0.3)
+    process.popen.send_signal(signal.SIGTERM)
+    wait_until(lambda: process.status("/ready") == 503)
+    refused = process.post()
+    assert refused.status_code == 503
+    assert "retry-after" in refused.headers
+    thread.join(20)
+    assert '"finish_reason":"length"' in results[0]
+    assert results[0].endswith("data: [DONE]\n\n")
+    code, out, err = process.stop()
+    assert (code, out.strip()) == (0, "closed"), err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("drain", [0.3, 60])
+def test_streams_that_outlive_the_drain_or_a_second_signal_get_an_error_event(tmp_path, drain):
+    process = Process(tmp_path, drain)
+    results: list[str] = []
+    thread = stream_of(process, results, max_tokens=480)
+    time.sleep(0.3)
+    process.popen.send_signal(signal.SIGTERM)
+    if drain == 60:
+        time.sleep(0.2)
+        process.popen.send_signal(signal.SIGTERM)
+    thread.join(20)
+    assert '"code":"server_draining"' in results[0]
+    assert results[0].endswith("data: [DONE]\n\n")
+    code, out, err = process.stop()
+    assert (code, out.strip()) == (0, "closed"), err
+    assert "Traceback" not in err

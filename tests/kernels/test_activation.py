@@ -1,0 +1,31 @@
+"""Gated activations against the reference, and the reference against the definition."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from quire.kernels.testing import assert_close, challengers, normal, pair
+
+
+def test_the_references_are_the_definitions() -> None:
+    x = normal((4, 12), torch.float32)
+    gate, up = x[:, :6], x[:, 6:]
+    silu = gate / (1 + torch.exp(-gate)) * up
+    gelu = 0.5 * gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up
+    torch.testing.assert_close(pair("silu_and_mul", "reference")[0].run(x), silu)
+    torch.testing.assert_close(pair("gelu_and_mul", "reference")[0].run(x), gelu)
+
+
+@pytest.mark.parametrize("op", ["silu_and_mul", "gelu_and_mul"])
+@pytest.mark.parametrize("shape", [(0, 8), (1, 8), (3, 34), (65, 704)])
+def test_activation(op: str, shape: tuple[int, int]) -> None:
+    for name, dtype in challengers(op):
+        ours, oracle = pair(op, name)
+        x = 4 * normal(shape, dtype)
+        expected = oracle.run(x.clone())
+        result = ours.run(x.clone())
+        assert result.dtype == dtype
+        assert_close(result, expected, dtype)

@@ -76,6 +76,7 @@ class Distribution:
 
     count: int
     mean: float
+    median: float
     std: float
     percentiles: dict[str, float]
 
@@ -83,7 +84,9 @@ class Distribution:
 def describe(values: Sequence[float], points: Sequence[float]) -> Distribution:
     mean = math.fsum(values) / len(values) if values else math.nan
     std = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values)) if values else math.nan
-    return Distribution(len(values), mean, std, {f"p{q:g}": percentile(values, q) for q in points})
+    return Distribution(
+        len(values), mean, percentile(values, 50), std, {f"p{q:g}": percentile(values, q) for q in points}
+    )
 
 
 def parse_goodput(limits: Iterable[str]) -> dict[str, float]:

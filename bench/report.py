@@ -68,7 +68,8 @@ def table(result: Result) -> Group:
         column.justify = "right"
     for name in LATENCIES:
         d = summary.latencies[name]
-        latencies.add_row(TITLES[name], *(f"{value:.2f}" for value in (d.mean, *d.percentiles.values())))
+        values = (d.mean, *d.percentiles.values())
+        latencies.add_row(TITLES[name], *("-" if math.isnan(value) else f"{value:.2f}" for value in values))
     return Group(facts, latencies)
 
 
@@ -102,6 +103,6 @@ def as_json(result: Result) -> dict[str, Any]:
 
 
 def _flat(name: str, d: Distribution) -> dict[str, float | None]:
-    values = {"mean": d.mean, "std": d.std, **d.percentiles}
+    values = {"mean": d.mean, "median": d.median, "std": d.std, **d.percentiles}
     # JSON has no NaN: a latency without samples is null.
     return {f"{point}_{name}_ms": None if math.isnan(value) else value for point, value in values.items()}

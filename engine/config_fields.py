@@ -99,10 +99,11 @@ class ConfigFields:
         value = self.values.get(key)
         if value is None:
             return []
-        entries = value if isinstance(value, list) else [value]
-        for entry in entries:
+        entries: list[int] = []
+        for entry in value if isinstance(value, list) else [value]:
             if not isinstance(entry, int) or isinstance(entry, bool) or not low <= entry <= high:
                 self.refuse(key, f"must be whole numbers from {low} to {high}")
+            entries.append(entry)
         return entries
 
     def numbers(self, key: str, length: int) -> list[float]:

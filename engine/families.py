@@ -124,7 +124,7 @@ def _activation(fields: ConfigFields, family: Family) -> Activation:
 
 
 def _softcap(fields: ConfigFields, key: str, default: float) -> float:
-    """An absent key means the family's own cap, null and 0 mean none; families without caps ignore no such key."""
+    """An absent key means the family's own cap; null and 0 mean none."""
     if key in fields.values and fields.values[key] is None:
         return 0.0
     return fields.number(key, 0, 1e6, default)

@@ -174,7 +174,7 @@ def _moe(config: DecoderConfig, moe: MoeConfig, prefix: str) -> MoeWeights:
 
     def stack(name: str, which: slice, rows: int, columns: int) -> Weight:
         shape = (experts, rows, columns)
-        layouts = [(Part(f"{prefix}{block}experts.{name}", shape),) for block in EXPERT_NAMES]
+        layouts: list[tuple[Part, ...]] = [(Part(f"{prefix}{block}experts.{name}", shape),) for block in EXPERT_NAMES]
         for block, names in EXPERT_NAMES.items():
             part = (rows // len(names[which]), columns)
             layouts.append(

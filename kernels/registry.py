@@ -53,7 +53,7 @@ class Implementation:
     op: str
     name: str
     run: Callable[..., Any]
-    prepare: Callable[..., Any] | None
+    prepare: Any  # a function, or None where the op has nothing to prepare
     when: When
 
 
@@ -124,6 +124,9 @@ def implementations(op_name: str) -> dict[str, Implementation]:
 
 class Kernels:
     """The resolved table: one attribute per op, an `Implementation`. Immutable."""
+
+    _table: dict[str, Implementation]
+    _reasons: dict[str, dict[str, str]]
 
     def __init__(self, table: Mapping[str, Implementation], reasons: Mapping[str, Mapping[str, str]]) -> None:
         # Plain attributes, so that kernels.<op> in a layer costs one dictionary look-up.

@@ -30,8 +30,8 @@ SHAPES = {"target": TARGET, "draft": DRAFT}
 PROCESSES = 2
 BATCH_TOKENS = 8192  # small: the run is short of steps rather than of gradient quality
 # Attention is a third of the time at 512 and a sixth at 256, so most tokens are seen in short windows; the decay phase
-# then teaches the long ones: every fourth step spans the whole context.
-SHORT_LENGTH, LONG_LENGTH, LONG_EVERY = 256, 2048, 4
+# then teaches the long ones: every second step spans the whole context.
+SHORT_LENGTH, LONG_LENGTH, LONG_EVERY = 256, 2048, 2
 WARMUP_TOKENS = 100 * BATCH_TOKENS
 DECAY_SHARE = 0.25
 MUON_LR, ADAM_LR = 6e-3, 3e-3

@@ -115,16 +115,22 @@ def _sampling_defaults(config: ServerConfig, folder: Path) -> dict[str, float | 
 
 def _log_facts(ready: EngineReady, names: tuple[str, ...]) -> None:
     logger.info(
-        "model %s (%s, %d parameters), %s on %s, context %d tokens, KV cache %d blocks of %d tokens, ready in %.1f s",
+        "model %s: %s, %d parameters, %s on %s, context %d tokens, ready in %.1f s",
         ", ".join(names),
         ready.model_type,
         ready.num_parameters,
         ready.dtype,
         ready.device,
         ready.max_model_len,
+        sum(ready.startup_seconds.values()),
+    )
+    kv_tokens = ready.num_blocks * ready.block_size
+    logger.info(
+        "KV cache: %d blocks of %d tokens, room for %.1f requests of full length; %d sequences run at once",
         ready.num_blocks,
         ready.block_size,
-        sum(ready.startup_seconds.values()),
+        kv_tokens / ready.max_model_len,
+        ready.max_num_seqs,
     )
 
 

@@ -44,3 +44,12 @@ class ServerConfig:
     vllm_metrics: bool = False
     log_json: bool = False
     log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a word that is none of the choices."""
+        for name, choices in (
+            ("generation_config", ("auto", "none")),
+            ("log_level", ("debug", "info", "warning", "error")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")

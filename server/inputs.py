@@ -11,7 +11,15 @@ from ..engine.chat import ChatTemplate, require_chat_template
 from ..engine.messages import EngineReady
 from ..engine.outputs import TextOptions
 from ..engine.tokenizer import Tokenizer
-from ..engine.validation import MAX_BAD_WORDS, Limits, check_length, check_params, check_stop, clamp_logit_bias, valid_token_ids
+from ..engine.validation import (
+    MAX_BAD_WORDS,
+    Limits,
+    check_length,
+    check_params,
+    check_stop,
+    clamp_logit_bias,
+    valid_token_ids,
+)
 from ..scheduler.params import SamplingParams
 from . import errors
 from .generate import GenerateRequest, Prompt
@@ -39,7 +47,9 @@ def count_samples(body: CompletionBody) -> int:
         raise errors.invalid("`prompt` is required and must not be empty.", "prompt")
     prompts = len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1
     if prompts > MAX_PROMPTS:
-        raise errors.invalid(f"`prompt` holds {prompts} prompts; at most {MAX_PROMPTS} are taken in one call.", "prompt")
+        raise errors.invalid(
+            f"`prompt` holds {prompts} prompts; at most {MAX_PROMPTS} are taken in one call.", "prompt"
+        )
     if prompts * body.samples > MAX_SAMPLES:
         raise errors.invalid(f"prompts times `n` is {prompts * body.samples}; at most {MAX_SAMPLES} are taken.", "n")
     return prompts * body.samples
@@ -47,18 +57,17 @@ def count_samples(body: CompletionBody) -> int:
 
 def completion_request(body: CompletionBody, text: TextSide, arrival: float, cache_salt: str) -> GenerateRequest:
     """Raises ApiError or RequestError for whatever cannot be served as asked."""
-    echo_logprobs = body.logprobs if body.echo else None
     if body.max_tokens == 0 and not body.echo:
         raise errors.invalid("`max_tokens` must be at least 1; 0 is for `echo` only.", "max_tokens")
-    prompt_logprobs = body.prompt_logprobs if echo_logprobs is None else max(echo_logprobs, body.prompt_logprobs or 0)
     prompts = []
     for source in _sources(body.prompt):
-        ids = _encode(source, text, body) if isinstance(source, str) else _checked_ids(source, text)
+        ids = _encode(source, text, body) if isinstance(source, str) else source
         ids = _truncated(ids, body, text, body.max_tokens or 0)
-        room = text.ready.max_model_len - len(ids)
-        max_tokens = min(DEFAULT_COMPLETION_TOKENS, max(room, 1)) if body.max_tokens is None else body.max_tokens
-        params = _params(body, text, max_tokens, body.logprobs, prompt_logprobs)
+        room = max(text.ready.max_model_len - len(ids), 1)
+        max_tokens = min(DEFAULT_COMPLETION_TOKENS, room) if body.max_tokens is None else body.max_tokens
         check_length(len(ids), max_tokens, text.ready.max_model_len)
+        valid_token_ids(ids, text.ready.vocab_size, "prompt")
+        params = _params(body, text, max_tokens, body.logprobs, _prompt_logprobs(body))
         prompts.append(Prompt(ids, params, source if isinstance(source, str) else None))
     return _request(body, prompts, text, arrival, cache_salt)
 
@@ -86,7 +95,7 @@ def encode_chat(body: ChatBody | TokenizeBody, text: TextSide) -> list[int]:
         body.messages,
         add_generation_prompt=not continue_final if body.add_generation_prompt is None else body.add_generation_prompt,
         continue_final_message=continue_final,
-        variables=body.chat_template_kwargs,
+        variables=body.template_variables,
     )
     text.tokenizer.check_bytes(rendered, text.ready.max_model_len, "messages")
     return text.tokenizer.encode(rendered, add_special_tokens=bool(body.add_special_tokens))
@@ -119,9 +128,10 @@ def _encode(source: str, text: TextSide, body: GenerateBody) -> list[int]:
     return ids
 
 
-def _checked_ids(ids: list[int], text: TextSide) -> list[int]:
-    valid_token_ids(ids, text.ready.vocab_size, "prompt")
-    return ids
+def _prompt_logprobs(body: CompletionBody) -> int | None:
+    """An echoed prompt shows log-probabilities as its continuation does; -1 is the whole vocabulary."""
+    asked = [value for value in (body.prompt_logprobs, body.logprobs if body.echo else None) if value is not None]
+    return None if not asked else -1 if -1 in asked else max(asked)
 
 
 def _truncated(ids: list[int], body: GenerateBody, text: TextSide, max_tokens: int) -> list[int]:

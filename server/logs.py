@@ -50,7 +50,14 @@ def setup(level: str, as_json: bool) -> None:
         target.handlers = [handler]
         target.propagate = False
         target.setLevel(level.upper())
-    logging.getLogger("uvicorn.error").setLevel("WARNING")  # its milestones are ours already
+    uvicorn = logging.getLogger("uvicorn.error")
+    uvicorn.setLevel("WARNING")  # its milestones are ours already
+    uvicorn.addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """A failed start has been explained in one line before uvicorn prints its traceback."""
+    return not record.getMessage().startswith(("Traceback", "Application startup failed"))
 
 
 def where(error: BaseException) -> str:

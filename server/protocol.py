@@ -171,6 +171,11 @@ class ChatBody(GenerateBody):
             raise errors.unsupported("echo", "`echo` is not supported for chat completions; leave it out.")
 
     @property
+    def template_variables(self) -> dict[str, Any]:
+        effort = {} if self.reasoning_effort in (None, "none") else {"reasoning_effort": self.reasoning_effort}
+        return effort | (self.chat_template_kwargs or {})
+
+    @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
@@ -186,6 +191,10 @@ class TokenizeBody(_Body):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        return self.chat_template_kwargs or {}
 
 
 class DetokenizeBody(_Body):

@@ -13,6 +13,7 @@ from .. import __version__
 from ..engine.validation import valid_token_ids
 from . import errors
 from .inputs import encode_chat
+from .metrics import CONTENT_TYPE
 from .protocol import DetokenizeBody, TokenizeBody
 from .routing import GuardedRoute
 from .state import State, state_of
@@ -48,7 +49,7 @@ async def ready(request: Request) -> Response:
 @router.get("/metrics", response_model=None)
 async def metrics(request: Request) -> Response:
     text = state_of(request).metrics.render()
-    return Response(text, media_type="text/plain; version=1.0.0; charset=utf-8")
+    return Response(text, media_type=CONTENT_TYPE)
 
 
 @router.get("/version", response_model=None)

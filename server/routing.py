@@ -47,7 +47,7 @@ class _JsonRequest(Request):
 
     @classmethod
     async def read(cls, request: Request, limit: int) -> _JsonRequest:
-        """Raises 413 before more than `limit` bytes are held, 408 if they trickle, 415 for all but JSON, 400 if broken."""
+        """Raises 413 past `limit` bytes, 408 if they trickle, 415 for anything but JSON, 400 if it is malformed."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != errors.JSON:
             raise errors.unsupported_media_type("send the body as `application/json`.")

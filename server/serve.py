@@ -22,6 +22,8 @@ from .logs import logger
 
 CLOSE_SECONDS = 5  # for the last error events to reach their readers, once everything has been aborted
 
+KEEP_ALIVE_SECONDS = 65  # longer than the usual proxy's 60: whoever closes first must be the one who knows it
+
 
 def serve(client: EngineClient, config: ServerConfig) -> bool:
     """Start `client`, then listen; returns when stopped. False if the start failed or the engine died.
@@ -55,6 +57,7 @@ class _Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=CLOSE_SECONDS,
             )
         )

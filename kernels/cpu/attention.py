@@ -81,7 +81,7 @@ def prepare_attention(batch: RaggedBatch, block_size: int, window: int | None) -
             edge = window is not None and rows > 1 and end > window  # rows see the window's edge at different keys
             if window is not None:
                 keys = min(keys, window if rows == 1 else window - 1)
-            tree = trees is not None and bool(trees[cu_q[s] : cu_q[s + 1]].any())
+            tree = trees is not None and rows > 1 and bool(trees[cu_q[s] : cu_q[s + 1]].any())
             shapes.setdefault((_pad(rows, 1), _pad(keys, KEY_STEP), edge, tree), []).append(s)
 
     groups, order, laid = [], np.full(batch.num_tokens, -1, dtype=np.int64), 0
@@ -184,8 +184,8 @@ def _additive(seen: NDArray[np.bool_]) -> Tensor:
 
 
 def _blind(seen: NDArray[np.bool_]) -> Tensor | None:
-    blind = ~seen.any(-1)
-    return torch.from_numpy(blind[..., None]) if blind.any() else None
+    blind = np.all(~seen, axis=-1, keepdims=True)
+    return torch.from_numpy(blind) if blind.any() else None
 
 
 def _usable(target: Target) -> str | None:

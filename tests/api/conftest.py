@@ -15,12 +15,13 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
 from quire.engine.errors import EngineDeadError
 from quire.engine.messages import Abort, AddRequest, Chunk, EngineDead, EngineReady, StepOutputs, StepStats
 from quire.scheduler.plan import TokenLogprob
 from quire.server.app import create_app
 from quire.server.config import ServerConfig
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 EOS = 256
 VOCAB_SIZE = 320  # wider than the tokenizer, as real logits are
@@ -181,7 +182,9 @@ class FakeClient:
         self._stats.steps_total += 1
         self._stats.running = len(self._running)
         self._stats.generated_tokens_total += sum(len(chunk.token_ids) for chunk in chunks)
-        self._on_message(StepOutputs(chunks, StepStats(**{f: getattr(self._stats, f) for f in self._stats.__struct_fields__})))
+        self._on_message(
+            StepOutputs(chunks, StepStats(**{f: getattr(self._stats, f) for f in self._stats.__struct_fields__}))
+        )
 
     def _advance(self, sample: _Sample) -> Chunk:
         request, params = sample.request, sample.request.params

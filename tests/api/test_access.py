@@ -6,8 +6,11 @@ import ast
 import inspect
 
 import pytest
+from fastapi import APIRouter
+
 from quire.server import auth
 from quire.server.auth import POLICIES
+from quire.server.routing import GuardedRoute
 
 KEY = "canary-key-5f1d"
 OPEN = {"/health", "/ready", "/metrics", "/version"}
@@ -26,12 +29,28 @@ async def test_every_route_has_a_policy_and_every_policy_a_route(http):
     assert {path for path, policy in POLICIES.items() if not policy.needs_key} == OPEN
 
 
+def test_a_route_without_a_policy_cannot_be_registered():
+    router = APIRouter(route_class=GuardedRoute)
+    with pytest.raises(KeyError):
+        router.add_api_route("/admin", lambda: None)
+
+
 async def test_without_the_key_only_the_open_routes_answer(serve):
     async with serve(api_key=(KEY, "second")) as http:
         for path, methods in routes_of(http.app).items():
             for method in methods:
                 url = path.replace("{model}", "tiny")
-                for header in (None, "", "Bearer", "Bearer ", "Bearer wrong", f"Basic {KEY}", KEY, f"Bearer {KEY}x", "Bearer é"):
+                for header in (
+                    None,
+                    "",
+                    "Bearer",
+                    "Bearer ",
+                    "Bearer wrong",
+                    f"Basic {KEY}",
+                    KEY,
+                    f"Bearer {KEY}x",
+                    "Bearer é",
+                ):
                     headers = {} if header is None else {"Authorization": header.encode()}
                     response = await http.request(method, url, headers=headers, json={} if method == "POST" else None)
                     if path in OPEN:
@@ -72,7 +91,11 @@ async def test_nothing_tells_the_key_or_the_prompt(serve, caplog):
     caplog.set_level("DEBUG", logger="quire")
     async with serve(api_key=(KEY,)) as http:
         headers = {"Authorization": f"Bearer {KEY}"}
-        for body in ({"prompt": "canary-prompt"}, {"prompt": "canary-prompt", "n": "bad"}, {"prompt": ["canary-prompt", 1]}):
+        for body in (
+            {"prompt": "canary-prompt"},
+            {"prompt": "canary-prompt", "n": "bad"},
+            {"prompt": ["canary-prompt", 1]},
+        ):
             await http.post("/v1/completions?key=" + KEY, json=body, headers=headers)
         texts = [(await http.get(path, headers=headers)).text for path in ("/metrics", "/version", "/v1/models")]
     for text in (*texts, caplog.text):
@@ -87,7 +110,9 @@ def test_keys_are_compared_in_constant_time_only():
     assert sides == {"scheme.lower() != 'bearer'"}
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "localhost.evil.example", "a/b?", "", "127.0.0.1@evil"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8000", "localhost.evil.example", "a/b?", "", "127.0.0.1@evil"]
+)
 async def test_bound_to_loopback_other_host_names_are_refused(http, host):
     response = await http.get("/health", headers={"Host": host})
     assert response.status_code == 403
@@ -124,7 +149,12 @@ async def test_models_and_version(serve):
 
 async def test_tokenize_and_detokenize(http):
     answer = (await http.post("/tokenize", json={"prompt": "Hé", "return_token_strs": True})).json()
-    assert answer == {"count": 3, "max_model_len": 512, "tokens": [72, 0xC3, 0xA9], "token_strs": ["H", "\ufffd", "\ufffd"]}
+    assert answer == {
+        "count": 3,
+        "max_model_len": 512,
+        "tokens": [72, 0xC3, 0xA9],
+        "token_strs": ["H", "\ufffd", "\ufffd"],
+    }
     chat = (await http.post("/tokenize", json={"messages": [{"role": "user", "content": "Hi"}]})).json()
     assert bytes(chat["tokens"]) == b"<user>Hi\n<assistant>"
     assert (await http.post("/detokenize", json={"tokens": answer["tokens"]})).json() == {"prompt": "Hé"}

@@ -39,7 +39,10 @@ async def test_unset_length_is_the_rest_of_the_context(http, fake):
         ({"add_generation_prompt": False}, "<user>Hi\n"),
         ({"chat_template_kwargs": {"mood": "calm"}}, "<user>Hi\n<assistant>calm"),
         ({"messages": [*USER, {"role": "assistant", "content": "Sure, "}], "continue_final_message": True}, "Sure, "),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]}, "a\nb"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]},
+            "a\nb",
+        ),
     ],
 )
 async def test_the_template_decides_the_prompt(http, fake, extra, prompt):

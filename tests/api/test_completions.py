@@ -95,7 +95,12 @@ async def test_model_defaults_can_be_switched_off(serve, fake):
 async def test_null_means_default_for_every_field(http, fake):
     from quire.server.protocol import CompletionBody
 
-    body = dict.fromkeys(CompletionBody.model_fields, None) | {"prompt": "Hi", "suffix": None, "tools": None, "user": None}
+    body = dict.fromkeys(CompletionBody.model_fields, None) | {
+        "prompt": "Hi",
+        "suffix": None,
+        "tools": None,
+        "user": None,
+    }
     answer = await complete(http, **body)
     assert answer["choices"][0]["text"] == "Hello, world!"
 

@@ -37,11 +37,46 @@ ROWS = [
     ),
     (COMPLETION, {"max_tokens": 0}, 400, "max_tokens", None, "at least 1"),
     (COMPLETION, {"max_tokens": -1}, 400, "max_tokens", None, "max_tokens"),
-    (COMPLETION, {"max_tokens": 512}, 400, None, "context_length_exceeded", "This model's maximum context length is 512"),
-    (COMPLETION, {"prompt": "x" * 513}, 400, None, "context_length_exceeded", "This model's maximum context length is 512"),
-    (COMPLETION, {"prompt": "x" * 99999}, 400, None, "context_length_exceeded", "This model's maximum context length is"),
-    (COMPLETION, {"prompt": [1] * 513}, 400, None, "context_length_exceeded", "This model's maximum context length is 512"),
-    (CONVERSATION, {"max_completion_tokens": 512}, 400, None, "context_length_exceeded", "This model's maximum context"),
+    (
+        COMPLETION,
+        {"max_tokens": 512},
+        400,
+        None,
+        "context_length_exceeded",
+        "This model's maximum context length is 512",
+    ),
+    (
+        COMPLETION,
+        {"prompt": "x" * 513},
+        400,
+        None,
+        "context_length_exceeded",
+        "This model's maximum context length is 512",
+    ),
+    (
+        COMPLETION,
+        {"prompt": "x" * 99999},
+        400,
+        None,
+        "context_length_exceeded",
+        "This model's maximum context length is",
+    ),
+    (
+        COMPLETION,
+        {"prompt": [1] * 513},
+        400,
+        None,
+        "context_length_exceeded",
+        "This model's maximum context length is 512",
+    ),
+    (
+        CONVERSATION,
+        {"max_completion_tokens": 512},
+        400,
+        None,
+        "context_length_exceeded",
+        "This model's maximum context",
+    ),
     (CONVERSATION, {"max_completion_tokens": 0}, 400, "max_completion_tokens", None, "at least 1"),
     (COMPLETION, {"temperature": 2.1}, 400, "temperature", None, "temperature must be in [0, 2]"),
     (COMPLETION, {"temperature": -0.1}, 400, "temperature", None, "temperature must be in [0, 2]"),
@@ -74,7 +109,14 @@ ROWS = [
     (CONVERSATION, {"logprobs": 2}, 400, "logprobs", None, "boolean"),
     (COMPLETION, {"prompt_logprobs": 1, "stream": True}, 400, "prompt_logprobs", None, "stream=True"),
     (COMPLETION, {"prompt_logprobs": 21}, 400, "prompt_logprobs", None, "20"),
-    (COMPLETION, {"stream_options": {"include_usage": True}}, 400, "stream_options", None, "only be defined when `stream=True`"),
+    (
+        COMPLETION,
+        {"stream_options": {"include_usage": True}},
+        400,
+        "stream_options",
+        None,
+        "only be defined when `stream=True`",
+    ),
     (COMPLETION, {"min_tokens": 17}, 400, "min_tokens", None, "min_tokens"),
     (COMPLETION, {"min_tokens": -1}, 400, "min_tokens", None, "min_tokens"),
     (COMPLETION, {"stop_token_ids": [320]}, 400, "stop_token_ids", None, "320"),
@@ -87,6 +129,7 @@ ROWS = [
     (COMPLETION, {"request_id": "a b"}, 400, "request_id", None, "pattern"),
     (COMPLETION, {"truncate_prompt_tokens": 0}, 400, "truncate_prompt_tokens", None, "between 1 and 512"),
     (CONVERSATION, {"chat_template_kwargs": {"tokenize": True}}, 400, "chat_template_kwargs", None, "tokenize"),
+    (CONVERSATION, {"reasoning_effort": "high"}, 400, "chat_template_kwargs", None, "reasoning_effort"),
     (CONVERSATION, {"chat_template_kwargs": {"unread": True}}, 400, "chat_template_kwargs", None, "unread"),
     (
         CONVERSATION,
@@ -189,7 +232,23 @@ async def test_wrong_types_are_refused(http, fake, path, field, value):
 
 
 @pytest.mark.parametrize(
-    "prompt", [1, 1.5, True, {}, [None], [1, "a"], ["a", 1], [[1], "a"], [[1.5]], [[True]], [True], [[[1]]], [1, 2.0], ["a", ["b"]]]
+    "prompt",
+    [
+        1,
+        1.5,
+        True,
+        {},
+        [None],
+        [1, "a"],
+        ["a", 1],
+        [[1], "a"],
+        [[1.5]],
+        [[True]],
+        [True],
+        [[[1]]],
+        [1, 2.0],
+        ["a", ["b"]],
+    ],
 )
 async def test_prompts_of_a_wrong_shape(http, fake, prompt):
     check_error(await http.post(COMPLETION, json={"prompt": prompt}), 400, "prompt")
@@ -219,7 +278,7 @@ async def test_token_ids_are_bounded_by_the_logits(http, fake, field, token_id):
         (b"5", "must be a JSON object"),
         (b'{"prompt": "\\ud800"}', "not valid JSON"),
         (b'{"prompt": "\xed\xa0\x80"}', "not UTF-8"),
-        (b'\xff\xfe{\x00}\x00', "not valid JSON"),
+        (b"\xff\xfe{\x00}\x00", "not valid JSON"),
         (b'{"prompt": ' + b"[" * 100_000, "nested too deeply"),
     ],
 )
@@ -229,10 +288,14 @@ async def test_bodies_that_are_no_json_object(http, content, says):
         check_error(response, 400, says=says)
 
 
-@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "json"])
+@pytest.mark.parametrize(
+    "kind", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "json"]
+)
 async def test_anything_but_json_is_an_unsupported_media_type(http, kind):
     headers = {"content-type": kind} if kind else {}
-    check_error(await http.post(COMPLETION, content=b'{"prompt": "x"}', headers=headers), 415, says="Unsupported Media Type")
+    check_error(
+        await http.post(COMPLETION, content=b'{"prompt": "x"}', headers=headers), 415, says="Unsupported Media Type"
+    )
 
 
 async def test_compressed_bodies_are_refused(http):
@@ -244,7 +307,9 @@ async def test_a_body_beyond_the_limit(serve, fake):
     async with serve(max_body_bytes=1000) as http:
         ok = await http.post(COMPLETION, json={"prompt": "x", "user": "u" * 900})
         assert ok.status_code == 200
-        check_error(await http.post(COMPLETION, json={"prompt": "x", "user": "u" * 1000}), 413, code="request_too_large")
+        check_error(
+            await http.post(COMPLETION, json={"prompt": "x", "user": "u" * 1000}), 413, code="request_too_large"
+        )
 
         async def chunked():
             for _ in range(100):

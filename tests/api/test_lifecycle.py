@@ -44,7 +44,9 @@ async def test_a_refused_request_leaves_no_trace(http, fake):
 
 async def test_places_come_back_after_every_kind_of_end(http, fake, eventually):
     state = http.app.state.quire
-    await asyncio.gather(*(completion(http, stream=i % 2 == 0, n=1 + i % 3, stop="wor" if i % 5 else None) for i in range(20)))
+    await asyncio.gather(
+        *(completion(http, stream=i % 2 == 0, n=1 + i % 3, stop="wor" if i % 5 else None) for i in range(20))
+    )
     fake.fail_request = "planned"
     await asyncio.gather(*(completion(http, stream=i % 2 == 0) for i in range(4)))
     assert (state.admission.open, state.admission.requests) == (0, 0)

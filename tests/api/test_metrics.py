@@ -9,9 +9,10 @@ from contextlib import aclosing
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+
 from quire.engine.outputs import TextOptions
 from quire.scheduler.params import SamplingParams
-from quire.server.generate import Generation, GenerateRequest, Prompt
+from quire.server.generate import GenerateRequest, Generation, Prompt
 
 GATEWAY = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "cache_config_info")
 

@@ -9,11 +9,20 @@ import random
 import pytest
 
 EOS = 256
-TEXTS = ["Hello, world!", "naïve café 👩‍👩‍👧 日本語", "a\nb\r\n\u2028data: x\n\n", "STOP STO ST S STOP!", "\ufffd\x00\x1b[31m", ""]
+TEXTS = [
+    "Hello, world!",
+    "naïve café 👩‍👩‍👧 日本語",
+    "a\nb\r\n\u2028data: x\n\n",
+    "STOP STO ST S STOP!",
+    "\ufffd\x00\x1b[31m",
+    "",
+]
 
 
 def text_of(events, index):
-    return "".join(e["choices"][0].get("text", "") for e in events if e["choices"] and e["choices"][0]["index"] == index)
+    return "".join(
+        e["choices"][0].get("text", "") for e in events if e["choices"] and e["choices"][0]["index"] == index
+    )
 
 
 @pytest.mark.parametrize("per_step", [1, 2, 3, 7, 50])
@@ -22,7 +31,14 @@ def text_of(events, index):
 async def test_stream_is_whole_at_every_chunking(http, stream, fake, text, per_step, stop):
     fake.answer = lambda request, index: [*text.encode(), EOS]
     fake.tokens_per_step = per_step
-    body = {"prompt": "x", "max_tokens": 100, "stop": stop, "n": 2, "logprobs": 1, "stream_options": {"include_usage": True}}
+    body = {
+        "prompt": "x",
+        "max_tokens": 100,
+        "stop": stop,
+        "n": 2,
+        "logprobs": 1,
+        "stream_options": {"include_usage": True},
+    }
     events = await stream("/v1/completions", **body)
     del body["stream_options"]
     whole = (await http.post("/v1/completions", json=body)).json()

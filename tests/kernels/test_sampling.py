@@ -115,7 +115,7 @@ class TestSample:
         min_p=st.sampled_from([0.0, 0.0101, 0.2003, 0.703]),
         seed=st.integers(-(2**63), 2**63 - 1),
     )
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=100, deadline=None)
     def test_equals_its_definition(self, run, logits, temperature, top_k, top_p, min_p, seed):
         kept = kept_by_definition(logits, temperature, top_k, top_p, min_p)
         params = columns(3, temperature, top_k, top_p, min_p, seed)
@@ -132,11 +132,11 @@ class TestSample:
     )
     @pytest.mark.parametrize("temperature", [0.7, 3.0])
     def test_equals_the_reference_on_a_wide_vocabulary_and_in_any_company(self, run, params, temperature):
-        logits = torch.randn(6, 33_001, generator=torch.Generator().manual_seed(1)) * 4
-        params = columns(6, temperature, **params)
+        logits = torch.randn(3, 33_001, generator=torch.Generator().manual_seed(1)) * 4
+        params = columns(3, temperature, **params)
         together = run(logits, **params)
         assert torch.equal(together, implementations("sample")["reference"].run(logits, **params))
-        alone = [run(logits[i : i + 1], **{k: v[i : i + 1] for k, v in params.items()}) for i in range(6)]
+        alone = [run(logits[i : i + 1], **{k: v[i : i + 1] for k, v in params.items()}) for i in range(3)]
         assert torch.equal(together, torch.cat(alone))
 
     def test_rows_keep_their_own_parameters(self, run):
@@ -150,24 +150,27 @@ class TestSample:
         assert together == alone
         assert together[3] == logits[3].argmax().item()
 
-    @pytest.mark.parametrize("params", [{}, {"temperature": 1.7}, {"top_k": 5, "top_p": 0.9}], ids=str)
-    def test_draws_have_the_stated_distribution(self, run, params):
-        count, logits = 20_000, torch.randn(16, generator=torch.Generator().manual_seed(3))
-        rows, columns_ = logits.repeat(count, 1), columns(count, seed=77, **params)
-        names = ("temperature", "top_k", "top_p", "min_p")
-        p = implementations("probabilities")["reference"].run(logits[None], **{n: columns_[n][:1] for n in names})[0]
-        seen = torch.bincount(run(rows, **columns_), minlength=16)
-        assert seen[p == 0].sum() == 0
-        assert chi_square(seen, p) > 1e-4
-        # The test's power: 4 points of mass moved from the most likely token to the others is caught.
-        biased = p.clone()
-        biased[p.argmax()] -= 0.04
-        assert chi_square(seen, biased) < 1e-4
-
 
 def chi_square(seen: torch.Tensor, p: torch.Tensor) -> float:
     p = (p / p.sum()).double()
     return stats.chisquare(seen[p > 0].numpy(), (p[p > 0] / p[p > 0].sum() * seen.sum()).numpy()).pvalue
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.7}, {"top_k": 5, "top_p": 0.9}], ids=str)
+def test_draws_have_the_stated_distribution(params):
+    """Of the reference; every other implementation draws the same tokens, as shown above."""
+    run = implementations("sample")["reference"].run
+    count, logits = 20_000, torch.randn(16, generator=torch.Generator().manual_seed(3))
+    rows, columns_ = logits.repeat(count, 1), columns(count, seed=77, **params)
+    names = ("temperature", "top_k", "top_p", "min_p")
+    p = implementations("probabilities")["reference"].run(logits[None], **{n: columns_[n][:1] for n in names})[0]
+    seen = torch.bincount(run(rows, **columns_), minlength=16)
+    assert seen[p == 0].sum() == 0
+    assert chi_square(seen, p) > 1e-4
+    # The test's power: 4 points of mass moved from the most likely token to the others is caught.
+    biased = p.clone()
+    biased[p.argmax()] -= 0.04
+    assert chi_square(seen, biased) < 1e-4
 
 
 @each("probabilities")

@@ -1,8 +1,8 @@
 """Speculation loses nothing: the exact joint of three tokens by enumeration, with a planted bug beside every claim.
 
 A table model gives p and q for every prefix of up to three tokens over V = 5; the joint has 125 cells. Drafts are drawn
-as proposers draw them (chains, constant branching, stochastic beams) and verified; where a round ends early, the rest of
-the three tokens is drawn from p directly.
+as proposers draw them (chains, constant branching, stochastic beams) and verified; where a round ends early, the rest
+of the three tokens is drawn from p directly.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from quire.server.admission import Admission
 from quire.server.errors import ApiError
 

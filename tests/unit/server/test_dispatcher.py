@@ -7,6 +7,7 @@ import asyncio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from quire.engine.errors import EngineDeadError
 from quire.engine.messages import Abort, AddRequest, EngineDead, StepOutputs, StepStats
 from quire.scheduler.params import SamplingParams

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import msgspec
+
 from quire.scheduler.plan import TokenLogprob
 from quire.server.logprobs import chat_logprobs, completion_logprobs, prompt_logprobs
 

@@ -7,6 +7,7 @@ import json
 import logging
 
 import pytest
+
 from quire.engine.messages import StepStats
 from quire.server import logs
 from quire.server.throughput import throughput_line

@@ -16,7 +16,7 @@ class EngineConfig:
 
     model                   "bundled", a folder in Hugging Face layout, or a hub id
     revision                of a hub id
-    dtype                   "auto" (bf16 where the machine multiplies it fast, else fp32), "bfloat16", "float16", "float32"
+    dtype                   "bfloat16", "float16", "float32", or "auto": bf16 where that is fast, else fp32
     device                  "auto", "cpu", "cuda"
     threads                 intra-op threads on the CPU; None = the cores this process may use
     max_model_len           prompt and output together; None = the model's own context

@@ -154,7 +154,7 @@ class EngineCore:
     def step(self) -> list[Chunk]:
         """One step over all requests; nothing to do is an empty list."""
         started = time.perf_counter()
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(time.monotonic())
         if plan is None:
             return []
         scheduled = time.perf_counter()

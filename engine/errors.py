@@ -1,11 +1,11 @@
 """Everything that can go wrong on purpose, with the party that has to act.
 
-    QuireError
-    ├── RequestError          the caller's request: one request ends, with a message that names field, value and remedy
-    │   └── TooLongError      prompt (and output) do not fit the context
-    └── EngineError
-        ├── EngineStartError  bad folder, bad setting, not enough memory: before any port opens
-        └── EngineDeadError   the engine process is gone
+QuireError
+├── RequestError          the caller's request: one request ends, with a message that names field, value and remedy
+│   └── TooLongError      prompt (and output) do not fit the context
+└── EngineError
+    ├── EngineStartError  bad folder, bad setting, not enough memory: before any port opens
+    └── EngineDeadError   the engine process is gone
 """
 
 from __future__ import annotations

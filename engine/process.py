@@ -116,8 +116,8 @@ class ProcessClient:
             return
         self._closed = True
         if self._process is not None:
-            self._post(Shutdown())
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with contextlib.suppress(EngineDeadError, subprocess.TimeoutExpired):
+                self._post(Shutdown())
                 self._process.wait(EXIT_SECONDS)
             self._process.kill()
             self._process.wait()
@@ -139,8 +139,11 @@ class ProcessClient:
 
     def _post(self, message: Down) -> None:
         data = encoder.encode(message)
-        with self._down_lock:
-            self._down.send(data)
+        try:
+            with self._down_lock:
+                self._down.send(data, zmq.NOBLOCK)
+        except zmq.Again:  # no peer is left; with one, an unbounded queue never says this
+            raise EngineDeadError("the engine process has gone") from None
 
     def _socket(self, kind: int, name: str) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = self._context.socket(kind)

@@ -95,7 +95,7 @@ class ModelRunner:
         return [results.get(row.slot) or RowResult(error=self._failed[row.slot]) for row in rows]
 
     def _try(self, rows: list[Row]) -> list[RowResult]:
-        """The rows together; if that raises, each alone, so that the one at fault is found. Writing K/V twice is no harm."""
+        """The rows together; if that raises, each alone, to find the one at fault. Writing K/V twice does no harm."""
         try:
             batch, hidden = self._forward(rows)
         except Exception as error:
@@ -127,7 +127,11 @@ class ModelRunner:
             result, new = results[row.slot], self._entered[row.slot]
             k = new.params.prompt_logprobs
             if k is not None and new.sample_index == 0 and result.error is None:
-                result.prompt_logprobs = self._prompt_logprobs(row, hidden[first : first + row.num_tokens], k)
+                try:
+                    result.prompt_logprobs = self._prompt_logprobs(row, hidden[first : first + row.num_tokens], k)
+                except Exception as error:
+                    log.exception("no prompt logprobs for one sequence")
+                    results[row.slot] = RowResult(error=f"the prompt's logprobs failed: {error}")
             first += row.num_tokens
         return list(results.values())
 

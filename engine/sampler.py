@@ -100,14 +100,14 @@ class SequenceState:
         self._counts = TokenCounts(token_ids[:num_prompt], token_ids[num_prompt:]) if penalised else None
         self._biased = ids(p.logit_bias, "logit_bias") if p.logit_bias else None
         self._bias = np.fromiter(p.logit_bias.values(), np.float32) if p.logit_bias else None
-        self._allowed = (
-            None if p.allowed_token_ids is None else np.unique(ids(p.allowed_token_ids, "allowed_token_ids"))
-        )
+        self._allowed = None
+        if p.allowed_token_ids is not None:
+            self._allowed = ids(p.allowed_token_ids, "allowed_token_ids")
+            if not len(self._allowed):
+                raise RequestError(
+                    "allowed_token_ids is empty; name at least one token id, or leave it out", "allowed_token_ids"
+                )
         self._ends = ids((*eos_token_ids, *p.stop_token_ids), "stop_token_ids") if p.min_tokens > 0 else None
-        if self._allowed is not None and not len(self._allowed):
-            raise RequestError(
-                "allowed_token_ids is empty; name at least one token id, or leave it out", "allowed_token_ids"
-            )
         for word in p.bad_words:
             ids(word, "bad_words")
         self._tail = deque(token_ids, maxlen=max((len(word) for word in p.bad_words), default=1) - 1)
@@ -120,16 +120,11 @@ class SequenceState:
         banned = self._completions()
         if self._ends is not None and self.num_drawn < p.min_tokens:
             banned = np.concatenate([banned, self._ends])
-        return RowEdits(
-            penalised=None if counts is None else counts.ids,
-            subtracted=None
-            if counts is None
-            else p.frequency_penalty * counts.counts + p.presence_penalty * (counts.counts > 0),
-            biased=self._biased,
-            bias=self._bias,
-            banned=banned if len(banned) else None,
-            allowed=self._allowed,
-        )
+        penalised = subtracted = None
+        if counts is not None:
+            penalised = counts.ids
+            subtracted = p.frequency_penalty * counts.counts + p.presence_penalty * (counts.counts > 0)
+        return RowEdits(penalised, subtracted, self._biased, self._bias, banned if len(banned) else None, self._allowed)
 
     def _completions(self) -> np.ndarray:
         """The tokens that would complete a bad word, whether it began in the prompt or in the output."""

@@ -26,6 +26,7 @@ class Request:
     token_ids: list[int]
     num_prompt: int
     params: SamplingParams
+    arrival: float  # seconds
     order: tuple[float, int]  # place in the waiting queue, unique; see queue.py
     root: bytes = field(default_factory=root_key)
 
@@ -37,7 +38,8 @@ class Request:
     waits_for: bytes | None = None
     slot: int = -1
     num_preemptions: int = 0
-    num_cached: int = -1  # prompt tokens found in the cache at first admission; -1 = not yet reported
+    num_cached: int = -1  # prompt tokens found in the cache at first admission; -1 = reported, or not yet admitted
+    queued_seconds: float = -1.0  # from arrival to first admission; -1 as above
     max_computed: int = 0  # the farthest num_computed ever was: what is computed again below it is preemption's tax
     finished: bool = False
 

@@ -119,7 +119,7 @@ class Scheduler:
         for index in range(params.n):
             place = order(priority, arrival, self._serial)
             self._serial += 1
-            samples.append(Request(request_id, index, list(prompt_ids), len(prompt_ids), params, place, root))
+            samples.append(Request(request_id, index, list(prompt_ids), len(prompt_ids), params, arrival, place, root))
         self._samples[request_id] = samples
         for request in samples:
             self.waiting.push(request)
@@ -139,8 +139,8 @@ class Scheduler:
 
     # ---------------------------------------------------------------- a step
 
-    def schedule(self) -> StepPlan | None:
-        """The next step; None when there is nothing to run."""
+    def schedule(self, now: float) -> StepPlan | None:
+        """The next step; None when there is nothing to run. `now` in seconds, on the clock of the arrivals."""
         plan = StepPlan(self._step_id)
         rows: dict[Request, Row] = {}
         preemptions = self.counters.preemptions
@@ -157,7 +157,7 @@ class Scheduler:
                 rows[request] = self._row(request, count, ())
                 budget -= count
         if self.counters.preemptions == preemptions:  # what was just freed was freed for somebody else
-            self._admit(plan, rows, budget)
+            self._admit(plan, rows, budget, now)
 
         if not rows:
             return None
@@ -211,7 +211,7 @@ class Scheduler:
         self.counters.preemptions += 1
         self.waiting.push(request)
 
-    def _admit(self, plan: StepPlan, rows: dict[Request, Row], budget: int) -> None:
+    def _admit(self, plan: StepPlan, rows: dict[Request, Row], budget: int, now: float) -> None:
         passed: list[Request] = []
         for request in self._candidates(passed, budget):
             if self._is_promised(request):
@@ -220,6 +220,9 @@ class Scheduler:
             if not self._enter(plan, request):
                 passed.append(request)
                 break
+            if request.num_preemptions == 0:
+                request.num_cached = request.num_computed
+                request.queued_seconds = now - request.arrival
             count = min(request.remaining, budget)
             rows[request] = self._row(request, count, ())
             budget -= count
@@ -272,8 +275,6 @@ class Scheduler:
         if self.config.prefix_caching and not source:
             self.counters.prefix_query_tokens += request.num_tokens
             self.counters.prefix_hit_tokens += request.num_computed
-        if request.num_preemptions == 0:
-            request.num_cached = request.num_computed
         request.slot = self._free_slots.pop()
         self.running.append(request)
         self._promise(request)
@@ -366,11 +367,14 @@ class Scheduler:
         if not drawn and not finish and not prompt_logprobs:
             return None
 
-        num_cached, request.num_cached = request.num_cached, -1
         if finish:
             self._finish(request)
-        logprobs = got.logprobs[: len(drawn)] if got.logprobs is not None else None
-        return Chunk(request.request_id, request.index, drawn, finish, stop, logprobs, prompt_logprobs, num_cached)
+        chunk = Chunk(request.request_id, request.index, drawn, finish, stop)
+        chunk.logprobs = got.logprobs[: len(drawn)] if got.logprobs is not None else None
+        chunk.prompt_logprobs = prompt_logprobs
+        chunk.num_cached, request.num_cached = request.num_cached, -1
+        chunk.queued_seconds, request.queued_seconds = request.queued_seconds, -1.0
+        return chunk
 
     def _stop(self, request: Request, token: int) -> tuple[str | None, int | None]:
         params = request.params

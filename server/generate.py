@@ -94,6 +94,7 @@ class Generation:
             self._parts[uuid.uuid4().hex] = _Part(prompt, first_choice, tokenizer, request.text_options)
             first_choice += prompt.params.n
         self.num_choices = first_choice
+        self._ordered = list(self._parts.values())
         self._open_parts = len(self._parts)
 
     def start(self) -> None:
@@ -115,7 +116,8 @@ class Generation:
         )
 
     def part_of(self, choice: int) -> tuple[Prompt, RequestStream]:
-        part = list(self._parts.values())[choice // self.request.prompts[0].params.n]
+        """The prompt that a choice continues, and what the engine has said about it."""
+        part = self._ordered[choice // self.request.prompts[0].params.n]
         return part.prompt, part.stream
 
     async def deltas(self) -> AsyncGenerator[list[Delta]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -70,21 +69,27 @@ def make_tiny_model(folder: Path, **changes: object) -> Path:
     return folder
 
 
+def write_byte_tokenizer(folder: Path) -> None:
+    """A tokenizer whose first 256 ids are bytes, then <bos> and <eos>, and a chat template."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(hidden)}
+    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<bos>", special=True), AddedToken("<eos>", special=True)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>", "chat_template": template}))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Qwen2-shaped, 3 layers, 300 tokens, fp32; no tokenizer."""
-    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@pytest.fixture
-def kill_leftovers() -> Iterator[list[int]]:
-    """Process ids put in here are killed at the end, whatever the test did."""
-    import signal
-
-    pids: list[int] = []
-    yield pids
-    for pid in pids:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    """Qwen2-shaped, 3 layers, 300 logits, fp32; a tokenizer of bytes."""
+    folder = make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+    write_byte_tokenizer(folder)
+    return folder

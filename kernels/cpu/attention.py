@@ -5,8 +5,9 @@
                  each with one or two sources
 
 A decode (one row) has one source: all its keys. A chunk or a verification has two, merged by lse: its context, where
-every row sees the same keys, and its own rows, causal or by tree mask. So the long part needs no mask per row and the
-heads of a group are rows of one matrix (512 rows on 2000 keys in bf16, one core: 11.7 ms; in one masked call 21.8 ms).
+every row sees the same keys, and its own rows, causal or by tree mask. So the long part needs no mask of rows by keys,
+and the heads of a group are rows of one matrix (64 rows on 512 keys, 7 heads per group, bf16, one core: 0.36 ms; a
+matrix per head 0.64 ms; from 512 rows on the two are equal).
 
 Lengths are padded up a fixed grid and operands laid out alike for one sequence and for many, so how a sequence is
 computed follows from its own lengths, and what it shares the call with does not change a bit of its result. Padding

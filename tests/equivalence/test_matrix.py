@@ -1,7 +1,7 @@
 """Exact where it says exact: a request's tokens are those of its solo run, whatever path its tokens took.
 
-Paths: any chunking, any batch-mates and arrivals, prefix hits, preemption, sibling samples, every kernel implementation;
-and each pair of them. fp32, greedy and seeded sampling alike.
+Paths: any chunking, any batch-mates and arrivals, prefix hits, preemption, sibling samples, every kernel
+implementation; and each pair of them. fp32, greedy and seeded sampling alike.
 """
 
 from __future__ import annotations
@@ -61,7 +61,14 @@ def drive(core: EngineCore, arrivals: list[list[AddRequest | Abort]]) -> dict[tu
 
 
 def engine(model: Path, **settings: object) -> EngineCore:
-    defaults = {"dtype": "float32", "threads": 1, "check": True, "block_size": 16, "max_num_seqs": 16, "max_model_len": 96}
+    defaults = {
+        "dtype": "float32",
+        "threads": 1,
+        "check": True,
+        "block_size": 16,
+        "max_num_seqs": 16,
+        "max_model_len": 96,
+    }
     return EngineCore(EngineConfig(model=str(model), **(defaults | settings)))
 
 

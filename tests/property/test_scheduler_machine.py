@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 
-
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -47,7 +46,7 @@ class CacheModel:
             token_ids, block_ids, sample, max_tokens = self.slots[row.slot]
             block_ids += row.new_block_ids
             end = row.start + row.num_tokens
-            assert 0 < row.num_tokens
+            assert row.num_tokens > 0
             assert end <= len(token_ids)
             assert end <= len(block_ids) * self.size
             assert 0 not in block_ids
@@ -126,9 +125,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.count += 1
         too_long = len(prompt) + (max_tokens > 0) > self.config.max_model_len
         try:
-            self.scheduler.add(
-                request_id, prompt, params, priority=priority, arrival=self.clock, cache_salt=salt
-            )
+            self.scheduler.add(request_id, prompt, params, priority=priority, arrival=self.clock, cache_salt=salt)
         except Refused:
             assert too_long
             return
@@ -153,7 +150,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         decoding = [r for r in self.scheduler.running if r.remaining == 1]
         oldest = min(self.scheduler.running, key=lambda r: r.order, default=None)
         before = {r: r.num_computed for r in self.scheduler.running}
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(self.clock)
         if plan is None:
             assert not self.scheduler.has_work, "there is work and nothing runs"
             return False
@@ -197,6 +194,6 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 SchedulerMachine.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestScheduler = SchedulerMachine.TestCase

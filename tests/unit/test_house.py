@@ -246,10 +246,3 @@ def test_every_package_is_in_the_wheel() -> None:
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     folders = {path.parent for path in SOURCES if path.name == "__init__.py"}
     assert listed == {".".join(("quire", *folder.relative_to(ROOT).parts)) for folder in folders}
-
-
-def test_test_files_have_names_of_their_own() -> None:
-    seen: dict[str, Path] = {}
-    for path in (ROOT / "tests").rglob("test_*.py"):
-        assert path.name not in seen, f"{name(path)} and {name(seen[path.name])}"
-        seen[path.name] = path

@@ -11,10 +11,13 @@ from .registry import Implementation, Kernels, Target, implementations, ops, res
 
 REFERENCE = ("activation", "attention", "kv", "linear", "moe", "norm", "rope", "sampling", "verify")
 CPU = ("activation", "attention", "kv", "linear", "moe", "norm", "rope", "sampling")
+NATIVE = ("attention", "rowwise")
 
 for _module in REFERENCE:
     import_module(f".reference.{_module}", __name__)
 for _module in CPU:
     import_module(f".cpu.{_module}", __name__)
+for _module in NATIVE:
+    import_module(f".cpu.native.{_module}", __name__)
 
 __all__ = ["Implementation", "Kernels", "Target", "implementations", "ops", "resolve"]

@@ -17,7 +17,7 @@ import torch
 
 Fn = TypeVar("Fn", bound=Callable[..., Any])
 
-PREFERENCE = ("triton", "cpu", "reference")  # the first usable one is taken
+PREFERENCE = ("triton", "native", "cpu", "reference")  # the first usable one is taken
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,48 @@
 // Tiles and segments lie at multiples of their size and a masked key adds an exact zero. So the bits of a row follow
 // from its own query, keys and mask, not from the rows it shares a task with, nor from who computes which segment.
 
+static void clear(StateView state, i64 rows, i64 dim) {
+  for (i64 i = 0; i < padded_rows(rows) * dim; i += kLanes) store(state.o + i, f32x16{});
+  for (i64 m = 0; m < rows; ++m) {
+    store(state.l + m * kLanes, f32x16{});
+    state.m[m] = -kInfinity;
+  }
+}
+
+// whole += part, two sums over disjoint keys.
+static void fold(StateView whole, StateView part, i64 rows, i64 dim) {
+  for (i64 m = 0; m < rows; ++m) {
+    if (part.m[m] == -kInfinity) continue;
+    const float top = whole.m[m] > part.m[m] ? whole.m[m] : part.m[m];
+    const f32x16 old = exp2(splat(whole.m[m] - top)), young = exp2(splat(part.m[m] - top));
+    const auto add = [&](float* to, const float* from) { store(to, fma(load(from), young, load(to) * old)); };
+    for (i64 d = 0; d < dim; d += kLanes) add(whole.o + m * dim + d, part.o + m * dim + d);
+    add(whole.l + m * kLanes, part.l + m * kLanes);
+    whole.m[m] = top;
+  }
+}
+
+// The state's sums to rows of out and lse; a sink joins the denominator here.
+template <class Tq>
+static void finish(const Attention& a, const Task& t, StateView state) {
+  const i64 group = a.q_heads / a.kv_heads;
+  for (i64 m = 0; m < t.num_rows * group; ++m) {
+    const i64 head = t.kv_head * group + m % group;
+    const i64 at = (a.batch.cu_q[t.seq] + t.first_row + m / group) * a.q_heads + head;
+    const float sink = a.sinks ? a.sinks[head] * kLog2E : -kInfinity;
+    const float top = state.m[m] > sink ? state.m[m] : sink;
+    float share = 0, lse = -kInfinity;
+    if (top != -kInfinity) {
+      const float scaled = exp2(state.m[m] - top), total = sum_lanes(load(state.l + m * kLanes)) * scaled + exp2(sink - top);
+      share = scaled / total;
+      lse = top * kLn2 + __builtin_logf(total);
+    }
+    Tq* const out = (Tq*)a.out + at * a.dim;
+    for (i64 d = 0; d < a.dim; d += kLanes) store(out + d, load(state.o + m * a.dim + d) * share);
+    a.lse[at] = lse;
+  }
+}
+
 struct Workspace {
   char* next;
   template <class T>
@@ -54,16 +96,19 @@ struct Attend {
   const void** const value_rows = memory.take<const void*>(kTileKeys);
   Tkv* const nothing = memory.take<Tkv>(dim);
 
+  Attend(const Attention& a, const Task& t, char* scratch) : a(a), t(t), memory{scratch} {}
+
   bool run() {
     __builtin_memset(nothing, 0, dim * sizeof(Tkv));
     __builtin_memset(weights, 0, kBlockRows * kTileKeys * sizeof(Operand));
     pack_queries();
+    if (t.num_segments == 0) clear(state_at(whole, rows, dim), rows, dim);
     for (i64 s = 0; s < t.num_segments; ++s) {
       float* const mine = t.partial ? t.partial + s * state_floats(rows, dim) : s == 0 ? whole : part;
       if (!segment(t.first_segment + s, state_at(mine, rows, dim))) return false;
       if (!t.partial && s > 0) fold(state_at(whole, rows, dim), state_at(part, rows, dim), rows, dim);
     }
-    if (!t.partial) finish(a, t, state_at(whole, rows, dim));
+    if (!t.partial) finish<Tq>(a, t, state_at(whole, rows, dim));
     return true;
   }
 
@@ -79,8 +124,7 @@ struct Attend {
   }
 
   bool segment(i64 index, StateView state) {
-    for (i64 i = 0; i < padded * dim; i += kLanes) store(state.o + i, f32x16{});
-    for (i64 i = 0; i < rows; ++i) store(state.l + i * kLanes, f32x16{}), state.m[i] = -kInfinity;
+    clear(state, rows, dim);
     i64 tile = index * kSegmentKeys, end = tile + kSegmentKeys;
     if (tile < t.first_key) tile = t.first_key / kTileKeys * kTileKeys;
     if (end > t.last_key) end = t.last_key;
@@ -134,7 +178,81 @@ struct Attend {
     return all != ~0ull;
   }
 
-  // Row i of the block, row m of the task: scores to weights, and the state moves to the new maximum.
+  // Row i of the block, row m of the task: scores become weights, relative to the largest score so far.
   template <bool Masked>
-  INLINE void soften(i64 i, i64 m, StateView state, const Attend& self) {}
+  inline __attribute__((always_inline)) void soften(i64 i, i64 m, StateView state) {
+    constexpr int kVectors = kTileKeys / kLanes;
+    Operand* const out = weights + i * kTileKeys;
+    const std::uint64_t bits = Masked ? seen[m] : ~0ull;
+    if (Masked && bits == 0) {
+      for (int v = 0; v < kVectors; ++v) store(out + v * kLanes, f32x16{});
+      return;
+    }
+    f32x16 s[kVectors], highest = splat(-kInfinity);
+    for (int v = 0; v < kVectors; ++v) {
+      s[v] = load(scores + i * kTileKeys + v * kLanes);
+      if (a.softcap == 0)
+        s[v] *= a.scale * kLog2E;
+      else
+        s[v] = tanh(s[v] * (a.scale / a.softcap)) * (a.softcap * kLog2E);
+      if (Masked) s[v] = keep(s[v], (bits >> (v * kLanes)) & 0xffff);
+      highest = max(highest, s[v]);
+    }
+    const float old = state.m[m], found = max_lanes(highest), top = found > old ? found : old;
+    float* const l = state.l + m * kLanes;
+    if (top > old) {
+      const f32x16 shrink = exp2(splat(old - top));
+      float* const o = state.o + m * dim;
+      for (i64 d = 0; d < dim; d += kLanes) store(o + d, load(o + d) * shrink);
+      store(l, load(l) * shrink);
+      state.m[m] = top;
+    }
+    f32x16 total = load(l);
+    for (int v = 0; v < kVectors; ++v) {
+      const f32x16 p = exp2(s[v] - top);
+      total += p;
+      store(out + v * kLanes, p);
+    }
+    store(l, total);
+  }
 };
+
+#if defined(__AMX_BF16__)
+// Tiles multiply pairs of bf16, 32 to a row; everything else is for the vectors.
+static bool tiles_serve(const Attention& a) {
+  return a.dtype == kBfloat16 && a.cache_dtype == kBfloat16 && a.dim % 32 == 0;
+}
+#endif
+
+static bool attend(const Attention& a, const Task& t, char* scratch) {
+#if defined(__AMX_BF16__)
+  if (tiles_serve(a)) return Attend<TileProduct, bf16, bf16>(a, t, scratch).run();
+#endif
+  bool ok = false;
+  with_dtype(a.dtype, [&](auto q) {
+    with_dtype(a.cache_dtype, [&](auto kv) {
+      ok = Attend<VectorProduct, decltype(q), decltype(kv)>(a, t, scratch).run();
+    });
+  });
+  return ok;
+}
+
+static void merge(const Attention& a, const Task& t) {
+  const i64 rows = t.num_rows * (a.q_heads / a.kv_heads);
+  const StateView whole = state_at(t.partial, rows, a.dim);
+  for (i64 s = 1; s < t.num_segments; ++s)
+    fold(whole, state_at(t.partial + s * state_floats(rows, a.dim), rows, a.dim), rows, a.dim);
+  with_dtype(a.dtype, [&](auto q) { finish<decltype(q)>(a, t, whole); });
+}
+
+static void enter([[maybe_unused]] const Attention& a) {
+#if defined(__AMX_BF16__)
+  if (tiles_serve(a)) TileProduct::enter();
+#endif
+}
+
+static void leave([[maybe_unused]] const Attention& a) {
+#if defined(__AMX_BF16__)
+  if (tiles_serve(a)) TileProduct::leave();
+#endif
+}

@@ -79,7 +79,7 @@ struct Task {
   i64 seq, first_row, num_rows, kv_head;  // first_row counts from the sequence's first
   i64 first_key, last_key;                // what any of the rows sees lies in [first_key, last_key)
   i64 first_segment, num_segments;
-  float* partial;  // null = the task covers all its segments and finishes; else their states, see StateView
+  float* partial;  // null = the task finishes; else where its segments' states go, one after another
 };
 
 // Softmax in progress, per matrix row: o = sum of weights * values, l = sum of weights in 16 lanes, and the exponent
@@ -114,7 +114,7 @@ struct Level {
   void (*kv_write)(const KvWrite&, i64 first, i64 last);
   void (*gate)(const Gate&, i64 first, i64 last);
   bool (*attend)(const Attention&, const Task&, char* scratch);        // false: a block id is out of range
-  void (*merge)(const Attention&, const Task&, const float* partial);  // the states of all segments, then finish
+  void (*merge)(const Attention&, const Task&);                   // of all partial states, and the end
   void (*enter)(const Attention&);  // on every thread before its first task, leave after its last
   void (*leave)(const Attention&);
 };

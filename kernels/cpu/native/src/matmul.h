@@ -56,7 +56,7 @@ INLINE void sums(i64 depth, const float* a, i64 a_row, const float* b, i64 b_row
     for (int j = 0; j < Vectors; ++j) sum[i][j] = Add ? load(c + i * c_row + j * kLanes) : f32x16{};
   for (i64 k = 0; k < depth; ++k)
     for (int i = 0; i < Rows; ++i)
-      for (int j = 0; j < Vectors; ++j) sum[i][j] += a[i * a_row + k] * load(b + k * b_row + j * kLanes);
+      for (int j = 0; j < Vectors; ++j) sum[i][j] = fma(splat(a[i * a_row + k]), load(b + k * b_row + j * kLanes), sum[i][j]);
   for (int i = 0; i < Rows; ++i)
     for (int j = 0; j < Vectors; ++j) store(c + i * c_row + j * kLanes, sum[i][j]);
 }
@@ -118,9 +118,6 @@ struct VectorProduct {
   INLINE void add_values(i64 rows, i64 dim, const float* weights, const void* values, float* o) {
     multiply<true>(rows, dim, kTileKeys, weights, kTileKeys, (const float*)values, dim, o, dim);
   }
-
-  INLINE void enter() {}
-  INLINE void leave() {}
 };
 
 #if defined(__AMX_BF16__)

@@ -1,6 +1,5 @@
 // Vectors of 16 fp32 lanes in the compiler's portable notation: one register with AVX-512, two with AVX2, four with
 // SSE or NEON. Included inside a namespace of its own for each instruction set.
-#define INLINE static inline __attribute__((always_inline))
 
 typedef float f32x16 __attribute__((vector_size(64)));
 typedef std::int32_t i32x16 __attribute__((vector_size(64)));
@@ -41,6 +40,23 @@ INLINE u16x16 to_bf16(f32x16 v) {
 INLINE void store(bf16* p, f32x16 v) {
   const u16x16 b = to_bf16(v);
   __builtin_memcpy(p, &b, sizeof b);
+}
+
+// a * b + c, rounded once where the processor can. Written out everywhere it is meant, and the compiler is told not to
+// contract on its own: it would do so differently where the same sum stands in two places.
+INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  union Halves {
+    f32x16 whole;
+    __m256 half[2];
+  } x{a}, y{b}, z{c};
+  for (int i = 0; i < 2; ++i) z.half[i] = _mm256_fmadd_ps(x.half[i], y.half[i], z.half[i]);
+  return z.whole;
+#else
+  return a * b + c;
+#endif
 }
 
 // The last n < 16 elements of a row: lanes beyond them read as zero and are not written.
@@ -99,11 +115,10 @@ INLINE f32x16 exp2(f32x16 x) {
   constexpr float kRound = 12582912.0f;
   const f32x16 shifted = x + kRound;
   const f32x16 r = x - (shifted - kRound);
-  f32x16 p = r * 0.0013264735462144017f + 0.00967151764780283f;
-  p = p * r + 0.05550733953714371f;
-  p = p * r + 0.24022242426872253f;
-  p = p * r + 0.6931470036506653f;
-  p = p * r + 1.0f;
+  f32x16 p = splat(0.0013264735462144017f);
+  constexpr float kRest[] = {0.00967151764780283f, 0.05550733953714371f, 0.24022242426872253f, 0.6931470036506653f, 1.0f};
+  for (float c : kRest)
+    p = fma(p, r, splat(c));
   const u32x16 exponent = (u32x16)shifted << 23;
   return x < -126.0f ? f32x16{} : (f32x16)((u32x16)p + exponent);
 }

@@ -1,0 +1,140 @@
+"""Norms, rotation, cache writes and gated activations: one pass over the rows each, in place where that is allowed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...batch import LayerKV
+from ...registry import implements
+from .library import DTYPES, function, usable, usable_on_cache
+
+_norm, _rope, _kv_write, _gate = function("norm"), function("rope"), function("kv_write"), function("gate")
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x [..., d] as [T, H, d] with a last dimension that lies together; a view where the strides allow one."""
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    if x.dim() == 3:
+        return x
+    return x.unsqueeze(1) if x.dim() == 2 else x.reshape(-1, 1, x.shape[-1])
+
+
+@implements("rms_norm", "native", when=usable)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    """See the reference."""
+    rows = _rows(x)
+    count, heads, dim = rows.shape
+    out = torch.empty(x.shape, dtype=x.dtype)
+    _norm(
+        DTYPES[x.dtype],
+        DTYPES[weight.dtype],
+        rows.data_ptr(),
+        count,
+        heads,
+        rows.stride(0),
+        rows.stride(1),
+        dim,
+        None,
+        weight.data_ptr(),
+        eps,
+        offset,
+        out.data_ptr(),
+    )
+    return out
+
+
+@implements("add_rms_norm", "native", when=usable)
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """See the reference. The sum overwrites residual, the norm x, where they lie together."""
+    x, residual = x.contiguous(), residual.contiguous()
+    count, dim = x.shape
+    _norm(
+        DTYPES[x.dtype],
+        DTYPES[weight.dtype],
+        x.data_ptr(),
+        count,
+        1,
+        dim,
+        0,
+        dim,
+        residual.data_ptr(),
+        weight.data_ptr(),
+        eps,
+        offset,
+        x.data_ptr(),
+    )
+    return x, residual
+
+
+@implements("rope", "native", when=usable)
+def rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """See the reference. Overwrites q and k and returns them. IndexError for a position that the table lacks."""
+    rows, q_heads, dim = q.shape
+    status = _rope(
+        DTYPES[q.dtype],
+        q.data_ptr(),
+        k.data_ptr(),
+        rows,
+        q_heads,
+        k.shape[1],
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        dim,
+        positions.data_ptr(),
+        table.data_ptr(),
+        *table.shape,
+        interleaved,
+    )
+    if status:
+        raise IndexError(f"positions {positions.aminmax()} are outside of the rope table of {table.shape[0]} rows")
+    return q, k
+
+
+@implements("kv_write", "native", when=usable_on_cache)
+def kv_write(k: Tensor, v: Tensor, cache: LayerKV, slot_mapping: Tensor) -> None:
+    """See the reference. IndexError for a slot that the cache lacks."""
+    rows, heads, dim = k.shape
+    blocks, block_size = cache.k.shape[:2]
+    status = _kv_write(
+        DTYPES[k.dtype],
+        DTYPES[cache.k.dtype],
+        k.data_ptr(),
+        v.data_ptr(),
+        rows,
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        heads,
+        dim,
+        cache.k.data_ptr(),
+        cache.v.data_ptr(),
+        blocks * block_size,
+        slot_mapping.data_ptr(),
+    )
+    if status:
+        raise IndexError(f"slots {slot_mapping.aminmax()} are outside of the cache of {blocks * block_size}")
+
+
+def _gated(x: Tensor, gelu: bool) -> Tensor:
+    rows = x.contiguous() if x.stride(-1) != 1 else x
+    count, width = rows.shape[0], rows.shape[1] // 2
+    out = torch.empty((count, width), dtype=x.dtype)
+    _gate(DTYPES[x.dtype], rows.data_ptr(), count, rows.stride(0), width, out.data_ptr(), gelu)
+    return out
+
+
+@implements("silu_and_mul", "native", when=usable)
+def silu_and_mul(x: Tensor) -> Tensor:
+    """See the reference."""
+    return _gated(x, gelu=False)
+
+
+@implements("gelu_and_mul", "native", when=usable)
+def gelu_and_mul(x: Tensor) -> Tensor:
+    """See the reference."""
+    return _gated(x, gelu=True)

@@ -1,0 +1,10 @@
+// AMX with bf16 tiles: Sapphire Rapids and later.
+#if defined(__x86_64__)
+#pragma GCC target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#define LEVEL amx
+#include "level.h"
+
+namespace quire {
+const Level kAmx = amx::table("amx");
+}
+#endif

@@ -1,0 +1,10 @@
+// AVX2 and FMA: Haswell, Zen and later.
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma")
+#define LEVEL avx2
+#include "level.h"
+
+namespace quire {
+const Level kAvx2 = avx2::table("avx2");
+}
+#endif

@@ -1,0 +1,10 @@
+// AVX-512 F, BW, DQ and VL: Skylake servers, Zen 4 and later.
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#define LEVEL avx512
+#include "level.h"
+
+namespace quire {
+const Level kAvx512 = avx512::table("avx512");
+}
+#endif

@@ -1,0 +1,31 @@
+// All kernels, compiled for the instruction set of the including file, which names its namespace by LEVEL.
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+namespace quire::LEVEL {
+
+#include "simd.h"
+
+#include "matmul.h"
+
+template <class F>
+INLINE void with_dtype(i64 dtype, F f) {
+  if (dtype == kBfloat16)
+    f(bf16{});
+  else
+    f(float{});
+}
+
+#include "attention.h"
+#include "rowwise.h"
+
+constexpr Level table(const char* name) {
+  return {name, norm, rope, kv_write, gate, attend, merge, enter, leave};
+}
+
+}  // namespace quire::LEVEL

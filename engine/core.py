@@ -91,6 +91,10 @@ class EngineCore:
             startup_seconds=self._phases,
             memory_bytes={"weights": settings.weight_bytes, "kv_cache": settings.kv_cache_bytes},
         )
+        for name, reason in settings.reasons.items():
+            log.info("%s = %s (%s)", name, str(getattr(settings, name)).removeprefix("torch."), reason)
+        log.info("kernels: %s", ", ".join(f"{op}={name}" for op, name in kernels.describe().items()))
+        log.info("started: %s", ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in self._phases.items()))
 
     # ---------------------------------------------------------------- start
 
@@ -127,7 +131,8 @@ class EngineCore:
     def handle(self, message: AddRequest | Abort) -> list[Chunk]:
         """Take one message in; what it ends at once is answered by the chunks."""
         if isinstance(message, Abort):
-            return [chunk for request_id in message.request_ids for chunk in self.scheduler.abort(request_id)]
+            ids, index = message.request_ids, message.index
+            return [chunk for request_id in ids for chunk in self.scheduler.abort(request_id, index)]
         try:
             # The API side has checked all this; here is the engine's own wall, whatever route the message took.
             check_request(message, self.limits)

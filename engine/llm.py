@@ -260,9 +260,10 @@ class LLM:
             request = unfinished.get(chunk.request_id)
             if request is None:
                 continue
-            request.outputs[chunk.index].add(request.stream.fold(chunk))
-            if request.stream.must_abort:
-                self._client.send(Abort([chunk.request_id]))
+            delta = request.stream.fold(chunk)
+            request.outputs[chunk.index].add(delta)
+            if request.stream.ended_early(delta):
+                self._client.send(Abort([chunk.request_id], chunk.index))
             if request.stream.finished:
                 yield chunk.request_id
 

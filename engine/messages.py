@@ -21,8 +21,9 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add", omit_defaults=True):
     cache_salt: str = ""  # prefix blocks are shared only between requests with equal salts
 
 
-class Abort(msgspec.Struct, frozen=True, tag="abort"):
+class Abort(msgspec.Struct, frozen=True, tag="abort", omit_defaults=True):
     request_ids: list[str]
+    index: int | None = None  # of the sample that ends, while its siblings go on; None = all of them
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):

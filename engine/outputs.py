@@ -179,10 +179,9 @@ class RequestStream:
     def finished(self) -> bool:
         return all(sample.finish_reason is not None for sample in self.samples)
 
-    @property
-    def must_abort(self) -> bool:
-        """Every sample has its answer, but the engine still draws for one: a stop string ended it. Send Abort."""
-        return self.finished and not all(self._engine_ended)
+    def ended_early(self, delta: Delta) -> bool:
+        """`delta` ended its sample by a stop string, of which the engine knows nothing: send Abort for that sample."""
+        return delta.finish_reason is not None and not self._engine_ended[delta.index]
 
 
 @dataclass(slots=True, repr=False)

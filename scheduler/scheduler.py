@@ -124,10 +124,15 @@ class Scheduler:
         for request in samples:
             self.waiting.push(request)
 
-    def abort(self, request_id: str) -> list[Chunk]:
-        """End all samples of a request, known or not, now; blocks return at once. Call between steps."""
+    def abort(self, request_id: str, index: int | None = None) -> list[Chunk]:
+        """End one sample of a request, or all, now; blocks return at once. What is unknown has ended already.
+
+        Call between steps.
+        """
         chunks = []
         for request in list(self._samples.get(request_id, ())):
+            if index not in (None, request.index):
+                continue
             self._finish(request)
             self.counters.aborted += 1
             chunks.append(Chunk(request.request_id, request.index, [], finish_reason="abort"))

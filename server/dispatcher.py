@@ -145,6 +145,11 @@ class Dispatcher:
                 logger.debug("the engine was gone before an abort reached it")
         return bool(known)
 
+    def end_sample(self, request_id: str, index: int) -> None:
+        """The text of one sample is complete; the request's others go on."""
+        with contextlib.suppress(EngineDeadError):  # then the mailbox learns of it
+            self._client.send(Abort([request_id], index))
+
     def fail_all(self, failure: errors.ApiError) -> None:
         for mailbox in set(self._mailboxes.values()):
             mailbox.fail(failure)

@@ -143,11 +143,13 @@ class Generation:
         sample = part.stream.samples[chunk.index]
         tokens_before, cached_before = sample.num_tokens, part.stream.num_cached
         delta = part.stream.fold(chunk)
+        if part.stream.ended_early(delta):
+            self._dispatcher.end_sample(chunk.request_id, chunk.index)
         delta.index += part.first_choice
         self._count(part, delta, sample.num_tokens - tokens_before, part.stream.num_cached - cached_before)
         if part.stream.finished and delta.finish_reason is not None:  # this chunk ended the last sample
             self._open_parts -= 1
-            self._dispatcher.forget([chunk.request_id], abort=part.stream.must_abort)
+            self._dispatcher.forget([chunk.request_id], abort=False)
         if delta.finish_reason == "error":
             logger.error("a request failed in the engine: %s", delta.error)
             raise errors.engine_failed()

@@ -160,7 +160,10 @@ class FakeClient:
                 self._on_message(message)
                 return
             if isinstance(message, Abort):
-                self._running = [s for s in self._running if s.request.request_id not in message.request_ids]
+                ids, index = message.request_ids, message.index
+                self._running = [
+                    s for s in self._running if s.request.request_id not in ids or index not in (None, s.index)
+                ]
                 self._stats.aborted_total += len(message.request_ids)
             elif isinstance(message, AddRequest):
                 self._running += [_Sample(message, i, self.answer(message, i)) for i in range(message.params.n)]

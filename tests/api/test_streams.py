@@ -60,7 +60,8 @@ async def test_stream_is_whole_at_every_chunking(http, stream, fake, text, per_s
 async def test_characters_are_never_torn(stream, fake):
     fake.answer = lambda request, index: list("é👍".encode())
     events = await stream("/v1/completions", prompt="x")
-    assert [text for e in events if (text := e["choices"][0]["text"])] == ["é", "👍"]
+    assert text_of(events, 0) == "é👍"
+    assert all(set(e["choices"][0]["text"]) <= set("é👍") for e in events)
 
 
 async def test_an_unfinished_character_shows_once_at_the_end(stream, fake):
@@ -158,3 +159,11 @@ async def test_every_event_is_one_line_of_json(http, fake):
         assert b"\n" not in frame
         assert b"\r" not in frame
         json.loads(frame.removeprefix(b"data: "))
+
+
+async def test_a_sample_that_met_its_stop_string_is_ended_while_its_siblings_go_on(http, fake):
+    fake.answer = lambda request, index: [*(b"ab|" if index == 0 else b"abcdef"), *b"x" * 40]
+    body = {"prompt": "Hi", "n": 2, "stop": "|", "max_tokens": 40, "temperature": 1.0}
+    choices = (await http.post("/v1/completions", json=body)).json()["choices"]
+    assert [(c["text"], c["finish_reason"]) for c in choices] == [("ab", "stop"), ("abcdef" + "x" * 34, "length")]
+    assert fake.aborted == [fake.added[0].request_id]

@@ -90,6 +90,7 @@ PATHS: dict[str, dict[str, object]] = {
     "scarce_blocks": {"num_blocks": 7},
     "no_cache": {"prefix_caching": False},
     "tiny_blocks": {"block_size": 1},
+    "torch_kernels": {"kernels": dict.fromkeys(("attention", "rope", "rms_norm", "add_rms_norm", "kv_write"), "cpu")},
     "reference_kernels": {"kernels": {"attention": "reference", "linear": "reference", "rope": "reference"}},
 }
 

@@ -28,9 +28,9 @@ def test_every_op_has_a_reference() -> None:
 
 def test_preference_and_reasons() -> None:
     kernels = resolve(CPU)
-    assert kernels.describe()["attention"] == "cpu"
-    assert kernels.attention is implementations("attention")["cpu"]
-    assert kernels.reasons()["attention"]["reference"] == "less preferred than cpu"
+    assert kernels.describe()["linear"] == "cpu"
+    assert kernels.linear is implementations("linear")["cpu"]
+    assert kernels.reasons()["linear"]["reference"] == "less preferred than cpu"
 
 
 def test_a_refusal_is_explained() -> None:

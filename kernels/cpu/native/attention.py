@@ -72,7 +72,7 @@ def attention(
     """
     rows, heads, dim = q.shape
     keys = cache.k
-    out = torch.empty((rows, heads, dim), dtype=q.dtype)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty((rows, heads), dtype=torch.float32)
     if sinks is not None:
         sinks = sinks.float().contiguous()

@@ -20,12 +20,13 @@ from ...registry import Target
 
 log = logging.getLogger(__name__)
 
-FLOAT32, BFLOAT16 = 0, 1
-DTYPES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}  # the codes of src/kernels.h
+INTERFACE = 1  # of src/kernels.h: a library built from other sources is refused
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # the codes of src/kernels.h
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-DONE, OUT_OF_RANGE, OUT_OF_MEMORY = 0, 1, 2  # what functions that can fail return
+OUT_OF_RANGE, OUT_OF_MEMORY = 1, 2  # what functions that can fail return, 0 otherwise
 
 _SIGNATURES: dict[str, tuple[Any, str]] = {  # name: result, arguments: p pointer, i int64, f float
+    "quire_interface": (c_int64, ""),
     "quire_level": (ctypes.c_char_p, "i"),
     "quire_use_level": (None, "i"),
     "quire_norm": (None, "iipiiiiippffp"),
@@ -57,7 +58,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     """The library, or why there is none."""
     path = _find()
     if path is None:
-        return None, "the C++ library is not built: install a C++17 compiler, then quire again"
+        return None, "the C++ library is not built: install a C++17 compiler, then install quire again"
     try:
         ctypes.CDLL(_openmp(), mode=ctypes.RTLD_GLOBAL)
         library = ctypes.CDLL(str(path))
@@ -67,6 +68,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         function = getattr(library, name)
         function.restype = result
         function.argtypes = [_KINDS[kind] for kind in arguments]
+    if library.quire_interface() != INTERFACE:
+        return None, "the C++ library was built from other sources: install quire again"
     return library, None
 
 

@@ -12,30 +12,23 @@ from .library import DTYPES, function, usable, usable_on_cache
 _norm, _rope, _kv_write, _gate = function("norm"), function("rope"), function("kv_write"), function("gate")
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x [..., d] as [T, H, d] with a last dimension that lies together; a view where the strides allow one."""
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    if x.dim() == 3:
-        return x
-    return x.unsqueeze(1) if x.dim() == 2 else x.reshape(-1, 1, x.shape[-1])
-
-
 @implements("rms_norm", "native", when=usable)
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     """See the reference."""
-    rows = _rows(x)
-    count, heads, dim = rows.shape
-    out = torch.empty(x.shape, dtype=x.dtype)
+    if x.dim() > 3 or x.stride(-1) != 1:
+        return rms_norm(x.reshape(-1, x.shape[-1]).contiguous(), weight, eps, offset).view(x.shape)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    sizes, strides = x.shape, x.stride()
+    per_head = len(sizes) == 3
     _norm(
         DTYPES[x.dtype],
         DTYPES[weight.dtype],
-        rows.data_ptr(),
-        count,
-        heads,
-        rows.stride(0),
-        rows.stride(1),
-        dim,
+        x.data_ptr(),
+        sizes[0] if len(sizes) > 1 else 1,
+        sizes[1] if per_head else 1,
+        strides[0],
+        strides[1] if per_head else 0,
+        sizes[-1],
         None,
         weight.data_ptr(),
         eps,
@@ -72,6 +65,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset
 def rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """See the reference. Overwrites q and k and returns them. IndexError for a position that the table lacks."""
     rows, q_heads, dim = q.shape
+    q_row, q_head, _ = q.stride()
+    k_row, k_head, _ = k.stride()
     status = _rope(
         DTYPES[q.dtype],
         q.data_ptr(),
@@ -79,10 +74,10 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor, interleaved: bo
         rows,
         q_heads,
         k.shape[1],
-        q.stride(0),
-        q.stride(1),
-        k.stride(0),
-        k.stride(1),
+        q_row,
+        q_head,
+        k_row,
+        k_head,
         dim,
         positions.data_ptr(),
         table.data_ptr(),
@@ -98,6 +93,8 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor, interleaved: bo
 def kv_write(k: Tensor, v: Tensor, cache: LayerKV, slot_mapping: Tensor) -> None:
     """See the reference. IndexError for a slot that the cache lacks."""
     rows, heads, dim = k.shape
+    k_row, k_head, _ = k.stride()
+    v_row, v_head, _ = v.stride()
     blocks, block_size = cache.k.shape[:2]
     status = _kv_write(
         DTYPES[k.dtype],
@@ -105,10 +102,10 @@ def kv_write(k: Tensor, v: Tensor, cache: LayerKV, slot_mapping: Tensor) -> None
         k.data_ptr(),
         v.data_ptr(),
         rows,
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
+        k_row,
+        k_head,
+        v_row,
+        v_head,
         heads,
         dim,
         cache.k.data_ptr(),
@@ -121,10 +118,11 @@ def kv_write(k: Tensor, v: Tensor, cache: LayerKV, slot_mapping: Tensor) -> None
 
 
 def _gated(x: Tensor, gelu: bool) -> Tensor:
-    rows = x.contiguous() if x.stride(-1) != 1 else x
-    count, width = rows.shape[0], rows.shape[1] // 2
-    out = torch.empty((count, width), dtype=x.dtype)
-    _gate(DTYPES[x.dtype], rows.data_ptr(), count, rows.stride(0), width, out.data_ptr(), gelu)
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    rows, width = x.shape[0], x.shape[1] // 2
+    out = x.new_empty((rows, width))
+    _gate(DTYPES[x.dtype], x.data_ptr(), rows, x.stride(0), width, out.data_ptr(), gelu)
     return out
 
 

@@ -183,21 +183,21 @@ def test_after_the_end_nothing_counts(tokenizer: Tokenizer) -> None:
     assert stream.finish_reason == "stop"
 
 
-def test_a_request_is_aborted_once_all_samples_have_their_answer(tokenizer: Tokenizer) -> None:
+def test_a_sample_is_aborted_when_its_text_is_complete_and_the_engine_goes_on(tokenizer: Tokenizer) -> None:
     stream = RequestStream(tokenizer, TextOptions(stop=("b",)), [5], n=2)
     (b,) = tokenizer.encode("b")
-    stream.fold(Chunk("r", 0, [b], num_cached=32, prompt_logprobs=logprobs_of([7])))
-    assert (stream.finished, stream.must_abort) == (False, False)
-    stream.fold(Chunk("r", 1, [], finish_reason="length", prompt_logprobs=logprobs_of([8])))
-    assert (stream.finished, stream.must_abort) == (True, True)
+    delta = stream.fold(Chunk("r", 0, [b], num_cached=32, prompt_logprobs=logprobs_of([7])))
+    assert (stream.finished, stream.ended_early(delta)) == (False, True)
+    delta = stream.fold(Chunk("r", 1, [], finish_reason="length", prompt_logprobs=logprobs_of([8])))
+    assert (stream.finished, stream.ended_early(delta)) == (True, False)
     assert stream.num_cached == 32
     assert stream.prompt_logprobs == logprobs_of([7, 8])
 
 
 def test_a_request_that_the_engine_ended_is_not_aborted(tokenizer: Tokenizer) -> None:
     stream = RequestStream(tokenizer, TextOptions(stop=("b",)), [5])
-    stream.fold(Chunk("r", 0, tokenizer.encode("ab"), finish_reason="length"))
-    assert (stream.finished, stream.must_abort) == (True, False)
+    delta = stream.fold(Chunk("r", 0, tokenizer.encode("ab"), finish_reason="length"))
+    assert (stream.finished, stream.ended_early(delta)) == (True, False)
 
 
 def test_an_error_is_carried_to_the_end(tokenizer: Tokenizer) -> None:

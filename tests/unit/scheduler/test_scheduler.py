@@ -244,6 +244,18 @@ def test_abort_twice_before_and_after_returns_every_block():
     assert run(s) == (None, [])
 
 
+def test_one_sample_ends_and_its_siblings_go_on():
+    s = scheduler()
+    s.add("a", prompt(1, 14), SamplingParams(max_tokens=20, n=3, ignore_eos=True))
+    run(s)
+    run(s)
+    assert [c.index for c in s.abort("a", 1)] == [1]
+    assert s.abort("a", 1) == []
+    s.check()
+    _, chunks = run(s)
+    assert [c.index for c in chunks] == [0, 2]
+
+
 @pytest.mark.parametrize(
     ("ids", "params", "message"),
     [

@@ -1,6 +1,8 @@
 // The C interface: which instruction set, how much per thread. Raw pointers and integers in; strides in elements.
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
+#include <limits>
 #include <vector>
 
 #include "kernels.h"
@@ -180,9 +182,19 @@ i64 work(const Attention& a, const std::vector<Task>& list) {
   return total;
 }
 
+// Rows behind the last sequence see nothing.
+void blank_padding(const Attention& a) {
+  const Batch& b = a.batch;
+  const i64 first = b.cu_q[b.num_seqs], row_bytes = a.q_heads * a.dim * (a.dtype == kBfloat16 ? 2 : 4);
+  std::memset((char*)a.out + first * row_bytes, 0, (b.num_tokens - first) * row_bytes);
+  for (i64 i = first * a.q_heads; i < b.num_tokens * a.q_heads; ++i)
+    a.lse[i] = a.sinks ? a.sinks[i % a.q_heads] : -std::numeric_limits<float>::infinity();
+}
+
 i64 attend(const Attention& a) {
   // Keys x blocks of 16 rows, about 10 us of them with AMX; a fork costs 3 to 5, and more where cores are busy.
   constexpr i64 kWorthAFork = 2048;
+  blank_padding(a);
   if (!list_tasks(a, tasks)) return kOutOfRange;
   const i64 threads = work(a, tasks) < kWorthAFork ? 1 : num_threads();
   const bool few = (i64)tasks.size() < 2 * threads && threads > 1;
@@ -203,6 +215,8 @@ i64 attend(const Attention& a) {
 
 using quire::i64;
 #define API extern "C" __attribute__((visibility("default")))
+
+API i64 quire_interface() { return quire::kInterface; }
 
 // The name of level `index`, best first, or null behind the last.
 API const char* quire_level(i64 index) {

@@ -48,6 +48,8 @@ static void finish(const Attention& a, const Task& t, StateView state) {
   }
 }
 
+INLINE i64 least(i64 a, i64 b) { return a < b ? a : b; }
+
 struct Workspace {
   char* next;
   template <class T>
@@ -118,7 +120,7 @@ struct Attend {
         const Tq* from = (const Tq*)a.q + (a.batch.cu_q[t.seq] + t.first_row + r) * a.q_row;
         from += (t.kv_head * group + g) * a.q_head;
         Operand* to = queries + (r * group + g) * dim;
-        for (i64 d = 0; d < dim; d += kLanes) store(to + d, load(from + d));
+        copy_row(from, to, dim);
       }
     __builtin_memset(queries + rows * dim, 0, (padded - rows) * dim * sizeof(Operand));
   }
@@ -128,11 +130,14 @@ struct Attend {
     i64 tile = index * kSegmentKeys, end = tile + kSegmentKeys;
     if (tile < t.first_key) tile = t.first_key / kTileKeys * kTileKeys;
     if (end > t.last_key) end = t.last_key;
+    if (tile < end && !locate(tile)) return false;
     for (; tile < end; tile += kTileKeys) {
-      if (!pack_tile(tile)) return false;
+      Product::template pack_keys<Tkv>(key_rows, dim, widened, keys);
+      Product::template pack_values<Tkv>(value_rows, dim, values);
+      if (tile + kTileKeys < end && !locate(tile + kTileKeys)) return false;
       const bool masked = look(tile);
       for (i64 block = 0; block < rows; block += kBlockRows) {
-        const i64 count = rows - block < kBlockRows ? rows - block : kBlockRows;
+        const i64 count = least(rows - block, kBlockRows);
         Product::scores(count, dim, queries + block * dim, keys, scores);
         for (i64 i = 0; i < count; ++i) {
           if (!masked)
@@ -146,24 +151,32 @@ struct Attend {
     return true;
   }
 
-  // Keys outside of the task's range are not read: zeros stand in for them, and no row sees them.
-  bool pack_tile(i64 tile) {
+  // Where the keys and values of a tile lie, fetched ahead of their use: they are strewn over blocks, and the processor
+  // does not guess the next one. Keys outside of the task's range are not read: zeros stand in for them, unseen.
+  bool locate(i64 tile) {
     const Batch& b = a.batch;
     const std::int32_t* table = b.block_table + t.seq * b.table_width;
-    for (i64 j = 0; j < kTileKeys; ++j) {
+    const i64 key_stride = a.kv_heads * dim;
+    for (i64 j = 0; j < kTileKeys;) {
       const i64 key = tile + j;
       if (key < t.first_key || key >= t.last_key) {
         key_rows[j] = value_rows[j] = nothing;
+        ++j;
         continue;
       }
-      const i64 block = table[key / b.block_size];
+      const i64 block = table[key / b.block_size], offset = key % b.block_size;
       if (block < 0 || block >= a.num_blocks) return false;
-      const i64 at = ((block * b.block_size + key % b.block_size) * a.kv_heads + t.kv_head) * dim;
-      key_rows[j] = (const Tkv*)a.k + at;
-      value_rows[j] = (const Tkv*)a.v + at;
+      i64 at = ((block * b.block_size + offset) * a.kv_heads + t.kv_head) * dim;
+      const i64 last = least(least(j + b.block_size - offset, kTileKeys), t.last_key - tile);
+      for (; j < last; ++j, at += key_stride) {
+        key_rows[j] = (const Tkv*)a.k + at;
+        value_rows[j] = (const Tkv*)a.v + at;
+        for (i64 byte = 0; byte < dim * (i64)sizeof(Tkv); byte += 64) {
+          __builtin_prefetch((const char*)key_rows[j] + byte);
+          __builtin_prefetch((const char*)value_rows[j] + byte);
+        }
+      }
     }
-    Product::template pack_keys<Tkv>(key_rows, dim, widened, keys);
-    Product::template pack_values<Tkv>(value_rows, dim, values);
     return true;
   }
 
@@ -178,10 +191,12 @@ struct Attend {
     return all != ~0ull;
   }
 
-  // Row i of the block, row m of the task: scores become weights, relative to the largest score so far.
+  // Row i of the block, row m of the task: scores become weights relative to 2^m. What m is does not matter as long as
+  // nothing overflows, so it moves only when a score exceeds it by kSlack: weights reach 2^8, their sums 2^17.
   template <bool Masked>
   inline __attribute__((always_inline)) void soften(i64 i, i64 m, StateView state) {
     constexpr int kVectors = kTileKeys / kLanes;
+    constexpr float kSlack = 8;
     Operand* const out = weights + i * kTileKeys;
     const std::uint64_t bits = Masked ? seen[m] : ~0ull;
     if (Masked && bits == 0) {
@@ -198,14 +213,17 @@ struct Attend {
       if (Masked) s[v] = keep(s[v], (bits >> (v * kLanes)) & 0xffff);
       highest = max(highest, s[v]);
     }
-    const float old = state.m[m], found = max_lanes(highest), top = found > old ? found : old;
+    float top = state.m[m];
     float* const l = state.l + m * kLanes;
-    if (top > old) {
-      const f32x16 shrink = exp2(splat(old - top));
-      float* const o = state.o + m * dim;
-      for (i64 d = 0; d < dim; d += kLanes) store(o + d, load(o + d) * shrink);
-      store(l, load(l) * shrink);
-      state.m[m] = top;
+    if (any_above(highest, top + kSlack)) {
+      const float found = max_lanes(highest);
+      if (top != -kInfinity) {
+        const f32x16 shrink = exp2(splat(top - found));
+        float* const o = state.o + m * dim;
+        for (i64 d = 0; d < dim; d += kLanes) store(o + d, load(o + d) * shrink);
+        store(l, load(l) * shrink);
+      }
+      state.m[m] = top = found;
     }
     f32x16 total = load(l);
     for (int v = 0; v < kVectors; ++v) {
@@ -217,7 +235,7 @@ struct Attend {
   }
 };
 
-#if defined(__AMX_BF16__)
+#if HAS_AMX
 // Tiles multiply pairs of bf16, 32 to a row; everything else is for the vectors.
 static bool tiles_serve(const Attention& a) {
   return a.dtype == kBfloat16 && a.cache_dtype == kBfloat16 && a.dim % 32 == 0;
@@ -225,7 +243,7 @@ static bool tiles_serve(const Attention& a) {
 #endif
 
 static bool attend(const Attention& a, const Task& t, char* scratch) {
-#if defined(__AMX_BF16__)
+#if HAS_AMX
   if (tiles_serve(a)) return Attend<TileProduct, bf16, bf16>(a, t, scratch).run();
 #endif
   bool ok = false;
@@ -246,13 +264,13 @@ static void merge(const Attention& a, const Task& t) {
 }
 
 static void enter([[maybe_unused]] const Attention& a) {
-#if defined(__AMX_BF16__)
+#if HAS_AMX
   if (tiles_serve(a)) TileProduct::enter();
 #endif
 }
 
 static void leave([[maybe_unused]] const Attention& a) {
-#if defined(__AMX_BF16__)
+#if HAS_AMX
   if (tiles_serve(a)) TileProduct::leave();
 #endif
 }

@@ -2,6 +2,9 @@
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma")
 #define LEVEL avx2
+#define HAS_AVX2 1
+#define HAS_AVX512 0
+#define HAS_AMX 0
 #include "level.h"
 
 namespace quire {

@@ -1,5 +1,8 @@
 // The compiler's default instruction set, which runs everywhere.
 #define LEVEL base
+#define HAS_AVX2 0
+#define HAS_AVX512 0
+#define HAS_AMX 0
 #include "level.h"
 
 namespace quire {

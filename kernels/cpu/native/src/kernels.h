@@ -12,6 +12,8 @@ struct bf16 {
   std::uint16_t bits;
 };
 
+constexpr i64 kInterface = 1;  // one more for every change of what library.py calls
+
 enum Dtype : i64 { kFloat32 = 0, kBfloat16 = 1 };  // the codes that library.py passes
 
 constexpr i64 kTileKeys = 64;      // keys per step of the online softmax: one 64-bit word of visibility per row

@@ -1,7 +1,7 @@
 // The two products of an attention tile, scores = queries * keys and o += weights * values, and the packing of paged
 // keys and values that they need. Two ways: fp32 vectors, and bf16 matrix tiles where there is AMX.
 
-#if defined(__AVX512F__)
+#if HAS_AVX512
 typedef __m512i Words;  // four rows of a column of 4 x 4 blocks: quarter q belongs to row 4q + i
 INLINE Words pick_words(const void* const* rows, int i, i64 column) {
   const auto quarter = [&](int row) __attribute__((always_inline)) {
@@ -40,9 +40,9 @@ INLINE void transpose(const void* const* rows, i64 columns, std::uint32_t* out) 
 }
 
 // Rows and vectors of 16 columns whose sums fit in the registers together with what they are made from.
-#if defined(__AVX512F__)
+#if HAS_AVX512
 constexpr int kSumRows = 6, kSumVectors = 4;
-#elif defined(__AVX2__)
+#elif HAS_AVX2
 constexpr int kSumRows = 3, kSumVectors = 2;
 #else
 constexpr int kSumRows = 3, kSumVectors = 1;
@@ -80,7 +80,7 @@ static void multiply(i64 rows, i64 columns, i64 depth, const float* a, i64 a_row
       case 1: row_sums<1, Add>(columns, depth, some, a_row, b, b_row, into, c_row); break;
       case 2: row_sums<2, Add>(columns, depth, some, a_row, b, b_row, into, c_row); break;
       case 3: row_sums<3, Add>(columns, depth, some, a_row, b, b_row, into, c_row); break;
-#if defined(__AVX512F__)
+#if HAS_AVX512
       case 4: row_sums<4, Add>(columns, depth, some, a_row, b, b_row, into, c_row); break;
       case 5: row_sums<5, Add>(columns, depth, some, a_row, b, b_row, into, c_row); break;
       default: row_sums<6, Add>(columns, depth, some, a_row, b, b_row, into, c_row); break;
@@ -120,7 +120,7 @@ struct VectorProduct {
   }
 };
 
-#if defined(__AMX_BF16__)
+#if HAS_AMX
 // bf16 tiles of 16 rows x 64 bytes. The second factor lies as pairs of rows: word [k / 2][n] holds rows k and k + 1.
 struct TileProduct {
   using Operand = bf16;
@@ -134,10 +134,7 @@ struct TileProduct {
   INLINE void pack_values(const void* const* rows, i64 dim, void* out) {
     for (i64 i = 0; i < kTileKeys; i += 2)
       for (i64 d = 0; d < dim; d += kLanes) {
-        u16x16 even, odd;
-        __builtin_memcpy(&even, (const bf16*)rows[i] + d, sizeof even);
-        __builtin_memcpy(&odd, (const bf16*)rows[i + 1] + d, sizeof odd);
-        const u32x16 pairs = __builtin_convertvector(even, u32x16) | __builtin_convertvector(odd, u32x16) << 16;
+        const u32x16 pairs = load_halves((const bf16*)rows[i] + d) | load_halves((const bf16*)rows[i + 1] + d) << 16;
         __builtin_memcpy((std::uint32_t*)out + i / 2 * dim + d, &pairs, sizeof pairs);
       }
   }

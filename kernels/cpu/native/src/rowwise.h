@@ -66,14 +66,6 @@ static void rope(const Rope& r, i64 first, i64 last) {
   });
 }
 
-template <class From, class To>
-INLINE void copy_row(const From* from, To* to, i64 count) {
-  if constexpr (sizeof(From) == sizeof(To))
-    __builtin_memcpy(to, from, count * sizeof(To));
-  else
-    for_lanes(count, [&](auto at, auto put) { put(to, at(from)); });
-}
-
 static void kv_write(const KvWrite& w, i64 first, i64 last) {
   with_dtype(w.dtype, [&](auto from) {
     with_dtype(w.cache_dtype, [&](auto to) {

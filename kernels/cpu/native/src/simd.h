@@ -10,7 +10,7 @@ constexpr i64 kLanes = 16;
 constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 constexpr float kInfinity = __builtin_inff();
 
-INLINE f32x16 splat(float x) { return f32x16{} + x; }
+INLINE f32x16 splat(float x) { return f32x16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 
 INLINE f32x16 load(const float* p) {
   f32x16 v;
@@ -18,17 +18,24 @@ INLINE f32x16 load(const float* p) {
   return v;
 }
 
-INLINE f32x16 load(const bf16* p) {
+// 16 halves of words, each in the low half of a lane.
+INLINE u32x16 load_halves(const bf16* p) {
   u16x16 v;
   __builtin_memcpy(&v, p, sizeof v);
-  return (f32x16)(__builtin_convertvector(v, u32x16) << 16);
+#if HAS_AVX512  // the portable form becomes two conversions of eight
+  return (u32x16)_mm512_cvtepu16_epi32((__m256i)v);
+#else
+  return __builtin_convertvector(v, u32x16);
+#endif
 }
+
+INLINE f32x16 load(const bf16* p) { return (f32x16)(load_halves(p) << 16); }
 
 INLINE void store(float* p, f32x16 v) { __builtin_memcpy(p, &v, sizeof v); }
 
 // To nearest, ties to even; NaN stays NaN.
 INLINE u16x16 to_bf16(f32x16 v) {
-#if defined(__AVX512BF16__)
+#if HAS_AMX
   return (u16x16)_mm512_cvtneps_pbh((__m512)v);
 #else
   const u32x16 bits = (u32x16)v;
@@ -45,9 +52,9 @@ INLINE void store(bf16* p, f32x16 v) {
 // a * b + c, rounded once where the processor can. Written out everywhere it is meant, and the compiler is told not to
 // contract on its own: it would do so differently where the same sum stands in two places.
 INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
-#if defined(__AVX512F__)
+#if HAS_AVX512
   return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
+#elif HAS_AVX2
   union Halves {
     f32x16 whole;
     __m256 half[2];
@@ -90,7 +97,7 @@ INLINE f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
 INLINE f32x16 min(f32x16 a, f32x16 b) { return a < b ? a : b; }
 
 INLINE float sum_lanes(f32x16 v) {
-#if defined(__AVX512F__)
+#if HAS_AVX512
   return _mm512_reduce_add_ps((__m512)v);
 #else
   float x[8];
@@ -100,12 +107,20 @@ INLINE float sum_lanes(f32x16 v) {
 }
 
 INLINE float max_lanes(f32x16 v) {
-#if defined(__AVX512F__)
+#if HAS_AVX512
   return _mm512_reduce_max_ps((__m512)v);
 #else
   float x = v[0];
   for (int i = 1; i < kLanes; ++i) x = x < v[i] ? v[i] : x;
   return x;
+#endif
+}
+
+INLINE bool any_above(f32x16 v, float x) {
+#if HAS_AVX512
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(x), _CMP_GT_OQ) != 0;
+#else
+  return max_lanes(v) > x;
 #endif
 }
 
@@ -126,7 +141,7 @@ INLINE f32x16 exp2(f32x16 x) {
 INLINE float exp2(float x) { return exp2(splat(x))[0]; }
 
 INLINE f32x16 reciprocal(f32x16 x) {
-#if defined(__AVX512F__)  // a guess of 14 bits and one step of Newton's: a division takes twice as long
+#if HAS_AVX512  // a guess of 14 bits and one step of Newton's: a division takes twice as long
   const f32x16 guess = (f32x16)_mm512_rcp14_ps((__m512)x);
   return guess * (2.0f - x * guess);
 #else
@@ -146,10 +161,18 @@ INLINE f32x16 tanh(f32x16 x) {
 
 // Lanes j with bit j set keep their value, the others become -inf.
 INLINE f32x16 keep(f32x16 v, std::uint32_t bits) {
-#if defined(__AVX512F__)
+#if HAS_AVX512
   return (f32x16)_mm512_mask_mov_ps(_mm512_set1_ps(-kInfinity), (__mmask16)bits, (__m512)v);
 #else
   const u32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   return ((((u32x16{} + bits) >> lane) & 1u) != 0) ? v : splat(-kInfinity);
 #endif
+}
+
+template <class From, class To>
+INLINE void copy_row(const From* from, To* to, i64 count) {
+  if constexpr (sizeof(From) == sizeof(To))
+    __builtin_memcpy(to, from, count * sizeof(To));
+  else
+    for_lanes(count, [&](auto at, auto put) { put(to, at(from)); });
 }

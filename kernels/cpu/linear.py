@@ -5,9 +5,15 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..registry import Target, implements
+
+
+# oneDNN compiles a kernel for every number of rows it meets: 2 to 6 ms per shape of weight at 100 rows, as much again as
+# the product itself. Above this many rows they are padded to a multiple of it, so that few numbers ever occur.
+ROW_MULTIPLE = 16
 
 
 class PackedLinear(NamedTuple):
@@ -39,6 +45,10 @@ def linear(x: Tensor, packed: Any) -> Tensor:
     In fp32 a row's bits do not depend on the number of rows: a single one is computed as two, because oneDNN sums it
     in another order. In bf16 they may differ in the last place.
     """
-    if x.shape[0] == 1 and x.dtype == torch.float32:
+    rows = x.shape[0]
+    if rows == 1 and x.dtype == torch.float32:
         return torch.ops.mkldnn._linear_pointwise(x.repeat(2, 1), packed.weight, packed.bias, "none", [], "")[:1]
+    if rows > ROW_MULTIPLE and rows % ROW_MULTIPLE:
+        x = F.pad(x, (0, 0, 0, -rows % ROW_MULTIPLE))
+        return torch.ops.mkldnn._linear_pointwise(x, packed.weight, packed.bias, "none", [], "")[:rows]
     return torch.ops.mkldnn._linear_pointwise(x, packed.weight, packed.bias, "none", [], "")

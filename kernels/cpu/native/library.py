@@ -73,22 +73,29 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     return library, None
 
 
-library, problem = _load()
+_library, problem = _load()
 if problem is not None:
     log.warning("torch's own operators serve on the CPU: %s", problem)
 
 
 def levels() -> list[str]:
-    """The instruction sets this processor can run the kernels with, the one in use first."""
+    """The instruction sets this processor can run the kernels with, the best, which is used, first."""
     names: list[str] = []
-    while library is not None and (name := library.quire_level(len(names))) is not None:
+    while _library is not None and (name := _library.quire_level(len(names))) is not None:
         names.append(name.decode())
     return names
 
 
+def use_level(index: int) -> None:
+    """Compute with levels()[index] from now on, in all threads: for tests. No two levels give the same bits."""
+    if not 0 <= index < len(levels()):
+        raise ValueError(f"level {index} is not among {levels()}")
+    function("use_level")(index)
+
+
 def function(name: str) -> Callable[..., Any]:
-    """A function of the library; without one, nothing that a predicate would let anybody call."""
-    return getattr(library, f"quire_{name}") if library is not None else _missing
+    """A function of the library; without one, what the predicates keep everybody from calling."""
+    return getattr(_library, f"quire_{name}") if _library is not None else _missing
 
 
 def _missing(*arguments: object) -> None:

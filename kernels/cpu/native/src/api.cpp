@@ -224,7 +224,7 @@ API const char* quire_level(i64 index) {
   return index < (i64)all.size() ? all[index]->name : nullptr;
 }
 
-// Compute by level `index` from now on. For tests: no two levels have the same bits.
+// Compute by level `index` from now on.
 API void quire_use_level(i64 index) { quire::chosen = quire::levels()[index]; }
 
 API void quire_norm(i64 dtype, i64 weight_dtype, const void* x, i64 rows, i64 heads, i64 x_row, i64 x_head, i64 dim,

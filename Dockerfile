@@ -1,6 +1,8 @@
 # CPU image: docker build -t quire . && docker run --rm -p 8000:8000 -e QUIRE_API_KEY=… quire
 # The container listens on all interfaces, so it wants a key; without one add: serve --insecure-no-auth
 FROM python:3.12-slim AS build
+# Compiles the CPU kernels.
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
 COPY . .
 # torch publishes builds without the CUDA libraries, a fifth of the size, on an index of its own:

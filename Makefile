@@ -13,18 +13,20 @@ help:  ## this list
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# Stamps: pip runs again only when the dependencies may have changed.
-$(VENV)/.installed: $(BIN)/python pyproject.toml
+# Stamps: pip runs again only when the dependencies or the compiled kernels may have changed.
+INSTALLED_FROM := pyproject.toml $(wildcard kernels/cpu/native/src/*)
+
+$(VENV)/.installed: $(BIN)/python $(INSTALLED_FROM)
 	@echo "Installing; the first time takes minutes (torch is large)."
 	$(BIN)/pip install --quiet --editable .
 	@touch $@
 
-$(VENV)/.installed-test: $(BIN)/python pyproject.toml
+$(VENV)/.installed-test: $(BIN)/python $(INSTALLED_FROM)
 	@echo "Installing; the first time takes minutes (torch is large)."
 	$(BIN)/pip install --quiet --editable '.[test]'
 	@touch $@ $(VENV)/.installed
 
-$(VENV)/.installed-lint: $(BIN)/python pyproject.toml
+$(VENV)/.installed-lint: $(BIN)/python $(INSTALLED_FROM)
 	$(BIN)/pip install --quiet --editable '.[lint]'
 	@touch $@
 
@@ -50,5 +52,5 @@ bench: $(VENV)/.installed  ## load the server that runs on 127.0.0.1:8000; ARGS=
 	$(BIN)/quire bench serve --concurrency 8 $(ARGS)
 
 clean:  ## remove everything that can be made again
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis kernels/cpu/native/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

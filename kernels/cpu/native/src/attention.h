@@ -17,7 +17,7 @@ static void clear(StateView state, i64 rows, i64 dim) {
 // whole += part, two sums over disjoint keys.
 static void fold(StateView whole, StateView part, i64 rows, i64 dim) {
   for (i64 m = 0; m < rows; ++m) {
-    if (part.m[m] == -kInfinity) continue;
+    if (sum_lanes(load(part.l + m * kLanes)) == 0) continue;  // it saw nothing
     const float top = whole.m[m] > part.m[m] ? whole.m[m] : part.m[m];
     const f32x16 old = exp2(splat(whole.m[m] - top)), young = exp2(splat(part.m[m] - top));
     const auto add = [&](float* to, const float* from) { store(to, fma(load(from), young, load(to) * old)); };
@@ -35,10 +35,11 @@ static void finish(const Attention& a, const Task& t, StateView state) {
     const i64 head = t.kv_head * group + m % group;
     const i64 at = (a.batch.cu_q[t.seq] + t.first_row + m / group) * a.q_heads + head;
     const float sink = a.sinks ? a.sinks[head] * kLog2E : -kInfinity;
-    const float top = state.m[m] > sink ? state.m[m] : sink;
+    const float sum = sum_lanes(load(state.l + m * kLanes));
     float share = 0, lse = -kInfinity;
-    if (top != -kInfinity) {
-      const float scaled = exp2(state.m[m] - top), total = sum_lanes(load(state.l + m * kLanes)) * scaled + exp2(sink - top);
+    if (sum != 0 || sink != -kInfinity) {
+      const float top = state.m[m] > sink ? state.m[m] : sink;
+      const float scaled = exp2(state.m[m] - top), total = sum * scaled + exp2(sink - top);
       share = scaled / total;
       lse = top * kLn2 + __builtin_logf(total);
     }

@@ -194,6 +194,7 @@ void blank_padding(const Attention& a) {
 i64 attend(const Attention& a) {
   // Keys x blocks of 16 rows, about 10 us of them with AMX; a fork costs 3 to 5, and more where cores are busy.
   constexpr i64 kWorthAFork = 2048;
+  if (a.batch.num_tokens == 0) return kDone;
   blank_padding(a);
   if (!list_tasks(a, tasks)) return kOutOfRange;
   const i64 threads = work(a, tasks) < kWorthAFork ? 1 : num_threads();

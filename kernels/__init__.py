@@ -11,7 +11,7 @@ from .registry import Implementation, Kernels, Target, implementations, ops, res
 
 REFERENCE = ("activation", "attention", "kv", "linear", "moe", "norm", "rope", "sampling", "verify")
 CPU = ("activation", "attention", "kv", "linear", "moe", "norm", "rope", "sampling")
-NATIVE = ("attention", "rowwise")
+NATIVE = ("attention", "linear", "rowwise")
 
 for _module in REFERENCE:
     import_module(f".reference.{_module}", __name__)

@@ -29,8 +29,8 @@ SHAPES = {"target": TARGET, "draft": DRAFT}
 # operation lose most of their time waiting for each other (1,000 tokens/s against 2,500 beside four other programs).
 PROCESSES = 2
 BATCH_TOKENS = 8192  # small: the run is short of steps rather than of gradient quality
-# Per token, attention costs 2.2 times as much in windows of 2,048 as in windows of 256, so most tokens are seen in short
-# windows; the decay phase then teaches the long ones: every second step spans the whole context.
+# Per token, attention costs 2.2 times as much in windows of 2,048 as in windows of 256, so most tokens are seen in
+# short windows; the decay phase then teaches the long ones: every second step spans the whole context.
 SHORT_LENGTH, LONG_LENGTH, LONG_EVERY = 256, 2048, 2
 WARMUP_TOKENS = 100 * BATCH_TOKENS
 DECAY_SHARE = 0.25

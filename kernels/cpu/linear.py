@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ..registry import Target, implements
 
-
-# oneDNN compiles a kernel for every number of rows it meets: 2 to 6 ms per shape of weight at 100 rows, as much again as
-# the product itself. Above this many rows they are padded to a multiple of it, so that few numbers ever occur.
+# oneDNN compiles a kernel for every number of rows it meets: 2 to 6 ms per shape of weight at 100 rows, as much again
+# as the product itself. Above this many rows they are padded to a multiple of it, so that few numbers ever occur.
 ROW_MULTIPLE = 16
 
 

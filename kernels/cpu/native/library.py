@@ -20,7 +20,7 @@ from ...registry import Target
 
 log = logging.getLogger(__name__)
 
-INTERFACE = 1  # of src/kernels.h: a library built from other sources is refused
+INTERFACE = 2  # of src/kernels.h: a library built from other sources is refused
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # the codes of src/kernels.h
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OUT_OF_RANGE, OUT_OF_MEMORY = 1, 2  # what functions that can fail return, 0 otherwise
@@ -33,6 +33,7 @@ _SIGNATURES: dict[str, tuple[Any, str]] = {  # name: result, arguments: p pointe
     "quire_rope": (c_int64, "ippiiiiiiiippiii"),
     "quire_kv_write": (c_int64, "iippiiiiiiippip"),
     "quire_gate": (None, "ipiiipi"),
+    "quire_linear": (None, "pppiiip"),
     "quire_attention": (c_int64, "piipiippiiiiffppp"),
 }
 _KINDS = {"p": c_void_p, "i": c_int64, "f": c_float}
@@ -64,12 +65,12 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return None, f"the C++ library cannot be loaded: {error}"
+    if library.quire_interface() != INTERFACE:
+        return None, "the C++ library was built from other sources: install quire again"
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype = result
         function.argtypes = [_KINDS[kind] for kind in arguments]
-    if library.quire_interface() != INTERFACE:
-        return None, "the C++ library was built from other sources: install quire again"
     return library, None
 
 

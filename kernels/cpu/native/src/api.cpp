@@ -262,6 +262,13 @@ API void quire_gate(i64 dtype, const void* x, i64 rows, i64 x_row, i64 width, vo
   quire::over_rows(rows, 4 * width, [&](i64 first, i64 last) { quire::chosen->gate(g, first, last); });
 }
 
+API void quire_linear(const void* x, const void* weight, const float* bias, i64 rows, i64 inputs, i64 outputs,
+                      void* out) {
+  if (rows == 0) return;  // a matrix tile has at least one
+  const quire::Linear l{x, weight, bias, rows, inputs, outputs, out};
+  quire::over_rows((outputs + 15) / 16, 16 * inputs, [&](i64 first, i64 last) { quire::chosen->linear(l, first, last); });
+}
+
 API i64 quire_attention(const quire::Batch* batch, i64 dtype, i64 cache_dtype, const void* q, i64 q_row, i64 q_head,
                         const void* k, const void* v, i64 num_blocks, i64 q_heads, i64 kv_heads, i64 dim, float scale,
                         float softcap, const float* sinks, void* out, float* lse) {

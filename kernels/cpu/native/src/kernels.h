@@ -12,7 +12,7 @@ struct bf16 {
   std::uint16_t bits;
 };
 
-constexpr i64 kInterface = 1;  // one more for every change of what library.py calls
+constexpr i64 kInterface = 2;  // one more for every change of what library.py calls
 
 enum Dtype : i64 { kFloat32 = 0, kBfloat16 = 1 };  // the codes that library.py passes
 
@@ -54,6 +54,14 @@ struct Gate {
   i64 x_row, width;
   void* out;  // [rows, width]
   bool gelu;
+};
+
+struct Linear {  // bf16; rows beyond 16 come in multiples of 16, inputs in multiples of 32
+  const void* x;       // [rows, inputs]
+  const void* weight;  // [outputs / 16, inputs / 32, 16, 16, 2]: tiles of pairs of inputs by outputs, padded with zeros
+  const float* bias;   // [outputs, padded to 16] or null
+  i64 rows, inputs, outputs;
+  void* out;  // [rows, outputs]
 };
 
 struct Batch {  // a prepared RaggedBatch; null tree_mask, window 0 = none
@@ -115,6 +123,7 @@ struct Level {
   void (*rope)(const Rope&, i64 first, i64 last);
   void (*kv_write)(const KvWrite&, i64 first, i64 last);
   void (*gate)(const Gate&, i64 first, i64 last);
+  void (*linear)(const Linear&, i64 first, i64 last);  // tiles of 16 outputs
   bool (*attend)(const Attention&, const Task&, char* scratch);        // false: a block id is out of range
   void (*merge)(const Attention&, const Task&);                   // of all partial states, and the end
   void (*enter)(const Attention&);  // on every thread before its first task, leave after its last

@@ -24,10 +24,11 @@ INLINE void with_dtype(i64 dtype, F f) {
 }
 
 #include "attention.h"
+#include "linear.h"
 #include "rowwise.h"
 
 constexpr Level table(const char* name) {
-  return {name, norm, rope, kv_write, gate, attend, merge, enter, leave};
+  return {name, norm, rope, kv_write, gate, linear, attend, merge, enter, leave};
 }
 
 }  // namespace quire::LEVEL

@@ -8,6 +8,7 @@ again sequence by sequence.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 
@@ -106,8 +107,8 @@ class ModelRunner:
         return self._draw(rows, batch, hidden)
 
     def _forward(self, rows: list[Row]) -> tuple[RaggedBatch, Tensor]:
-        ends = torch.tensor([row.num_tokens for row in rows]).cumsum(0) - 1
-        drawing = [int(end) for row, end in zip(rows, ends, strict=True) if row.samples]
+        ends = itertools.accumulate(row.num_tokens for row in rows)
+        drawing = [end - 1 for row, end in zip(rows, ends, strict=True) if row.samples]
         batch = self.slots.gather(rows, drawing)
         return batch, self.decoder.forward(batch, self.cache)
 

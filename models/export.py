@@ -59,10 +59,10 @@ def tokenizer_config(context: int) -> dict[str, object]:
 
 
 def generation_config(end_of_text: int, im_end: int) -> dict[str, object]:
-    """Greedy decoding loops in most answers of a model this small; at 0.7 two in three end by themselves."""
+    """Greedy decoding loops in most answers of a model this small; at 0.5 more end by themselves, and still parse."""
     return {
         "do_sample": True,
-        "temperature": 0.7,
+        "temperature": 0.5,
         "top_p": 0.9,
         "eos_token_id": [im_end, end_of_text],
         "pad_token_id": end_of_text,

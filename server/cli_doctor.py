@@ -16,8 +16,8 @@ import typer
 from .cli_options import format_bytes, out
 
 PACKAGES = (
-    "quire", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "msgspec", "pyzmq", "fastapi",
-    "starlette", "uvicorn", "uvloop", "pydantic", "llguidance",
+    "quire", "torch", "triton", "tokenizers", "safetensors", "numpy", "msgspec", "pyzmq", "fastapi",
+    "starlette", "uvicorn", "uvloop", "pydantic",
 )  # fmt: skip
 OPTIONAL = {"triton"}  # comes with the GPU builds of torch
 # What changes speed by a factor: vector width, and the units that multiply bf16 or int8 matrices.

@@ -129,5 +129,12 @@ def token_logprobs(logits: Tensor, ids: Tensor, k: int) -> Logprobs:
     return Logprobs(logprob.squeeze(1), 1 + (table > logprob).sum(dim=-1), order, values)
 
 
-greedy = implements("greedy", "cpu", when=on("cpu"))(single_thread()(reference.greedy))
+@implements("greedy", "cpu", when=on("cpu"))
+def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """See the reference. numpy's argmax is vectorised; torch's maximum with indices takes four times as long."""
+    rows = logits.numpy()
+    ids = rows.argmax(-1)
+    return torch.from_numpy(rows[np.arange(len(ids)), ids]), torch.from_numpy(ids)
+
+
 process_logits = implements("process_logits", "cpu", when=on("cpu"))(single_thread()(reference.process_logits))

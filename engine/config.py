@@ -23,8 +23,8 @@ class EngineConfig:
     max_num_seqs            sequences that may run at once
     max_num_batched_tokens  tokens of one step over all sequences
     max_num_prefill_tokens  of these, prompt tokens while any stream decodes: the bound on how long a prompt holds it
-                            up. On two cores and a model of 0.4 B parameters a step of 4 decodes takes 45 ms, with 64
-                            prompt tokens at a context of 2,000 about 90, with 128 about 150 (docs/performance.md)
+                            up. On two cores and a model of 0.4 B parameters four streams with a median gap of 44 ms
+                            waited at most 108 ms for a prompt of 2,000 with 64, 193 with 128 (docs/performance.md)
     block_size              tokens per KV block
     num_blocks              KV blocks; None = from kv_cache_bytes
     kv_cache_bytes          memory for the KV cache; None = a share of what is free after the weights are loaded

@@ -25,10 +25,17 @@ class EngineConfig:
     max_num_prefill_tokens  of these, prompt tokens while any stream decodes: the bound on how long a prompt holds it
                             up. On two cores and a model of 0.4 B parameters four streams with a median gap of 44 ms
                             waited at most 108 ms for a prompt of 2,000 with 64, 193 with 128 (docs/performance.md)
+    scheduling_policy       who runs first (scheduler/policy.py): "fcfs", "priority", "fair" between tenants, "deadline"
+    tenant_weights          {tenant: share} for `fair`; when given, requests must name one of them
+    slo_itl_ms              promised gap between two tokens of every stream: a step takes as many prompt tokens as its
+                            predicted time allows. It replaces max_num_prefill_tokens
+    prefill_chunking        "tokens" = chunks of a long prompt are equally long, "time" = they take equally long
+    max_n                   samples of one prompt that a request may ask for
     block_size              tokens per KV block
     num_blocks              KV blocks; None = from kv_cache_bytes
     kv_cache_bytes          memory for the KV cache; None = a share of what is free after the weights are loaded
     prefix_caching          share full blocks between prompts with equal beginnings
+    prefix_eviction         which cached block makes room: "lru", "discard", "phase" (predicted; scheduler/eviction.py)
     max_logprobs            rivals per token that a request may ask for; -1 = up to the whole vocabulary
     kernels                 {op: implementation}, to override the choice of the registry
     check                   verify every block count after every step (tests; too slow to serve with)
@@ -43,10 +50,16 @@ class EngineConfig:
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     max_num_prefill_tokens: int = 64
+    scheduling_policy: str = "fcfs"
+    tenant_weights: dict[str, float] = field(default_factory=dict)
+    slo_itl_ms: float | None = None
+    prefill_chunking: str = "tokens"
+    max_n: int = 128
     block_size: int = 32
     num_blocks: int | None = None
     kv_cache_bytes: int | None = None
     prefix_caching: bool = True
+    prefix_eviction: str = "lru"
     max_logprobs: int = 20
     kernels: dict[str, str] = field(default_factory=dict)
     check: bool = False

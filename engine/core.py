@@ -15,8 +15,10 @@ import torch
 
 from .. import kernels as kernel_table
 from ..kernels.batch import LayerKV
+from ..scheduler.config import SchedulerConfig
 from ..scheduler.plan import Chunk
-from ..scheduler.scheduler import Refused, Scheduler, SchedulerConfig
+from ..scheduler.scheduler import Refused, Scheduler
+from .calibrate import calibrate
 from .config import EngineConfig
 from .errors import EngineStartError, RequestError
 from .families import load_config
@@ -52,6 +54,13 @@ class EngineCore:
             decoder = load_decoder(path, model, kernels, settings.dtype, settings.device, settings.max_model_len)
         with self._phase("allocate KV cache"):
             cache = self._allocate(model, settings)
+        slots = SlotTable(settings.max_num_seqs, settings.max_model_len, settings.block_size, settings.device)
+        sampler = Sampler(kernels, model.vocab_size, settings.max_num_seqs, tuple(model.eos_token_ids), settings.device)
+        self.runner = ModelRunner(decoder, kernels, cache, slots, sampler)
+        with self._phase("warm up"):
+            self.runner.warm_up(min(settings.max_num_batched_tokens, settings.max_model_len))
+        with self._phase("time steps"):
+            cost = calibrate(self.runner, settings)
         self.scheduler = Scheduler(
             SchedulerConfig(
                 num_blocks=settings.num_blocks,
@@ -63,14 +72,23 @@ class EngineCore:
                 eos_token_ids=frozenset(model.eos_token_ids),
                 prefix_caching=config.prefix_caching,
                 cache_context=(str(path), cache[0].spec.format),
-            )
+                policy=config.scheduling_policy,
+                tenant_weights=config.tenant_weights,
+                slo_itl=config.slo_itl_ms and config.slo_itl_ms / 1e3,
+                chunking=config.prefill_chunking,
+                eviction=config.prefix_eviction,
+            ),
+            cost,
         )
-        slots = SlotTable(settings.max_num_seqs, settings.max_model_len, settings.block_size, settings.device)
-        sampler = Sampler(kernels, model.vocab_size, settings.max_num_seqs, tuple(model.eos_token_ids), settings.device)
-        self.runner = ModelRunner(decoder, kernels, cache, slots, sampler)
-        with self._phase("warm up"):
-            self.runner.warm_up(min(settings.max_num_batched_tokens, settings.max_model_len))
-        self.limits = Limits(model.vocab_size, settings.max_model_len, config.max_logprobs)
+        self.limits = Limits(
+            model.vocab_size,
+            settings.max_model_len,
+            config.max_logprobs,
+            config.max_n,
+            config.scheduling_policy,
+            frozenset(config.tenant_weights),
+        )
+        self._update_seconds = 0.0
         self.stats = StepStats(kv_blocks_total=settings.num_blocks - 1)
         self.ready = EngineReady(
             model_path=str(path),
@@ -82,6 +100,10 @@ class EngineCore:
             max_model_len=settings.max_model_len,
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_n=config.max_n,
+            scheduling_policy=config.scheduling_policy,
+            tenants=sorted(config.tenant_weights),
+            step_cost=list(cost),
             max_logprobs=config.max_logprobs,
             block_size=settings.block_size,
             num_blocks=settings.num_blocks,
@@ -90,6 +112,7 @@ class EngineCore:
             reasons=settings.reasons,
             startup_seconds=self._phases,
             memory_bytes={"weights": settings.weight_bytes, "kv_cache": settings.kv_cache_bytes},
+            tenant_weights=dict(config.tenant_weights),
         )
         for name, reason in settings.reasons.items():
             log.info("%s = %s (%s)", name, str(getattr(settings, name)).removeprefix("torch."), reason)
@@ -133,6 +156,7 @@ class EngineCore:
         if isinstance(message, Abort):
             ids, index = message.request_ids, message.index
             return [chunk for request_id in ids for chunk in self.scheduler.abort(request_id, index)]
+        self.stats.requests_total += 1
         try:
             # The API side has checked all this; here is the engine's own wall, whatever route the message took.
             check_request(message, self.limits)
@@ -143,6 +167,9 @@ class EngineCore:
                 priority=message.priority,
                 arrival=message.arrival,
                 cache_salt=message.cache_salt,
+                tenant=message.tenant,
+                slo=message.slo,
+                timeout=message.timeout,
             )
             return []
         except (RequestError, Refused) as error:
@@ -153,32 +180,41 @@ class EngineCore:
         self.scheduler.counters.failed += 1
         return [
             Chunk(message.request_id, index, [], finish_reason="error", error=reason)
-            for index in range(min(message.params.n, 128))
+            for index in range(min(message.params.n, self.limits.max_n))
         ]
 
     def step(self) -> list[Chunk]:
         """One step over all requests; nothing to do is an empty list."""
         started = time.perf_counter()
-        plan = self.scheduler.schedule(time.monotonic())
+        now = time.monotonic()
+        expired = self.scheduler.expire(now)
+        plan = self.scheduler.schedule(now)
         if plan is None:
-            return []
+            return expired
+        steps, shape = self.scheduler.steps, self.scheduler.shape
+        self.stats.predicted_seconds = steps.cost.seconds(shape)
         scheduled = time.perf_counter()
         result = self.runner.execute(plan)
         executed = time.perf_counter()
-        chunks = self.scheduler.update(plan, result)
+        # What a stream feels is the whole cycle: the update that follows counts as long as the last one was.
+        chunks = self.scheduler.update(plan, result, executed - started + self._update_seconds)
+        self._update_seconds = time.perf_counter() - executed
         if self.config.check:
             self.scheduler.check()
         self.stats.step_tokens = plan.num_tokens
+        self.stats.launched_tokens = steps.cost.launched(plan.num_tokens)
         self.stats.step_seqs = len(plan.rows)
         self.stats.forward_seconds = executed - scheduled
-        self.stats.schedule_seconds = scheduled - started + time.perf_counter() - executed
+        self.stats.schedule_seconds = scheduled - started + self._update_seconds
         self.stats.steps_total += 1
-        return chunks
+        return expired + chunks
 
     def outputs(self, chunks: list[Chunk]) -> StepOutputs:
         """The chunks with the figures of now."""
         scheduler, counters, stats = self.scheduler, self.scheduler.counters, self.stats
-        stats.running, stats.waiting = len(scheduler.running), len(scheduler.waiting)
+        stats.running, stats.waiting = len(scheduler.running), scheduler.num_waiting
+        stats.step_time_error, stats.step_cost = scheduler.steps.error, scheduler.steps.cost
+        stats.queue_seconds = scheduler.wait_seconds()
         stats.kv_blocks_used, stats.kv_blocks_cached = scheduler.pool.num_used, scheduler.pool.num_cached
         stats.prompt_tokens_total = counters.prompt_tokens
         stats.generated_tokens_total = counters.generated_tokens
@@ -186,6 +222,7 @@ class EngineCore:
         stats.prefix_hit_tokens_total = counters.prefix_hit_tokens
         stats.preemptions_total = counters.preemptions
         stats.recomputed_tokens_total = counters.recomputed_tokens
+        stats.evicted_blocks_total, stats.expired_total = scheduler.pool.num_evicted, counters.expired
         stats.aborted_total, stats.failed_total = counters.aborted, counters.failed
         return StepOutputs(chunks, copy(stats))  # the message lives on, on another thread
 

@@ -11,15 +11,15 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from ..scheduler.params import SamplingParams
+from ..scheduler.params import SamplingParams, Slo
 from ..scheduler.plan import TokenLogprob
 from .chat import load_chat_template, require_chat_template
 from .client import EngineClient
@@ -28,7 +28,17 @@ from .errors import EngineDeadError, RequestError
 from .messages import Abort, AddRequest, EngineDead, StepOutputs
 from .outputs import RequestStream, SampleOutput, TextOptions
 from .tokenizer import load_tokenizer
-from .validation import Limits, check_length, check_params, check_stop, clamp_logit_bias, shown, valid_token_ids
+from .validation import (
+    Limits,
+    check_length,
+    check_order,
+    check_params,
+    check_promises,
+    check_stop,
+    clamp_logit_bias,
+    shown,
+    valid_token_ids,
+)
 
 DEFAULT_MAX_TOKENS = 256  # where neither the caller nor the model says: a paragraph or a function
 
@@ -43,7 +53,8 @@ class RequestOutput:
 
     prompt           as it was given or, for a chat, as the template wrote it; None for ids
     prompt_ids       what the model read
-    outputs          n samples; one whose finish_reason is "error" has the reason in `error`
+    outputs          n samples; one whose finish_reason is "error" has the reason in `error`, and one that is "expired"
+                     the limit: "timeout", "deadline" or "unreachable"
     prompt_logprobs  of the prompt's second token onwards, when asked for
     num_cached       prompt tokens that came from the prefix cache
     """
@@ -61,7 +72,16 @@ class _Request:
     prompt_ids: list[int]
     params: SamplingParams
     stream: RequestStream
-    outputs: list[SampleOutput]
+    outputs: dict[int, SampleOutput] = field(default_factory=dict)  # of samples that have begun
+
+
+@dataclass(frozen=True, slots=True)
+class _Terms:
+    """As in `AddRequest`."""
+
+    slo: Slo
+    timeout: float | None
+    tenant: str
 
 
 class LLM:
@@ -87,6 +107,7 @@ class LLM:
         self._client = client
         self._inbox: queue.SimpleQueue[StepOutputs | EngineDead] = queue.SimpleQueue()
         self._one_call = threading.Lock()
+        self._caller: int | None = None  # the thread whose call runs
         try:
             self.info = client.start(self._inbox.put)
             self.tokenizer = load_tokenizer(self.info.model_path)
@@ -94,7 +115,15 @@ class LLM:
         except BaseException:
             client.close()
             raise
-        self._limits = Limits(self.info.vocab_size, self.info.max_model_len, self.info.max_logprobs)
+        info = self.info
+        self._limits = Limits(
+            info.vocab_size,
+            info.max_model_len,
+            info.max_logprobs,
+            info.max_n,
+            info.scheduling_policy,
+            frozenset(info.tenants),
+        )
 
     def default_params(self) -> SamplingParams:
         """What is used where no parameters are given: the model's own recommendations, and seed 0."""
@@ -109,6 +138,9 @@ class LLM:
         include_stop_str_in_output: bool = False,
         skip_special_tokens: bool = True,
         spaces_between_special_tokens: bool = True,
+        slo: Slo | None = None,
+        timeout: float | None = None,
+        tenant: str = "",
         progress: bool = True,
     ) -> list[RequestOutput]:
         """Continue each prompt; answers come in the prompts' order.
@@ -116,18 +148,49 @@ class LLM:
         prompts          one text, or a list of texts and of token-id lists
         sampling_params  one for all, one each, or None: `default_params`, cut to what fits the context
         stop, ...        as in `TextOptions`, for all prompts
+        slo, timeout     promises and limit of each prompt, in seconds from this call
+        tenant           whose prompts these are, under the policy "fair"
 
         Raises RequestError, naming the prompt's index, before anything is drawn, if any prompt cannot be served as
-        asked. A sample that fails later has finish_reason "error" and leaves the others alone.
+        asked. A sample that fails later has finish_reason "error", one that runs out of time "expired", and leaves the
+        others alone.
         Raises EngineDeadError if the engine itself is gone.
         """
+        terms = self._terms(slo, timeout, tenant)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         encoded: list[tuple[str | None, list[int]]] = []
         for i, prompt in enumerate(texts):
             with _naming(f"prompts[{i}]"):
                 encoded.append((prompt if isinstance(prompt, str) else None, self._ids(prompt)))
         options = _text_options(stop, include_stop_str_in_output, skip_special_tokens, spaces_between_special_tokens)
-        return self._run(encoded, "prompts", sampling_params, options, progress)
+        return self._run(encoded, "prompts", sampling_params, options, terms, progress)
+
+    def samples(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        verify: Callable[[SampleOutput], bool] | None = None,
+        *,
+        stop: str | Sequence[str] = (),
+        include_stop_str_in_output: bool = False,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+        slo: Slo | None = None,
+        timeout: float | None = None,
+        tenant: str = "",
+    ) -> Generator[SampleOutput]:
+        """The n samples of one prompt, each when it ends: the shortest come first.
+
+        verify  asked of every sample that ends by itself; the first that it says True to is the last one, and what has
+                not ended by then is cancelled. Repeated sampling costs as much as it takes (arXiv 2407.21787)
+
+        Ending the loop cancels the rest as well. Until it has ended, calls from other threads wait and those from this
+        one raise RuntimeError. For the rest as `generate`.
+        """
+        terms = self._terms(slo, timeout, tenant)
+        encoded = [(prompt if isinstance(prompt, str) else None, self._ids(prompt))]
+        options = _text_options(stop, include_stop_str_in_output, skip_special_tokens, spaces_between_special_tokens)
+        return self._samples(self._requests(encoded, None, sampling_params, options), terms, verify)
 
     def chat(
         self,
@@ -142,6 +205,9 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        slo: Slo | None = None,
+        timeout: float | None = None,
+        tenant: str = "",
         progress: bool = True,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of several: `generate` on what the model's chat template writes.
@@ -149,6 +215,7 @@ class LLM:
         messages  [{"role": "user", "content": "..."}, ...], or a list of such lists; see `ChatTemplate.render` for the
                   template's options
         """
+        terms = self._terms(slo, timeout, tenant)
         template = require_chat_template(self._template)
         conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
 
@@ -165,7 +232,7 @@ class LLM:
                 self.tokenizer.check_bytes(text, self.info.max_model_len, "messages")
                 encoded.append((text, self.tokenizer.encode(text, add_special_tokens=False)))
         options = _text_options(stop, include_stop_str_in_output, skip_special_tokens, spaces_between_special_tokens)
-        return self._run(encoded, "messages", sampling_params, options, progress)
+        return self._run(encoded, "messages", sampling_params, options, terms, progress)
 
     def close(self) -> None:
         """Stop the engine; idempotent."""
@@ -189,29 +256,85 @@ class LLM:
         valid_token_ids(ids, self.info.vocab_size, "prompt")
         return ids
 
+    def _terms(self, slo: Slo | None, timeout: float | None, tenant: str) -> _Terms:
+        if slo is not None and not isinstance(slo, Slo):
+            raise RequestError(f"slo must be a Slo, not {shown(slo)}", "slo")
+        terms = _Terms(Slo() if slo is None else slo, timeout, tenant)
+        check_order(0, tenant, self._limits)
+        check_promises(terms.slo, timeout)
+        return terms
+
     def _run(
         self,
         encoded: list[tuple[str | None, list[int]]],
         param: str,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         options: TextOptions,
+        terms: _Terms,
         progress: bool,
     ) -> list[RequestOutput]:
+        requests = self._requests(encoded, param, sampling_params, options)
+        with (
+            self._turn(),
+            closing(self._ends(requests, terms)) as ends,
+            tqdm(total=len(requests), disable=not progress, unit="prompt") as bar,
+        ):
+            for request, _ in ends:
+                if request.stream.finished:
+                    bar.update()
+        return [
+            RequestOutput(
+                r.prompt,
+                r.prompt_ids,
+                [r.outputs[index] for index in range(r.params.n)],
+                r.stream.prompt_logprobs,
+                r.stream.num_cached,
+            )
+            for r in requests.values()
+        ]
+
+    def _samples(
+        self, requests: dict[str, _Request], terms: _Terms, verify: Callable[[SampleOutput], bool] | None
+    ) -> Generator[SampleOutput]:
+        with self._turn(), closing(self._ends(requests, terms)) as ends:
+            for request, sample in ends:
+                del request.outputs[sample.index]
+                done = verify is not None and sample.finish_reason in ("stop", "length") and verify(sample)
+                if done:
+                    ends.close()  # before the caller takes its time over the sample
+                yield sample
+                if done:
+                    return
+
+    def _requests(
+        self,
+        encoded: list[tuple[str | None, list[int]]],
+        param: str | None,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        options: TextOptions,
+    ) -> dict[str, _Request]:
+        """Checked. `param`: the caller's list, whose entries refusals name."""
         each = self._params_for(encoded, sampling_params)
         requests: dict[str, _Request] = {}
         for i, ((prompt, ids), params) in enumerate(zip(encoded, each, strict=True)):
-            with _naming(f"{param}[{i}]"):
+            with nullcontext() if param is None else _naming(f"{param}[{i}]"):
                 check_params(params, self._limits)
                 check_length(len(ids), params.max_tokens, self.info.max_model_len)
             stream = RequestStream(self.tokenizer, options, ids, n=params.n, min_tokens=params.min_tokens)
-            outputs = [SampleOutput(index) for index in range(params.n)]
-            requests[uuid.uuid4().hex] = _Request(prompt, ids, params, stream, outputs)
+            requests[uuid.uuid4().hex] = _Request(prompt, ids, params, stream)
+        return requests
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """One call at a time."""
+        if self._caller == threading.get_ident():
+            raise RuntimeError("this LLM is in the middle of samples(): finish or close that loop first")
         with self._one_call:
-            self._complete(requests, progress)
-        return [
-            RequestOutput(r.prompt, r.prompt_ids, r.outputs, r.stream.prompt_logprobs, r.stream.num_cached)
-            for r in requests.values()
-        ]
+            self._caller = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._caller = None
 
     def _params_for(
         self, encoded: list[tuple[str | None, list[int]]], given: SamplingParams | Sequence[SamplingParams] | None
@@ -235,25 +358,34 @@ class LLM:
             for params in each
         ]
 
-    def _complete(self, requests: dict[str, _Request], progress: bool) -> None:
-        """Send all, fold what comes until all are finished; whatever interrupts this aborts the rest."""
+    def _ends(self, requests: dict[str, _Request], terms: _Terms) -> Generator[tuple[_Request, SampleOutput]]:
+        """Send all, fold what comes; every sample when it ends. Whatever interrupts this aborts the rest."""
         unfinished = dict(requests)
         try:
             now = time.monotonic()
             for request_id, request in requests.items():
-                self._client.send(AddRequest(request_id, request.prompt_ids, request.params, arrival=now))
-            with tqdm(total=len(requests), disable=not progress, unit="prompt") as bar:
-                while unfinished:
-                    for request_id in self._fold(self._inbox.get(), unfinished):
-                        del unfinished[request_id]
-                        bar.update()
+                self._client.send(
+                    AddRequest(
+                        request_id,
+                        request.prompt_ids,
+                        request.params,
+                        arrival=now,
+                        tenant=terms.tenant,
+                        slo=terms.slo,
+                        timeout=terms.timeout,
+                    )
+                )
+            while unfinished:
+                yield from self._fold(self._inbox.get(), unfinished)
         finally:
             if unfinished:
                 with suppress(EngineDeadError):
                     self._client.send(Abort(list(unfinished)))
 
-    def _fold(self, message: StepOutputs | EngineDead, unfinished: dict[str, _Request]) -> Iterator[str]:
-        """Fold one message; the requests it finished. Chunks of requests that are over are the engine's last words."""
+    def _fold(
+        self, message: StepOutputs | EngineDead, unfinished: dict[str, _Request]
+    ) -> Iterator[tuple[_Request, SampleOutput]]:
+        """Fold one message; the samples that it ended. Chunks of requests that are over are the engine's last words."""
         if isinstance(message, EngineDead):
             raise EngineDeadError(message.reason)
         for chunk in message.chunks:
@@ -261,11 +393,18 @@ class LLM:
             if request is None:
                 continue
             delta = request.stream.fold(chunk)
-            request.outputs[chunk.index].add(delta)
-            if request.stream.ended_early(delta):
-                self._client.send(Abort([chunk.request_id], chunk.index))
-            if request.stream.finished:
-                yield chunk.request_id
+            if delta.is_empty:
+                continue
+            output = request.outputs.get(chunk.index)
+            if output is None:
+                output = request.outputs[chunk.index] = SampleOutput(chunk.index)
+            output.add(delta)
+            if delta.finish_reason is not None:
+                if request.stream.ended_early(delta):
+                    self._client.send(Abort([chunk.request_id], chunk.index))
+                if request.stream.finished:
+                    del unfinished[chunk.request_id]
+                yield request, output
 
 
 def _inproc_client(config: EngineConfig) -> EngineClient:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from ..scheduler.params import SamplingParams
+from ..scheduler.params import SamplingParams, Slo
 from ..scheduler.plan import Chunk, TokenLogprob
 
 
@@ -19,6 +19,9 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add", omit_defaults=True):
     priority: int = 0  # lower runs first
     arrival: float = 0.0  # time.monotonic(); on Linux one clock for all processes of a machine
     cache_salt: str = ""  # prefix blocks are shared only between requests with equal salts
+    tenant: str = ""  # who pays: the `fair` policy shares the engine out between tenants
+    slo: Slo = Slo()
+    timeout: float | None = None  # seconds from arrival after which the request ends, whatever it was doing
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort", omit_defaults=True):
@@ -40,15 +43,23 @@ class StepStats(msgspec.Struct, array_like=True, gc=False):
     kv_blocks_total: int = 0
     step_tokens: int = 0  # rows of this step's batch
     step_seqs: int = 0
+    launched_tokens: int = 0  # step_tokens, filled up to whole tiles
+    predicted_seconds: float = 0.0  # what the step-time model said of this step before it ran
+    step_time_error: float = 0.0  # its mean relative error over recent steps
+    step_cost: tuple[float, ...] = ()  # its coefficients: the fields of scheduler.step_time.StepCost
+    queue_seconds: float = 0.0  # predicted wait of a request that came now
     schedule_seconds: float = 0.0  # this step: schedule() and update()
     forward_seconds: float = 0.0  # this step: model and sampling
     steps_total: int = 0
+    requests_total: int = 0  # AddRequests taken in, refused ones included: what these figures know of
     prompt_tokens_total: int = 0  # computed, recomputed ones included
     generated_tokens_total: int = 0
     prefix_query_tokens_total: int = 0
     prefix_hit_tokens_total: int = 0
     preemptions_total: int = 0
     recomputed_tokens_total: int = 0  # the preemption tax
+    evicted_blocks_total: int = 0  # cached blocks handed out for something else
+    expired_total: int = 0  # samples that ran out of time, waiting or running
     aborted_total: int = 0
     failed_total: int = 0
 
@@ -70,6 +81,10 @@ class EngineReady(msgspec.Struct, frozen=True, tag="ready"):
     max_model_len: int  # prompt and output together, capped by what the KV cache can hold
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_n: int  # samples of one prompt
+    scheduling_policy: str
+    tenants: list[str]  # the names that requests may give; empty = any
+    step_cost: list[float]  # the step-time model after the warm-up: the fields of scheduler.step_time.StepCost
     max_logprobs: int  # rivals per token that a request may ask for; -1 = the whole vocabulary
     block_size: int
     num_blocks: int
@@ -78,6 +93,7 @@ class EngineReady(msgspec.Struct, frozen=True, tag="ready"):
     reasons: dict[str, str]  # resolved setting -> where it came from
     startup_seconds: dict[str, float]  # phase -> seconds
     memory_bytes: dict[str, int]  # weights, kv_cache, ...
+    tenant_weights: dict[str, float] = {}  # of `tenants`, for the API side's share of the queue
 
 
 class EngineDead(msgspec.Struct, frozen=True, tag="dead"):
@@ -94,6 +110,7 @@ __all__ = [
     "EngineDead",
     "EngineReady",
     "Shutdown",
+    "Slo",
     "StepOutputs",
     "StepStats",
     "TokenLogprob",

@@ -35,14 +35,17 @@ class Delta:
     A token comes with the delta that completes its text; tokens of held text wait with it. Tokens after the one that
     completed a stop string never happened. `logprobs` and `offsets` lie beside `token_ids`.
 
+    num_drawn      tokens drawn since the last delta, those of held text included
     offsets        per token the character of the sample's text at which it starts
-    finish_reason  None = goes on; "stop", "length", "abort", "error"
+    finish_reason  None = goes on; "stop", "length", "abort", "error", "expired"
     stop_reason    the stop string, or the stop token id; None for EOS
+    error          why "error", or which promise "expired": "timeout", "deadline", "unreachable"
     """
 
     index: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    num_drawn: int = 0
     offsets: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
     finish_reason: str | None = None
@@ -107,6 +110,7 @@ class SampleStream:
         start = self._num_chars
         text = "" if hidden else self._detokenizer.push(token_id)
         self.num_tokens += 1
+        delta.num_drawn += 1
         self._num_chars += len(text)
         self._waiting.append(_Token(token_id, start, self._num_chars, logprob))
         self._show(delta, text)
@@ -150,7 +154,7 @@ class _Token:
 
 
 class RequestStream:
-    """The samples of one request.
+    """The samples of one request. A sample has state between its first chunk and its end only: n may be thousands.
 
     num_cached       prompt tokens that came from the prefix cache; 0 until the first chunk says
     prompt_logprobs  of the prompt's second token onwards, as far as they have come; None until the first came
@@ -159,29 +163,46 @@ class RequestStream:
     def __init__(
         self, tokenizer: Tokenizer, options: TextOptions, prompt_ids: list[int], *, n: int = 1, min_tokens: int = 0
     ) -> None:
-        opens_document = tokenizer.opens_document(prompt_ids)
-        self.samples = [
-            SampleStream(tokenizer, options, index=index, min_tokens=min_tokens, opens_document=opens_document)
-            for index in range(n)
-        ]
         self.num_cached = 0
         self.prompt_logprobs: list[TokenLogprob] | None = None
-        self._engine_ended = [False] * n
+        self._tokenizer = tokenizer
+        self._options = options
+        self._n = n
+        self._min_tokens = min_tokens
+        self._opens_document = tokenizer.opens_document(prompt_ids)
+        self._open: dict[int, SampleStream] = {}
+        self._ended: dict[int, bool] = {}  # sample -> by its text, while the engine would have gone on
 
     def fold(self, chunk: Chunk) -> Delta:
-        self._engine_ended[chunk.index] |= chunk.finish_reason is not None
+        """The news in `chunk`; empty for a sample that has ended."""
         self.num_cached = max(self.num_cached, chunk.num_cached)
         if chunk.prompt_logprobs:
             self.prompt_logprobs = (self.prompt_logprobs or []) + chunk.prompt_logprobs
-        return self.samples[chunk.index].fold(chunk)
+        index = chunk.index
+        if index in self._ended:
+            return Delta(index)
+        sample = self._open.get(index)
+        if sample is None:
+            sample = self._open[index] = SampleStream(
+                self._tokenizer,
+                self._options,
+                index=index,
+                min_tokens=self._min_tokens,
+                opens_document=self._opens_document,
+            )
+        delta = sample.fold(chunk)
+        if delta.finish_reason is not None:
+            del self._open[index]
+            self._ended[index] = chunk.finish_reason is None
+        return delta
 
     @property
     def finished(self) -> bool:
-        return all(sample.finish_reason is not None for sample in self.samples)
+        return len(self._ended) == self._n
 
     def ended_early(self, delta: Delta) -> bool:
         """`delta` ended its sample by a stop string, of which the engine knows nothing: send Abort for that sample."""
-        return delta.finish_reason is not None and not self._engine_ended[delta.index]
+        return delta.finish_reason is not None and self._ended[delta.index]
 
 
 @dataclass(slots=True, repr=False)

@@ -8,17 +8,22 @@ from pathlib import Path
 
 import torch
 
+from ..scheduler.policy import POLICIES
 from .config import EngineConfig
 from .errors import EngineStartError
 from .kv_cache import block_bytes, kv_spec
 from .layout import weight_bytes
 from .model_config import DecoderConfig
+from .validation import MAX_N, MAX_TENANT_BYTES
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 # Share of the memory left after the weights that the KV cache may take when nobody says how much. Zeroed pages cost
 # nothing until used, so this bounds growth, not the start.
 KV_SHARE = 0.4
+
+
+MAX_WEIGHT = 1e6  # of a tenant: shares beyond that starve everybody else
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +145,8 @@ def _check_ranges(config: EngineConfig) -> None:
         "max_num_seqs": (1, 4096),
         "max_num_batched_tokens": (1, 1 << 20),
         "max_num_prefill_tokens": (1, 1 << 20),
+        "slo_itl_ms": (1, 60_000),
+        "max_n": (1, MAX_N),
         "block_size": (1, 1024),
         "num_blocks": (2, 1 << 31),
         "kv_cache_bytes": (1, 1 << 50),
@@ -148,6 +155,21 @@ def _check_ranges(config: EngineConfig) -> None:
         value = getattr(config, name)
         if value is not None and not low <= value <= high:
             raise EngineStartError(f"{name} is {value}; give a number from {low} to {high}")
+    choices = {
+        "scheduling_policy": tuple(POLICIES),
+        "prefill_chunking": ("tokens", "time"),
+        "prefix_eviction": ("lru", "discard", "phase"),
+    }
+    for name, words in choices.items():
+        value = getattr(config, name)
+        if value not in words:
+            raise EngineStartError(f"{name} is {value!r}; choose {', '.join(words)}")
+    for tenant, weight in config.tenant_weights.items():
+        if not 0 < weight <= MAX_WEIGHT or not 0 < len(tenant.encode()) <= MAX_TENANT_BYTES:
+            raise EngineStartError(
+                f"tenant_weights has {tenant!r}: {weight}; give a name of 1 to {MAX_TENANT_BYTES} bytes a number above "
+                f"0 and at most {MAX_WEIGHT:g}"
+            )
     if config.max_num_batched_tokens < config.max_num_seqs:
         raise EngineStartError(
             f"max_num_batched_tokens is {config.max_num_batched_tokens} and max_num_seqs {config.max_num_seqs}; "

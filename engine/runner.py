@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..kernels import Kernels
 from ..kernels.batch import LayerKV, RaggedBatch
-from ..scheduler.plan import NewSeq, Row, RowResult, StepPlan, StepResult, TokenLogprob
+from ..scheduler.plan import Draw, NewSeq, Row, RowResult, StepPlan, StepResult, TokenLogprob
 from .decoder import Decoder
 from .sampler import Sampler
 from .slots import SlotTable
@@ -44,22 +44,31 @@ class ModelRunner:
         self.copy_blocks = kernels.kv_copy_blocks.run
         self._entered: dict[int, NewSeq] = {}  # slot -> what entered it
         self._failed: dict[int, str] = {}  # slot -> why its sequence cannot run
+        self._kept: dict[int, Tensor] = {}  # key -> [V] logits behind a prompt that further samples begin from
 
     @torch.inference_mode()
     def warm_up(self, max_tokens: int) -> None:
         """The smallest and the largest step, on the null block, so that no request pays for first times."""
         for count in (1, max_tokens):
-            batch = self.slots.gather([Row(0, 0, count)], [count - 1])
-            self.decoder.logits(self.decoder.forward(batch, self.cache)[batch.logit_rows])
+            self.rehearse([Row(0, 0, count)])
+
+    @torch.inference_mode()
+    def rehearse(self, rows: list[Row]) -> None:
+        """The forward pass of these rows, whose slots are free: they read and write the null block only."""
+        batch, hidden = self._forward(rows)
+        self.decoder.logits(hidden[batch.logit_rows]).sum().item()  # waits for the device
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Run the step; an error of one row is in its RowResult. Raises only if the engine itself is broken."""
+        for key in plan.forgotten:
+            self._kept.pop(key, None)
         for slot in plan.freed:
             self._clear(slot)
         for new in plan.new:
             self._enter(new)
         self._copy(plan.copies)
+        draws = self._draw_kept(plan.draws)
         for row in plan.rows:
             self.slots.add_blocks(row.slot, row.new_block_ids)
         # Short rows first: kernels treat the decodes and the chunks of a step as two contiguous ranges.
@@ -68,7 +77,7 @@ class ModelRunner:
         placed = [RowResult()] * len(order)
         for i, result in zip(order, results, strict=True):
             placed[i] = result
-        return StepResult(plan.step_id, placed)
+        return StepResult(plan.step_id, placed, draws)
 
     def _enter(self, new: NewSeq) -> None:
         self._entered[new.slot] = new
@@ -117,12 +126,12 @@ class ModelRunner:
         drawing = [row for row in rows if row.samples]
         if drawing:
             logits = self.decoder.logits(hidden[batch.logit_rows])
+            for i, row in enumerate(drawing):
+                if row.keeps is not None:
+                    self._kept[row.keeps] = logits[i].clone()  # the sampler may edit its rows in place
             slots = [row.slot for row in drawing]
-            drawn = self.sampler.sample(logits, slots, [row.start + row.num_tokens for row in drawing])
-            for slot, result in zip(slots, drawn, strict=True):
-                results[slot] = result
-                for token_id in result.token_ids:
-                    self.slots.append(slot, token_id)
+            drawn = self._sample(logits, slots, [row.start + row.num_tokens for row in drawing])
+            results |= zip(slots, drawn, strict=True)
         first = 0
         for row in rows:
             result, new = results[row.slot], self._entered[row.slot]
@@ -135,6 +144,23 @@ class ModelRunner:
                     results[row.slot] = RowResult(error=f"the prompt's logprobs failed: {error}")
             first += row.num_tokens
         return list(results.values())
+
+    def _draw_kept(self, draws: Sequence[Draw]) -> list[RowResult]:
+        """The first tokens of samples whose prompt was computed for another: by the same logits."""
+        slots = [draw.slot for draw in draws if draw.slot not in self._failed]
+        results = {draw.slot: RowResult(error=self._failed.get(draw.slot)) for draw in draws}
+        if slots:
+            logits = torch.stack([self._kept[draw.kept] for draw in draws if draw.slot in slots])
+            drawn = self._sample(logits, slots, [self._entered[slot].num_prompt for slot in slots])
+            results |= zip(slots, drawn, strict=True)
+        return list(results.values())
+
+    def _sample(self, logits: Tensor, slots: list[int], positions: list[int]) -> list[RowResult]:
+        drawn = self.sampler.sample(logits, slots, positions)
+        for slot, result in zip(slots, drawn, strict=True):
+            for token_id in result.token_ids:
+                self.slots.append(slot, token_id)
+        return drawn
 
     def _prompt_logprobs(self, row: Row, hidden: Tensor, k: int) -> list[TokenLogprob] | None:
         """Of the prompt tokens that follow this row's; None when the row is past the prompt."""

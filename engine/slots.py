@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ..kernels.batch import RaggedBatch
+from ..kernels.shared_prefix import find_shared_prefixes
 from ..scheduler.plan import NewSeq, Row
 
 
@@ -69,6 +70,7 @@ class SlotTable:
             logit_rows=self._tensor(np.array(logit_rows, np.int64)),
             max_q=int(counts.max()),
             max_seq_len=int(seq_lens.max()),
+            shared=find_shared_prefixes(table, counts, starts, self.block_size),
         )
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:

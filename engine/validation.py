@@ -10,11 +10,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
-from ..scheduler.params import SamplingParams
+from ..scheduler.params import SamplingParams, Slo
+from .config import EngineConfig
 from .errors import RequestError, TooLongError
 from .messages import AddRequest
 
-MAX_N = 128  # samples of one prompt; each holds a row of every step and its own KV blocks
+MAX_N = 10_000  # samples of one prompt that an engine can be set to take: what repeated-sampling studies draw
 MAX_LOGPROBS = 20  # rivals per token, as OpenAI's; a step's logits are sorted for them
 MAX_STOP_STRINGS = 4  # as OpenAI's
 MAX_STOP_CHARS = 4096  # each is matched character by character, and up to so many are held back from a stream
@@ -26,6 +27,10 @@ LOGIT_BIAS_RANGE = 100.0  # as OpenAI's; exp(100) already decides every draw
 MAX_REPETITION_PENALTY = 100.0
 MIN_REPETITION_PENALTY = 0.01  # a logit is divided by it; smaller ones overflow half precision
 MAX_SALT_BYTES = 128
+MAX_TENANT_BYTES = 64
+# Promises, in seconds. Below the least no engine could keep one; above the most it is a mistake in the unit.
+SLO_BOUNDS = {"ttft": (0.001, 3600.0), "itl": (0.001, 60.0), "deadline": (0.001, 86400.0)}
+TIMEOUT_BOUNDS = (0.001, 86400.0)
 INT32_MAX = 2**31 - 1
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
@@ -37,11 +42,17 @@ class Limits:
     vocab_size     the logits' width, not the tokenizer's length: the bound of every token id
     max_model_len  prompt and output together, in tokens
     max_logprobs   rivals per token at most; -1 = no bound but the vocabulary, and whole-vocabulary requests are allowed
+    max_n          samples of one prompt
+    policy         the scheduling policy: only "priority" knows priorities
+    tenants        the names that requests may give; empty = any
     """
 
     vocab_size: int
     max_model_len: int
     max_logprobs: int = MAX_LOGPROBS
+    max_n: int = EngineConfig().max_n
+    policy: str = EngineConfig().scheduling_policy
+    tenants: frozenset[str] = frozenset()
 
 
 def valid_token_ids(ids: Iterable[object], vocab_size: int, param: str) -> None:
@@ -108,9 +119,37 @@ def check_request(request: AddRequest, limits: Limits) -> None:
     valid_token_ids(request.prompt_ids, limits.vocab_size, "prompt")
     check_params(request.params, limits)
     check_length(len(request.prompt_ids), request.params.max_tokens, limits.max_model_len)
-    _integer(request.priority, "priority", INT64_MIN, INT64_MAX)
+    check_order(request.priority, request.tenant, limits)
+    check_promises(request.slo, request.timeout)
     if not isinstance(request.cache_salt, str) or len(request.cache_salt.encode("utf-8", "replace")) > MAX_SALT_BYTES:
         raise RequestError(f"cache_salt must be text of at most {MAX_SALT_BYTES} bytes", "cache_salt")
+
+
+def check_order(priority: int, tenant: str, limits: Limits) -> None:
+    """Priority and tenant by type and range, and whether the engine's policy heeds them."""
+    _integer(priority, "priority", INT64_MIN, INT64_MAX)
+    if priority and limits.policy != "priority":
+        raise RequestError(
+            f"priority = {shown(priority)}, but this server schedules by {limits.policy!r}: leave it out, or start the "
+            "server with --scheduling-policy priority",
+            "priority",
+        )
+    if not isinstance(tenant, str) or len(tenant.encode("utf-8", "replace")) > MAX_TENANT_BYTES:
+        raise RequestError(f"tenant must be text of at most {MAX_TENANT_BYTES} bytes", "tenant")
+    if limits.tenants and tenant not in limits.tenants:
+        raise RequestError(f"tenant {shown(tenant)} is not known here; use one that the server was given", "tenant")
+
+
+def check_promises(slo: Slo, timeout: float | None) -> None:
+    """Every promise is absent or a number in its range; messages speak of milliseconds, as requests do."""
+    for name, (low, high) in SLO_BOUNDS.items():
+        value = getattr(slo, name)
+        if value is not None and not (_is_number(value) and low <= value <= high):
+            given = shown(value * 1000 if _is_number(value) else value)
+            param = f"slo.{name}_ms"
+            raise RequestError(f"{param} must be in [{low * 1e3:g}, {high * 1e3:g}], got {given}", param)
+    if timeout is not None:
+        _number(timeout, "timeout", *TIMEOUT_BOUNDS)
 
 
 def shown(value: object) -> str:
@@ -137,7 +176,7 @@ def _check_counts(params: SamplingParams, limits: Limits) -> None:
             f"min_tokens must be at most max_tokens = {max_tokens}, got {shown(min_tokens)}",
             "min_tokens",
         )
-    n = _integer(params.n, "n", 1, MAX_N)
+    n = _integer(params.n, "n", 1, limits.max_n)
     _integer(params.seed, "seed", INT64_MIN, INT64_MAX, "must be a 64-bit whole number")
     if not isinstance(params.ignore_eos, bool):
         raise RequestError(f"ignore_eos must be true or false, got {shown(params.ignore_eos)}", "ignore_eos")

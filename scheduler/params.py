@@ -6,6 +6,20 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Slo:
+    """Promises asked for one request, in seconds; None = none.
+
+    ttft      from arrival to the first token
+    itl       between two tokens of a sample: bounds the steps that it is in
+    deadline  from arrival to the last token: past it the request ends, and what cannot meet it need not begin
+    """
+
+    ttft: float | None = None
+    itl: float | None = None
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the tokens of one request are drawn, and when drawing ends.
 

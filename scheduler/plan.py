@@ -38,6 +38,7 @@ class Row(NamedTuple):
     """One sequence's share of a step: the tokens at positions start .. start + num_tokens - 1.
 
     With a draft, its nodes are the last len(draft.tokens) of num_tokens.
+    keeps: the last token's logits are kept under this key, for the plan's later `draws`.
     """
 
     slot: int
@@ -46,17 +47,29 @@ class Row(NamedTuple):
     new_block_ids: tuple[int, ...] = ()
     draft: DraftTree | None = None
     samples: bool = True  # the row reaches the end of what is known, so a next token is drawn
+    keeps: int | None = None
+
+
+class Draw(NamedTuple):
+    """A sequence whose next token is drawn from kept logits: a further sample of a prompt that has been computed."""
+
+    slot: int
+    kept: int
 
 
 @dataclass(slots=True)
 class StepPlan:
-    """The runner does, in this order: clear `freed` slots, fill `new` ones, copy blocks, run `rows`."""
+    """The runner does, in this order: forget `forgotten` logits, clear `freed` slots, fill `new` ones, copy blocks,
+    draw `draws`, run `rows`.
+    """
 
     step_id: int
     new: list[NewSeq] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     freed: list[int] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)  # (source block, destination block), copy on write
+    draws: list[Draw] = field(default_factory=list)
+    forgotten: list[int] = field(default_factory=list)  # keys of kept logits that no draw will need
 
     @property
     def num_tokens(self) -> int:
@@ -86,18 +99,20 @@ class RowResult:
 class StepResult:
     step_id: int
     rows: list[RowResult]  # beside StepPlan.rows
+    draws: list[RowResult] = field(default_factory=list)  # beside StepPlan.draws
 
 
 @dataclass(slots=True)
 class Chunk:
     """News of one sample of one request: tokens drawn in a step, and its end if it ended.
 
-    finish_reason    None = goes on; "stop", "length", "abort", "error"
+    finish_reason    None = goes on; "stop", "length", "abort", "error", "expired"
     stop_reason      the stop token id that matched; None for EOS
     prompt_logprobs  with sample 0, in pieces as the prompt is computed, in order; the first prompt token has none
     num_cached       prompt tokens that came from the prefix cache; -1 except in a sample's first chunk
     queued_seconds   from the request's arrival to the first step it was in; -1 except in a sample's first chunk
-    error            why finish_reason is "error"
+    error            why finish_reason is "error"; of "expired" which promise it was: "timeout" or "deadline" (it has
+                     passed), "unreachable" (the deadline cannot be met any more, so the work was not begun)
     """
 
     request_id: str

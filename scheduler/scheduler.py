@@ -2,96 +2,91 @@
 
     add() / abort() ──▶ waiting ──▶ running ──schedule()──▶ StepPlan ──runner──▶ StepResult ──update()──▶ Chunks
 
-A step is filled in this order, within `max_num_batched_tokens`:
+A step is filled in this order:
     1. every running request that only lacks its next token: streams never wait for a prompt (Sarathi-Serve,
        arXiv 2403.02310, algorithm 3);
-    2. running requests with more to compute, oldest first;
-    3. waiting requests, with blocks for all their known tokens reserved at admission, above a watermark.
-While anything decodes, 2 and 3 together take at most `max_num_prefill_tokens`: that bounds the streams' gap.
-Out of blocks, the running request that has computed least is preempted and recomputed later, never the oldest.
+    2. within the budget that they leave (budget.py), prompts in progress and waiting ones in the policy's order
+       (policy.py), packed (packing.py); one that enters is given blocks for all its known tokens, above a watermark;
+    3. further samples of prompts that have been computed: they need no budget, only a slot and blocks.
+Out of blocks, the running request that has computed least is preempted and recomputed later, never the first in order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import heapq
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from copy import copy
+from operator import attrgetter
 
-from .block_pool import BlockContent, BlockPool
+from .block_pool import BlockPool
+from .budget import Budget, equal_time_seconds
+from .config import Counters, SchedulerConfig
+from .fairness import Service
+from .forecast import wait_seconds
 from .hashing import root_key
-from .params import SamplingParams
-from .plan import Chunk, NewSeq, Row, RowResult, StepPlan, StepResult
-from .queue import WaitingQueue, order
-from .request import Request
+from .packing import Want, pack
+from .params import SamplingParams, Slo
+from .plan import Chunk, Draw, NewSeq, Row, RowResult, StepPlan, StepResult
+from .policy import PATIENCE, POLICIES, never
+from .prefix import PrefixCache
+from .queue import WaitingQueue
+from .request import Group, Request
+from .step_time import StepCost, StepShape, StepTimeModel, ideal_seconds, shape_of
 
-# Waiting requests looked at beyond those admitted: some only wait for a prefix that another is computing.
-ADMISSION_WINDOW = 64
+# Requests looked at beyond those that fill the budget, for one that fits better into what is left.
+WINDOW = 16
+
+# Waiting requests passed by at most, because they had better wait for a prefix that another is computing.
+PASSED_BY = 64
+
+# Weight of the latest sample in the running mean of output lengths: the last 20 or so count.
+OUTPUT_MEMORY = 0.05
 
 # Share of the blocks kept free at admission, so that running requests can grow before the next preemption
 # (the value of the Sarathi-Serve scheduler).
 WATERMARK = 0.01
 
-# A request preempted this often is chosen last, so that nobody is thrown back for ever.
-PATIENCE = 3
+
+_order = attrgetter("order")
+
+
+def _want(request: Request) -> Want:
+    start = request.num_computed if request.slot >= 0 else request.findable
+    return Want(start, request.num_tokens - start, request.passed_over)
 
 
 class Refused(ValueError):
     """A request that could never run; the message says why."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchedulerConfig:
-    num_blocks: int
-    block_size: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_num_prefill_tokens: int
-    max_model_len: int
-    eos_token_ids: frozenset[int] = frozenset()
-    prefix_caching: bool = True
-    cache_context: tuple[str, ...] = ()  # what else K/V depends on: model, KV format, RoPE
-
-    def __post_init__(self) -> None:
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ValueError(
-                f"max_num_batched_tokens is {self.max_num_batched_tokens} and max_num_seqs {self.max_num_seqs}: "
-                "a step must hold one token of every sequence; raise the first or lower the second"
-            )
-        if self.max_num_prefill_tokens < 1:
-            raise ValueError(f"max_num_prefill_tokens is {self.max_num_prefill_tokens}: at least 1 is needed")
-        capacity = (self.num_blocks - 1) * self.block_size
-        if self.max_model_len > capacity:
-            raise ValueError(
-                f"max_model_len is {self.max_model_len}, but the KV cache holds {capacity} tokens: "
-                "lower max_model_len or give the cache more memory"
-            )
-
-
-@dataclass(slots=True)
-class Counters:
-    """Totals since the start."""
-
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    prefix_query_tokens: int = 0
-    prefix_hit_tokens: int = 0
-    preemptions: int = 0
-    recomputed_tokens: int = 0
-    aborted: int = 0
-    failed: int = 0
-
-
 class Scheduler:
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, cost: StepCost) -> None:
+        """cost: what a step is believed to take at first; it is refined by the steps that `update` is told of."""
         self.config = config
-        self.pool = BlockPool(config.num_blocks)
+        self.policy = POLICIES[config.policy]
+        self.pool = BlockPool(config.num_blocks, config.eviction)
+        self.prefix = PrefixCache(self.pool, config.block_size, enabled=config.prefix_caching)
+        self.steps = StepTimeModel(cost)
+        self.service = Service(config.tenant_weights, config.max_num_seqs)
         self.counters = Counters()
         self.waiting = WaitingQueue()
         self.running: list[Request] = []  # by time of admission
-        self._samples: dict[str, list[Request]] = {}  # request id -> its unfinished samples
+        self.shape = StepShape()  # of the plan that is out
+        self._groups: dict[str, Group] = {}
+        self._pinned: dict[Group, None] = {}  # groups with a prefix, oldest pin first
         self._free_slots = [*range(config.max_num_seqs - 1, -1, -1)]
         self._freed: list[int] = []  # slots to clear in the next plan
-        self._promised: dict[bytes, int] = {}  # key of a block being computed now -> how many compute it
+        self._forgotten: list[int] = []  # kept logits to drop in the next plan
+        self._entered: set[Request] = set()  # in the plan that is being made
+        self._rows: dict[Request, Row] = {}  # of the plan that is being made
         self._in_step: list[Request] = []  # beside the rows of the plan that is out
+        self._drawing: list[Request] = []  # beside its draws
+        self._taken: list[Request] = []  # out of the queue while a plan is made
+        self._limits: list[tuple[float, int, str, Group]] = []  # heap: when, serial, what is over then, whose
+        self._mean_output = 0.0  # tokens of a finished sample
+        self._num_unborn = 0
         self._step_id = 0
         self._serial = 0
 
@@ -106,183 +101,284 @@ class Scheduler:
         priority: int = 0,
         arrival: float = 0.0,
         cache_salt: str = "",
+        tenant: str = "",
+        slo: Slo | None = None,
+        timeout: float | None = None,
     ) -> None:
-        """Queue params.n samples of a prompt. Raises Refused for what could never run; nothing is queued then."""
-        if request_id in self._samples:
+        """Queue params.n samples of a prompt. Raises Refused for what could never run; nothing is queued then.
+
+        timeout: seconds from arrival after which it ends, whatever it was doing.
+        """
+        if request_id in self._groups:
             raise Refused(f"request id {request_id!r} is in use")
         if not prompt_ids:
             raise Refused("the prompt is empty: at least one token is needed")
         if len(prompt_ids) + (params.max_tokens > 0) > self.config.max_model_len:
             raise Refused(f"the prompt has {len(prompt_ids)} tokens, the context {self.config.max_model_len}")
-        root = root_key(cache_salt, *self.config.cache_context)
-        samples = []
-        for index in range(params.n):
-            place = order(priority, arrival, self._serial)
-            self._serial += 1
-            samples.append(Request(request_id, index, list(prompt_ids), len(prompt_ids), params, arrival, place, root))
-        self._samples[request_id] = samples
-        for request in samples:
-            self.waiting.push(request)
+        group = Group(
+            request_id,
+            list(prompt_ids),
+            params,
+            self._next_serial(),
+            arrival,
+            priority,
+            tenant,
+            slo or Slo(),
+            root=root_key(cache_salt, *self.config.cache_context),
+        )
+        self._groups[request_id] = group
+        self._num_unborn += params.n
+        self.service.arrives(tenant)
+        self._promise_by_time(group, timeout)
+        self._offer(group, arrival)
 
     def abort(self, request_id: str, index: int | None = None) -> list[Chunk]:
         """End one sample of a request, or all, now; blocks return at once. What is unknown has ended already.
 
         Call between steps.
         """
+        group = self._groups.get(request_id)
+        if group is None:
+            return []
+        ended = self._end(group, index)
+        self.counters.aborted += len(ended)
+        return [Chunk(request_id, i, [], finish_reason="abort") for i in ended]
+
+    def expire(self, now: float) -> list[Chunk]:
+        """End what has run out of time, and what cannot be in time any more. Call before each step."""
         chunks = []
-        for request in list(self._samples.get(request_id, ())):
-            if index not in (None, request.index):
+        while self._limits and self._limits[0][0] <= now:
+            _, _, limit, group = heapq.heappop(self._limits)
+            begun = group.next_index > 1 or any(s.slot >= 0 or s.max_computed for s in group.live)
+            if self._groups.get(group.request_id) is not group or (limit == "unreachable" and begun):
                 continue
-            self._finish(request)
-            self.counters.aborted += 1
-            chunks.append(Chunk(request.request_id, request.index, [], finish_reason="abort"))
+            ended = self._end(group, None)
+            self.counters.expired += len(ended)
+            chunks += [Chunk(group.request_id, i, [], finish_reason="expired", error=limit) for i in ended]
         return chunks
 
     @property
     def has_work(self) -> bool:
-        return bool(self._samples)
+        return bool(self._groups)
+
+    @property
+    def num_waiting(self) -> int:
+        """Samples that wait, the unborn ones included."""
+        return len(self.waiting) + self._num_unborn
+
+    def wait_seconds(self) -> float:
+        """Predicted wait of a request that came now."""
+        decodes = StepShape(len(self.running), sum(request.num_tokens for request in self.running), 0.0)
+        tokens = self.config.max_num_prefill_tokens if self.running else self.config.max_num_batched_tokens
+        return wait_seconds(
+            self.steps.cost,
+            decodes,
+            prefill_seconds=self.waiting.work,
+            prefill_tokens=self._budget(decodes, self.running).chunk(0, self.config.max_model_len) or tokens,
+            num_waiting=len(self.waiting) - len(self._free_slots),
+            num_running=len(self.running),
+            mean_output=self._mean_output,
+        )
 
     # ---------------------------------------------------------------- a step
 
     def schedule(self, now: float) -> StepPlan | None:
         """The next step; None when there is nothing to run. `now` in seconds, on the clock of the arrivals."""
         plan = StepPlan(self._step_id)
-        rows: dict[Request, Row] = {}
+        rows = self._rows = {}
+        self.pool.now = now
+        self._entered.clear()
+        self._drawing = []
+        self._fill(plan, rows, now)
+        while not rows and not plan.draws and self._unpin(()):  # pinned prompts were all that stood in the way
+            self._fill(plan, rows, now)
+        if not rows and not plan.draws:
+            return None
+        self._step_id += 1
+        plan.freed, self._freed = self._freed, []
+        plan.forgotten, self._forgotten = self._forgotten, []
+        plan.rows = list(rows.values())
+        self._in_step = list(rows)
+        self.shape = shape_of((row.start, row.num_tokens) for row in plan.rows)
+        return plan
+
+    def update(self, plan: StepPlan, result: StepResult, seconds: float | None = None) -> list[Chunk]:
+        """Take in what a step gave: append tokens, publish full blocks, end what is finished.
+
+        seconds: what the step took, for the step-time model.
+        """
+        if seconds is not None:
+            self.steps.observe(self.shape, seconds)
+        if self.policy.by_tenant:
+            self._charge(plan)
+        chunks = []
+        for request, got in zip(self._drawing, result.draws, strict=True):
+            chunks.append(self._take(request, got))
+        for request, row, got in zip(self._in_step, plan.rows, result.rows, strict=True):
+            chunks.append(self._advance(request, row, got))
+        self._in_step, self._drawing = [], []
+        return [chunk for chunk in chunks if chunk is not None]
+
+    # ---------------------------------------------------------------- filling a step
+
+    def _fill(self, plan: StepPlan, rows: dict[Request, Row], now: float) -> None:
+        """Decide the rows of a step. Another discipline is a subclass with another `_fill`."""
         preemptions = self.counters.preemptions
         for request in [request for request in self.running if request.remaining == 1]:
             if request.slot >= 0:  # not preempted meanwhile, for an earlier one
                 self._grow(request, rows)
+        budget = self._budget(shape_of((row.start, row.num_tokens) for row in rows.values()), list(rows))
+        # What was just freed by a preemption was freed for somebody else: nobody enters then.
+        self._spend(plan, rows, budget, now, admit=self.counters.preemptions == preemptions)
 
-        budget = self.config.max_num_batched_tokens - len(rows)
-        if rows:
-            budget = min(budget, self.config.max_num_prefill_tokens)
+    def _budget(self, shape: StepShape, decoding: list[Request]) -> Budget:
+        """What the step may still take in, beside the decodes that it has."""
+        config, cost = self.config, self.steps.cost
+        tokens, seconds = config.max_num_batched_tokens - shape.num_tokens, math.inf
+        limits = [request.group.slo.itl for request in decoding if request.group.slo.itl is not None]
+        if config.slo_itl is not None:
+            limits.append(config.slo_itl)
+        if decoding and limits:
+            seconds = min(limits) / self.steps.margin
+        elif decoding:
+            tokens = min(tokens, config.max_num_prefill_tokens)
+        if config.chunking == "time":
+            seconds = min(seconds, equal_time_seconds(cost, shape, tokens))
+        return Budget(cost, shape, tokens, seconds, config.block_size)
+
+    def _spend(self, plan: StepPlan, rows: dict[Request, Row], budget: Budget, now: float, *, admit: bool) -> None:
+        """Give the budget to prompts in progress and, if `admit`, to waiting ones; then let forks in."""
+        admit = admit and (bool(self._free_slots) or self.policy.displaces is not never)
+        asking, forks = self._asking(budget, admit)
+        entering = {request for request in asking if request.slot < 0}
+        while asking:
+            packed = pack([_want(request) for request in asking], copy(budget))
+            for i in packed.passed_over:
+                asking[i].passed_over += 1
+            for i, count in packed.chosen:
+                request = asking[i]
+                if request in entering and not self._enter(plan, request, now):
+                    admit = False
+                    break
+                if request.slot >= 0:  # else somebody else took its place in this very step
+                    row = rows[request] = self._row(request, min(count, request.remaining), ())
+                    budget.spend(row.start, row.num_tokens)
+            else:
+                break
+            # Nobody overtakes who only lacks memory: it would never have enough. Those in progress go on.
+            asking = [request for request in asking if request.slot >= 0 and request not in rows]
+        if admit:
+            self._fork(plan, forks, now)
+        for request in self._taken:
+            if request.slot < 0:
+                self._wait(request)
+        self._taken.clear()
+
+    def _asking(self, budget: Budget, admit: bool) -> tuple[list[Request], list[Request]]:
+        """Who may have a share of the budget in the policy's order, as far as it could matter.
+
+        -> (prompts to compute, further samples of computed prompts). Left out are those who had better wait.
+        """
+        asking: list[Request] = []
+        forks: list[Request] = []
+        begins: set[bytes] = set()  # blocks that one of those who ask would compute first
+        tokens = beyond = passed_by = 0
+        for request in self._in_order(admit):
+            if beyond > WINDOW or passed_by >= PASSED_BY or len(forks) >= self.config.max_num_seqs:
+                break
+            if request.slot < 0 and request.forks:
+                forks.append(request)
+                continue
+            if request.slot < 0:
+                if tokens <= budget.tokens:  # it may enter now
+                    self.prefix.look(request)
+                if request.lacks in begins or self.prefix.is_promised(request):
+                    passed_by += 1
+                    continue
+                if request.lacks is not None:
+                    begins.add(request.lacks)
+            asking.append(request)
+            tokens += _want(request).tokens
+            beyond += tokens > budget.tokens
+        return asking, forks
+
+    def _in_order(self, admit: bool) -> Iterator[Request]:
+        """Prompts in progress and, if `admit`, waiting requests; these leave the queue for `_taken`."""
+        begun: dict[str, list[Request]] = {lane: [] for lane in (self.waiting.lanes if admit else ())}
         for request in self.running:
-            if budget > 0 and request.remaining > 1:
-                count = min(request.remaining, budget)
-                rows[request] = self._row(request, count, ())
-                budget -= count
-        if self.counters.preemptions == preemptions:  # what was just freed was freed for somebody else
-            self._admit(plan, rows, budget, now)
+            if request.remaining > 1:
+                begun.setdefault(self._lane(request), []).append(request)
+        lanes = {}
+        for name, requests in begun.items():
+            requests.sort(key=_order)
+            lanes[name] = heapq.merge(requests, self._take_from(name) if admit else (), key=_order)
+        return self.service.interleave(lanes, lambda request: request.work)
 
-        if not rows:
-            return None
-        self._step_id += 1
-        plan.freed, self._freed = self._freed, []
-        plan.rows = list(rows.values())
-        self._in_step = list(rows)
-        return plan
-
-    def update(self, plan: StepPlan, result: StepResult) -> list[Chunk]:
-        """Take in what a step gave: append tokens, publish full blocks, end what is finished."""
-        chunks = []
-        for request, row, got in zip(self._in_step, plan.rows, result.rows, strict=True):
-            chunk = self._advance(request, row, got)
-            if chunk is not None:
-                chunks.append(chunk)
-        self._in_step = []
-        return chunks
-
-    # ---------------------------------------------------------------- filling a step
+    def _take_from(self, lane: str) -> Iterator[Request]:
+        for request in self.waiting.drain(lane):
+            self._taken.append(request)
+            yield request
 
     def _row(self, request: Request, count: int, new_block_ids: tuple[int, ...]) -> Row:
         end = request.num_computed + count
         samples = end == request.num_tokens and request.draws
-        return Row(request.slot, request.num_computed, count, new_block_ids, samples=samples)
+        group = request.group
+        # The prompt's last logits serve the samples that are to come.
+        keeps = samples and not request.num_output and group.num_unborn and not group.prefix
+        return Row(
+            request.slot, request.num_computed, count, new_block_ids, None, samples, group.key if keeps else None
+        )
 
     def _grow(self, request: Request, rows: dict[Request, Row]) -> None:
         """A row of one token, with a new block if the last is full; others are preempted for it if there is none."""
         new: list[int] = []
         if request.num_tokens > len(request.block_ids) * self.config.block_size:
             while not (new := self.pool.take(1) or []):
+                if self._unpin({other.group for other in self.running}):
+                    continue
                 victim = self._victim()
-                rows.pop(victim, None)
+                if victim is request and self._unpin(()):
+                    continue
                 self._preempt(victim)
                 if victim is request:
                     return
             request.block_ids += new
         rows[request] = self._row(request, 1, tuple(new))
 
-    def _victim(self) -> Request:
-        """Who gives way: never the oldest (unless alone); of the others the least computed, the youngest of equals."""
-        oldest = min(self.running, key=lambda r: r.order)
-        others = [r for r in self.running if r is not oldest] or [oldest]
-        return min(others, key=lambda r: (r.num_preemptions >= PATIENCE, r.num_computed, -r.order[1]))
+    # ---------------------------------------------------------------- entering
 
-    def _preempt(self, request: Request) -> None:
-        """Back to the waiting; its blocks are free but stay findable, so much of it may be a cache hit on return."""
-        self._leave(request)
-        request.num_computed = 0
-        request.num_preemptions += 1
-        self.counters.preemptions += 1
-        self.waiting.push(request)
-
-    def _admit(self, plan: StepPlan, rows: dict[Request, Row], budget: int, now: float) -> None:
-        passed: list[Request] = []
-        for request in self._candidates(passed, budget):
-            if self._is_promised(request):
-                passed.append(request)
-                continue
-            if not self._enter(plan, request):
-                passed.append(request)
-                break
-            if request.num_preemptions == 0:
-                request.num_cached = request.num_computed
-                request.queued_seconds = now - request.arrival
-            count = min(request.remaining, budget)
-            rows[request] = self._row(request, count, ())
-            budget -= count
-            if budget <= 0 or not self._free_slots:
-                break
-        for request in passed:
-            self.waiting.push(request)
-
-    def _candidates(self, passed: list[Request], budget: int) -> Iterable[Request]:
-        if budget <= 0 or not self._free_slots:
-            return
-        for request in self.waiting.drain():
-            yield request
-            if len(passed) >= ADMISSION_WINDOW:
-                return
-
-    def _is_promised(self, request: Request) -> bool:
-        """Whether a running request is computing the very block that this one would compute first.
-
-        Then waiting is cheaper than computing it twice: it will be a cache hit, or a fork of a sibling's prompt.
-        """
-        leader = next((s for s in self._samples[request.request_id] if s.slot >= 0), None)
-        if leader and not request.num_output and leader.num_computed < leader.num_prompt:
-            return True
-        if not self._may_share(request) or not self._promised:
-            return False
-        if request.waits_for not in self._promised:
-            found = len(self._match(request))
-            full = (request.num_tokens - 1) // self.config.block_size
-            request.waits_for = request.block_keys[found] if found < full else None
-        return request.waits_for in self._promised
-
-    def _enter(self, plan: StepPlan, request: Request) -> bool:
+    def _enter(self, plan: StepPlan, request: Request, now: float) -> bool:
         """Give a waiting request a slot and blocks for all its tokens; False, and no change, if they are not there."""
         size = self.config.block_size
-        source = self._fork_source(request)
-        shared, copied = source if source else (self._match(request), None)
+        group, forks = request.group, request.forks
+        full, rest = divmod(request.num_prompt, size)
+        copied = group.prefix[full] if forks and rest else None
+        shared = group.prefix[:full] if group.prefix else self.prefix.match(request)
         needed = -(-request.num_tokens // size) - len(shared)
-        watermark = int(WATERMARK * self.config.num_blocks) if self.running else 0
         for block in shared:
             self.pool.share(block)
-        if self.pool.num_free < needed + watermark or (fresh := self.pool.take(needed)) is None:
+        if not self._make_room(request, needed):
             self.pool.release(reversed(shared))
             return False
+        fresh = self.pool.take(needed) or []
         if copied is not None:
             plan.copies.append((copied, fresh[0]))
         request.block_ids = shared + fresh
-        request.num_computed = request.num_prompt - 1 if source else len(shared) * size
+        request.num_computed = request.num_prompt if forks else len(shared) * size
         request.num_published = len(shared)
-        if self.config.prefix_caching and not source:
+        if self.config.prefix_caching and not forks:
             self.counters.prefix_query_tokens += request.num_tokens
             self.counters.prefix_hit_tokens += request.num_computed
+            group.session_turn = group.session_turn or any(self.pool.holds_output(block) for block in shared)
+        if request.num_preemptions == 0:
+            request.num_cached = 0 if forks else request.num_computed
+            request.queued_seconds = now - group.arrival
         request.slot = self._free_slots.pop()
+        request.passed_over = 0
         self.running.append(request)
-        self._promise(request)
+        self.service.enters(group.tenant)
+        self._entered.add(request)
+        self.prefix.promise(request)
         plan.new.append(
             NewSeq(
                 request.slot,
@@ -295,124 +391,238 @@ class Scheduler:
         )
         return True
 
-    def _fork_source(self, request: Request) -> tuple[list[int], int | None] | None:
-        """A sibling's prompt to share: its full blocks, and the block to copy that holds the last prompt token.
+    def _make_room(self, request: Request, needed: int) -> bool:
+        """Whether there is a slot and `needed` free blocks, if need be by taking the place of who matters less."""
+        watermark = int(WATERMARK * self.config.num_blocks) if self.running else 0
+        while not self._free_slots or self.pool.num_free < needed + watermark:
+            if self._free_slots and self._unpin({request.group, *(other.group for other in self.running)}):
+                continue
+            displaced = self._displaced_by(request)
+            if displaced is None:
+                return False
+            self._preempt(displaced)
+        return True
 
-        The last prompt token is computed again, for its logits, into a block of the request's own.
+    def _displaced_by(self, request: Request) -> Request | None:
+        """The running request that has computed least of those whose place `request` may take."""
+        candidates = [
+            other
+            for other in self.running
+            if other.num_preemptions < PATIENCE
+            and other not in self._entered
+            and self.policy.displaces(request, other, self.service)
+        ]
+        return min(candidates, key=lambda r: (r.num_computed, -r.order[1]), default=None)
+
+    def _fork(self, plan: StepPlan, forks: list[Request], now: float) -> None:
+        """Further samples of computed prompts, one of each request in turn, while there are slots and blocks."""
+        turn = deque(forks)
+        while turn and self._free_slots:
+            request = turn.popleft()
+            if not request.forks or not self._enter(plan, request, now):
+                return
+            plan.draws.append(Draw(request.slot, request.group.key))
+            self._drawing.append(request)
+            following = self._next_sample(request.group, now)
+            if following is not None:
+                self._taken.append(following)
+                turn.append(following)
+
+    # ---------------------------------------------------------------- leaving for a while
+
+    def _victim(self) -> Request:
+        """Who gives way: never the first in order (unless alone); of the others the least computed, the latest."""
+        first = min(self.running, key=lambda r: r.order)
+        others = [r for r in self.running if r is not first] or [first]
+        return min(others, key=lambda r: (r.num_preemptions >= PATIENCE, r.num_computed, -r.order[1]))
+
+    def _preempt(self, request: Request) -> None:
+        """Back to the waiting; its blocks are free but stay findable, so much of it may be a cache hit on return."""
+        self._leave(request)
+        self._rows.pop(request, None)
+        request.num_computed = 0
+        request.num_preemptions += 1
+        self.counters.preemptions += 1
+        self._wait(request)
+
+    def _pin(self, request: Request) -> None:
+        """Hold the prompt that `request` has just computed for the samples to come."""
+        group = request.group
+        group.prefix = request.block_ids[: -(-request.num_prompt // self.config.block_size)]
+        for block in group.prefix:
+            self.pool.share(block)
+        self._pinned[group] = None
+
+    def _unpin(self, spared: Iterable[Group]) -> bool:
+        """Give up a pinned prompt for its memory, of any group but those; False if there is none.
+
+        Whichever sample comes next computes the prompt again, or finds it in the cache.
         """
-        if request.num_output:
-            return None
-        for sibling in self._samples[request.request_id]:
-            if sibling.slot >= 0 and sibling.num_computed >= sibling.num_prompt:
-                full, rest = divmod(request.num_prompt - 1, self.config.block_size)
-                return sibling.block_ids[:full], sibling.block_ids[full] if rest else None
-        return None
+        group = next((group for group in self._pinned if group not in spared), None)
+        if group is not None:
+            self._release_prefix(group)
+        return group is not None
 
-    def _may_share(self, request: Request) -> bool:
-        # Prompt logprobs need every prompt token's logits, so the first sample has to compute every prompt token.
-        return self.config.prefix_caching and (request.params.prompt_logprobs is None or request.index > 0)
-
-    def _match(self, request: Request) -> list[int]:
-        """The longest run of cached blocks that the request begins with; its last token is always left to compute."""
-        if not self._may_share(request):
-            return []
-        blocks: list[int] = []
-        size, parent = self.config.block_size, request.root
-        for i, key in enumerate(request.keys(size, (request.num_tokens - 1) // size)):
-            block = self.pool.find(key, parent, request.token_ids[i * size : (i + 1) * size])
-            if block is None:
-                break
-            blocks.append(block)
-            parent = key
-        return blocks
-
-    def _promise(self, request: Request) -> None:
-        """Announce the full blocks that `request` has yet to compute."""
-        if self.config.prefix_caching:
-            request.num_promised = request.num_tokens // self.config.block_size
-            for key in request.keys(self.config.block_size, request.num_promised)[request.num_published :]:
-                self._promised[key] = self._promised.get(key, 0) + 1
-
-    def _settle(self, request: Request, upto: int) -> None:
-        """Take back the announcements of blocks num_published .. upto - 1: they are there, or will not be."""
-        for key in request.block_keys[request.num_published : min(upto, request.num_promised)]:
-            self._promised[key] -= 1
-            if not self._promised[key]:
-                del self._promised[key]
+    def _release_prefix(self, group: Group) -> None:
+        if group.prefix:
+            self.pool.release(reversed(group.prefix))
+            group.prefix = []
+            del self._pinned[group]
+            self._forgotten.append(group.key)
 
     # ---------------------------------------------------------------- after a step
 
     def _advance(self, request: Request, row: Row, got: RowResult) -> Chunk | None:
+        if got.error is None:
+            end = row.start + row.num_tokens
+            if row.start < request.num_prompt:
+                self.counters.prompt_tokens += min(end, request.num_prompt) - row.start
+            if row.start < request.max_computed:
+                known = min(end, request.max_computed) - row.start
+                self.counters.recomputed_tokens += known
+                got.prompt_logprobs = got.prompt_logprobs and got.prompt_logprobs[known:]
+            request.num_computed = end
+            request.max_computed = max(request.max_computed, end)
+            if row.keeps is not None:
+                self._pin(request)
+                self._offer(request.group, request.group.arrival)
+        return self._take(request, got)
+
+    def _take(self, request: Request, got: RowResult) -> Chunk | None:
+        """Append what was drawn; the news, if there are any."""
         if got.error is not None:
             self.pool.retract(request.block_ids)
             self._finish(request)
             self.counters.failed += 1
             return Chunk(request.request_id, request.index, [], finish_reason="error", error=got.error)
-
-        end = row.start + row.num_tokens
-        self.counters.prompt_tokens += max(0, min(end, request.num_prompt) - row.start)
-        self.counters.recomputed_tokens += max(0, min(end, request.max_computed) - row.start)
-        prompt_logprobs = got.prompt_logprobs and got.prompt_logprobs[max(0, request.max_computed - row.start) :]
-        request.num_computed = end
-        request.max_computed = max(request.max_computed, end)
-
-        drawn: list[int] = []
         finish: str | None = None
         stop: int | None = None
-        for token in got.token_ids:
-            drawn.append(token)
+        drawn = 0
+        for drawn, token in enumerate(got.token_ids, 1):
             request.token_ids.append(token)
             finish, stop = self._stop(request, token)
             if finish:
                 break
         if not request.draws and request.remaining == 0:
             finish = "length"
-        self.counters.generated_tokens += len(drawn)
-        self._publish(request)
-        if not drawn and not finish and not prompt_logprobs:
-            return None
-
+        self.counters.generated_tokens += drawn
+        if request.num_computed // self.config.block_size != request.num_published:
+            self.prefix.publish(request)
         if finish:
+            self._mean_output += (request.num_output - self._mean_output) * (OUTPUT_MEMORY if self._mean_output else 1)
             self._finish(request)
-        chunk = Chunk(request.request_id, request.index, drawn, finish, stop)
-        chunk.logprobs = got.logprobs[: len(drawn)] if got.logprobs is not None else None
-        chunk.prompt_logprobs = prompt_logprobs
+        if not drawn and not finish and not got.prompt_logprobs:
+            return None
+        chunk = Chunk(request.request_id, request.index, got.token_ids[:drawn], finish, stop)
+        chunk.logprobs = got.logprobs and got.logprobs[:drawn]
+        chunk.prompt_logprobs = got.prompt_logprobs
         chunk.num_cached, request.num_cached = request.num_cached, -1
         chunk.queued_seconds, request.queued_seconds = request.queued_seconds, -1.0
         return chunk
 
     def _stop(self, request: Request, token: int) -> tuple[str | None, int | None]:
-        params = request.params
-        if request.num_output >= params.min_tokens:
+        params, num_tokens = request.params, len(request.token_ids)
+        num_output = num_tokens - request.num_prompt
+        if num_output >= params.min_tokens:
             if token in self.config.eos_token_ids and not params.ignore_eos:
                 return "stop", None
             if token in params.stop_token_ids:
                 return "stop", token
-        if request.num_output >= params.max_tokens or request.num_tokens >= self.config.max_model_len:
+        if num_output >= params.max_tokens or num_tokens >= self.config.max_model_len:
             return "length", None
         return None, None
 
-    def _publish(self, request: Request) -> None:
-        if not self.config.prefix_caching:
-            return
-        size = self.config.block_size
-        full = request.num_computed // size
-        if full == request.num_published:
-            return
-        keys = request.keys(size, full)
-        self._settle(request, full)
-        for i in range(request.num_published, full):
-            parent = keys[i - 1] if i else request.root
-            tokens = tuple(request.token_ids[i * size : (i + 1) * size])
-            self.pool.publish(request.block_ids[i], BlockContent(keys[i], parent, tokens))
-        request.num_published = full
+    def _charge(self, plan: StepPlan) -> None:
+        """Each tenant pays for its rows, and its part of what every step costs."""
+        cost = self.steps.cost
+        for request, row in zip(self._in_step, plan.rows, strict=True):
+            seconds = cost.base / len(plan.rows)
+            if row.num_tokens == 1:
+                seconds += cost.per_tile / cost.tile + cost.per_context * row.start
+            else:
+                seconds += cost.work_seconds(row.start, row.num_tokens)
+            self.service.charge(request.group.tenant, seconds)
 
-    # ---------------------------------------------------------------- leaving
+    # ---------------------------------------------------------------- the life of a group
+
+    def _next_serial(self) -> int:
+        self._serial += 1
+        return self._serial
+
+    def _lane(self, request: Request) -> str:
+        return request.group.tenant if self.policy.by_tenant else ""
+
+    def _wait(self, request: Request) -> None:
+        self.waiting.push(request, self._lane(request))
+
+    def _offer(self, group: Group, since: float) -> None:
+        """Put the next sample into the queue, as if it had come at `since`."""
+        request = self._next_sample(group, since)
+        if request is not None:
+            self._wait(request)
+
+    def _next_sample(self, group: Group, since: float) -> Request | None:
+        """The next sample, with its place in the queue. It queues up when the one before has its place: many samples of
+        one request are one customer in the queue."""
+        work = 0.0 if group.prefix else self._prompt_work(group)
+        place = self.policy.place(group, work) + since - group.arrival
+        request = group.begin((place, self._next_serial()))
+        if request is not None:
+            request.work = work
+            self._num_unborn -= 1
+        return request
+
+    def _prompt_work(self, group: Group) -> float:
+        probe = Request(group, group.next_index, group.prompt, (0.0, 0), group.params, len(group.prompt))
+        cached = len(self.prefix.match(probe)) * self.config.block_size
+        return self.steps.cost.work_seconds(cached, len(group.prompt) - cached)
+
+    def _promise_by_time(self, group: Group, timeout: float | None) -> None:
+        """When the group's limits are over, and by when its first token is due."""
+        slo, params, cost = group.slo, group.params, self.steps.cost
+        if timeout is not None:
+            self._limit(group, group.arrival + timeout, "timeout")
+        if slo.ttft is not None:
+            group.due = group.arrival + slo.ttft
+        if slo.deadline is not None:
+            end = group.arrival + slo.deadline
+            self._limit(group, end, "deadline")
+            # What is sure to be drawn: a sample may end itself after its min_tokens.
+            least = params.max_tokens if params.ignore_eos and not params.stop_token_ids else max(1, params.min_tokens)
+            decodes = ideal_seconds(cost, 0, least, self.config.max_num_batched_tokens)
+            group.due = min(group.due, end - decodes)
+            if self.policy.refuses_late:
+                self._limit(group, end - decodes - cost.base - self._prompt_work(group), "unreachable")
+
+    def _limit(self, group: Group, when: float, what: str) -> None:
+        heapq.heappush(self._limits, (when, self._next_serial(), what, group))
+
+    def _end(self, group: Group, index: int | None) -> list[int]:
+        """End the sample of that index, or all; the indices of those that had not ended before."""
+        if index is None:
+            indices = [sample.index for sample in group.live]
+            unborn = [i for i in range(group.next_index, group.params.n) if i not in group.cancelled]
+            indices += unborn
+            self._num_unborn -= len(unborn)
+            group.next_index = group.params.n
+            group.cancelled.clear()
+        elif any(sample.index == index for sample in group.live):
+            indices = [index]
+        elif group.next_index <= index < group.params.n and index not in group.cancelled:
+            group.cancelled.add(index)
+            self._num_unborn -= 1
+            return [index]
+        else:
+            return []
+        for sample in [sample for sample in group.live if sample.index in indices]:
+            self._finish(sample)
+        return indices
 
     def _leave(self, request: Request) -> None:
         """Give back slot and blocks."""
-        self._settle(request, request.num_promised)
+        self.prefix.withdraw(request, request.num_promised)
         self.running.remove(request)
+        self.service.stops(request.group.tenant)
         self.pool.release(reversed(request.block_ids))
         request.block_ids = []
         self._freed.append(request.slot)
@@ -425,22 +635,27 @@ class Scheduler:
             self._leave(request)
         else:
             self.waiting.discard(request)
-        samples = self._samples[request.request_id]
-        samples.remove(request)
-        if not samples:
-            del self._samples[request.request_id]
+        group = request.group
+        group.live.remove(request)
+        if not group.live:
+            self._offer(group, group.arrival)  # unless all have begun
+        if not group.live:
+            self._release_prefix(group)
+            self.service.leaves(group.tenant)
+            del self._groups[group.request_id]
 
     # ---------------------------------------------------------------- self-check
 
     def check(self) -> None:
         """Raise RuntimeError unless every block, slot and request is accounted for."""
-        self.pool.check(request.block_ids for request in self.running)
+        held = [request.block_ids for request in self.running]
+        self.pool.check([*held, *(group.prefix for group in self._pinned)])
         slots = sorted([*self._free_slots, *(request.slot for request in self.running)])
         if slots != list(range(self.config.max_num_seqs)):
             raise RuntimeError(f"slots are lost or doubled: {slots}")
         for request in self.running:
             if not request.num_published * self.config.block_size <= request.num_computed <= request.num_tokens:
                 raise RuntimeError(f"counters of {request.request_id} are out of order: {request}")
-        alive = sum(len(samples) for samples in self._samples.values())
+        alive = sum(len(group.live) for group in self._groups.values())
         if alive != len(self.waiting) + len(self.running):
             raise RuntimeError(f"{alive} samples alive, {len(self.waiting)} wait and {len(self.running)} run")

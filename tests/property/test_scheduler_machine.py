@@ -10,12 +10,16 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from quire.scheduler.params import SamplingParams
+from quire.scheduler.config import SchedulerConfig
+from quire.scheduler.params import SamplingParams, Slo
 from quire.scheduler.plan import RowResult, StepPlan, StepResult
-from quire.scheduler.scheduler import Refused, Scheduler, SchedulerConfig
+from quire.scheduler.policy import POLICIES
+from quire.scheduler.scheduler import Refused, Scheduler
+from quire.scheduler.step_time import StepCost
 
 VOCAB = 3  # few tokens, so that prompts share beginnings by chance
 EOS = 2
+COST = StepCost(tile=1, base=1e-3, per_tile=1e-4, per_context=1e-7, per_pair=1e-8)
 
 
 def next_token(token_ids: list[int], sample: int) -> int:
@@ -30,8 +34,11 @@ class CacheModel:
         self.size = config.block_size
         self.blocks: dict[int, list[int | None]] = defaultdict(lambda: [None] * self.size)
         self.slots: dict[int, tuple[list[int], list[int], int, int]] = {}
+        self.kept: dict[int, list[int]] = {}  # key -> the tokens behind the logits that are kept
 
     def execute(self, plan: StepPlan) -> StepResult:
+        for key in plan.forgotten:
+            self.kept.pop(key, None)
         for slot in plan.freed:
             del self.slots[slot]
         for new in plan.new:
@@ -40,6 +47,14 @@ class CacheModel:
             self.slots[new.slot] = (list(new.token_ids), list(new.block_ids), new.sample_index, max_tokens)
         for source, target in plan.copies:
             self.blocks[target] = list(self.blocks[source])
+        draws = []
+        for draw in plan.draws:
+            token_ids, block_ids, sample, max_tokens = self.slots[draw.slot]
+            held = [token for block in block_ids for token in self.blocks[block]][: len(token_ids)]
+            assert held == token_ids == self.kept[draw.kept], "drawn from another prompt's logits"
+            drawn = next_token(token_ids, sample)
+            token_ids.append(drawn)
+            draws.append(RowResult([drawn]))
         results = []
         written = set()
         for row in plan.rows:
@@ -62,10 +77,13 @@ class CacheModel:
             for position in range(row.start, end):
                 self.blocks[block_ids[position // self.size]][position % self.size] = token_ids[position]
             assert row.samples == (end == len(token_ids) and max_tokens > 0)
+            if row.keeps is not None:
+                assert row.samples
+                self.kept[row.keeps] = list(token_ids)
             drawn = [next_token(token_ids, sample)] if row.samples else []
             token_ids += drawn
             results.append(RowResult(drawn))
-        return StepResult(plan.step_id, results)
+        return StepResult(plan.step_id, results, draws)
 
 
 def solo(prompt: list[int], params: SamplingParams, sample: int, max_model_len: int) -> tuple[list[int], str]:
@@ -88,8 +106,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         extra=st.integers(0, 12),
         prefill=st.integers(1, 12),
         caching=st.booleans(),
+        policy=st.sampled_from(sorted(POLICIES)),
+        chunking=st.sampled_from(["tokens", "time"]),
+        eviction=st.sampled_from(["lru", "discard", "phase"]),
+        slo_itl=st.sampled_from([None, 0.001, 0.002, 0.1]),
     )
-    def start(self, num_blocks, block_size, max_num_seqs, extra, prefill, caching):
+    def start(self, num_blocks, block_size, max_num_seqs, extra, prefill, caching, policy, chunking, eviction, slo_itl):
         capacity = (num_blocks - 1) * block_size
         self.config = SchedulerConfig(
             num_blocks=num_blocks,
@@ -100,8 +122,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_model_len=min(capacity, 40),
             eos_token_ids=frozenset([EOS]),
             prefix_caching=caching,
+            policy=policy,
+            tenant_weights={"a": 3.0},
+            slo_itl=slo_itl,
+            chunking=chunking,
+            eviction=eviction,
         )
-        self.scheduler = Scheduler(self.config)
+        self.scheduler = Scheduler(self.config, COST)
         self.runner = CacheModel(self.config)
         self.clock = 0.0
         self.expected: dict[tuple[str, int], tuple[list[int], str]] = {}
@@ -117,15 +144,33 @@ class SchedulerMachine(RuleBasedStateMachine):
         n=st.integers(1, 4),
         priority=st.integers(-2, 2),
         salt=st.sampled_from(["", "a"]),
+        tenant=st.sampled_from(["", "a", "b"]),
+        slo=st.builds(
+            Slo,
+            ttft=st.sampled_from([None, 0.01, 5.0]),
+            itl=st.sampled_from([None, 0.0005, 0.01]),
+            deadline=st.sampled_from([None, 0.001, 3.0, 50.0]),
+        ),
+        timeout=st.sampled_from([None, None, 0.5, 20.0]),
     )
-    def add(self, prompt, max_tokens, min_tokens, ignore_eos, n, priority, salt):
+    def add(self, prompt, max_tokens, min_tokens, ignore_eos, n, priority, salt, tenant, slo, timeout):
         params = SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens, ignore_eos=ignore_eos, n=n)
         self.clock += 1
         request_id = f"r{self.count}"
         self.count += 1
         too_long = len(prompt) + (max_tokens > 0) > self.config.max_model_len
         try:
-            self.scheduler.add(request_id, prompt, params, priority=priority, arrival=self.clock, cache_salt=salt)
+            self.scheduler.add(
+                request_id,
+                prompt,
+                params,
+                priority=priority,
+                arrival=self.clock,
+                cache_salt=salt,
+                tenant=tenant,
+                slo=slo,
+                timeout=timeout,
+            )
         except Refused:
             assert too_long
             return
@@ -148,6 +193,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _step(self) -> bool:
         decoding = [r for r in self.scheduler.running if r.remaining == 1]
+        self.clock += 0.002
+        self._take(self.scheduler.expire(self.clock))
+        decoding = [r for r in decoding if not r.finished]
         oldest = min(self.scheduler.running, key=lambda r: r.order, default=None)
         before = {r: r.num_computed for r in self.scheduler.running}
         plan = self.scheduler.schedule(self.clock)
@@ -157,11 +205,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert plan.num_tokens <= self.config.max_num_batched_tokens
         slots = [row.slot for row in plan.rows]
         assert len(set(slots)) == len(slots)
-        if oldest in decoding:
+        if oldest in decoding and oldest.slot >= 0:
             assert oldest.slot in slots, "the oldest decode did not run"
+        if oldest in decoding and self.config.policy == "fcfs":
+            assert oldest.slot >= 0, "the first in order was preempted"
         for request in decoding:  # stall-free: a decode runs, or was preempted
             assert request.slot < 0 or request.slot in slots or request not in before
-        self._take(self.scheduler.update(plan, self.runner.execute(plan)))
+        self._take(self.scheduler.update(plan, self.runner.execute(plan), seconds=0.001))
         return True
 
     def _take(self, chunks):
@@ -173,7 +223,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.ended[name] = chunk.finish_reason
             tokens, reason = self.expected[name]
             assert self.got[name] == tokens[: len(self.got[name])]
-            if chunk.finish_reason not in (None, "abort"):
+            if chunk.finish_reason not in (None, "abort", "expired"):
                 assert (self.got[name], chunk.finish_reason) == (tokens, reason)
 
     @invariant()
@@ -190,10 +240,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self.scheduler.has_work
         assert set(self.ended) == set(self.expected)
         assert self.scheduler.pool.num_used == 0
-        assert self.scheduler._promised == {}
+        assert self.scheduler.prefix.num_promised == 0
+        assert self.scheduler.num_waiting == 0
+        assert self.scheduler.waiting.work == 0
 
 
 SchedulerMachine.TestCase.settings = settings(
-    max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=30, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestScheduler = SchedulerMachine.TestCase

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from quire.scheduler.config import SchedulerConfig
 from quire.scheduler.params import SamplingParams
 from quire.scheduler.plan import Chunk, RowResult, StepPlan, StepResult
-from quire.scheduler.queue import AGEING_SECONDS
-from quire.scheduler.scheduler import Refused, Scheduler, SchedulerConfig
+from quire.scheduler.policy import AGEING_SECONDS
+from quire.scheduler.scheduler import Refused, Scheduler
+from quire.scheduler.step_time import StepCost
 
+COST = StepCost(tile=1, base=1e-3, per_tile=1e-4, per_context=1e-7, per_pair=1e-8)
 GREEDY = SamplingParams(max_tokens=50, temperature=0.0, ignore_eos=True)
 
 
@@ -22,7 +25,7 @@ def scheduler(**changes: object) -> Scheduler:
         "max_model_len": 128,
         "eos_token_ids": frozenset([2]),
     }
-    return Scheduler(SchedulerConfig(**(settings | changes)))
+    return Scheduler(SchedulerConfig(**(settings | changes)), COST)
 
 
 def prompt(first: int, length: int) -> list[int]:
@@ -36,7 +39,8 @@ def run(s: Scheduler, tokens: dict[int, int] | None = None, now: float = 0.0) ->
     if plan is None:
         return None, []
     rows = [RowResult([(tokens or {}).get(row.slot, 7)] if row.samples else []) for row in plan.rows]
-    chunks = s.update(plan, StepResult(plan.step_id, rows))
+    draws = [RowResult([(tokens or {}).get(draw.slot, 7)]) for draw in plan.draws]
+    chunks = s.update(plan, StepResult(plan.step_id, rows, draws))
     s.check()
     return plan, chunks
 
@@ -85,7 +89,7 @@ def test_several_prompts_share_a_step():
 def test_all_blocks_of_a_prompt_are_reserved_at_admission():
     s = scheduler(num_blocks=21, max_model_len=80)  # 80 tokens
     s.add("a", prompt(1, 60), GREEDY)
-    s.add("b", prompt(2, 40), GREEDY)
+    s.add("b", prompt(2, 40), GREEDY, arrival=1.0)
     run(s)
     assert [r.request_id for r in s.running] == ["a"]
     assert s.pool.num_used == 15
@@ -144,7 +148,7 @@ def test_a_prefix_that_is_being_computed_is_waited_for_not_computed_twice():
     s = scheduler()
     for name in ("a", "b", "c"):
         s.add(name, [*prompt(1, 60), ord(name)], GREEDY)
-    s.add("other", prompt(2, 4), GREEDY)
+    s.add("other", prompt(2, 4), GREEDY, arrival=1.0)
     plan, _ = run(s)
     assert counts(plan) == [32]
     plan, _ = run(s)
@@ -168,15 +172,20 @@ def test_samples_share_the_prompt_and_copy_the_block_they_write_into():
     s.add("a", prompt(1, 14), SamplingParams(max_tokens=20, n=3, ignore_eos=True))
     plan, _ = run(s)
     assert counts(plan) == [14]
+    assert plan.rows[0].keeps is not None
+    plan, chunks = run(s)
+    assert counts(plan) == [1]
+    assert len(plan.draws) == len(plan.copies) == 2, "the fourth block is half full: each fork gets its own"
+    assert sorted(c.index for c in chunks) == [0, 1, 2]
+    assert s.pool.num_used == 3 + 3
     plan, _ = run(s)
     assert counts(plan) == [1, 1, 1]
-    assert len(plan.copies) == 2, "the fourth block is half full: each fork gets its own"
-    assert s.pool.num_used == 3 + 3
-    assert s.counters.prompt_tokens == 14 + 2
+    assert plan.draws == []
+    assert s.counters.prompt_tokens == 14, "the prompt is computed once, to its last token"
 
 
 def test_priority_goes_first_and_age_outweighs_it():
-    s = scheduler(max_num_seqs=1)
+    s = scheduler(max_num_seqs=1, policy="priority")
     s.add("running", prompt(1, 4), SamplingParams(max_tokens=2, ignore_eos=True))
     run(s)
     s.add("low", prompt(2, 4), SamplingParams(max_tokens=1), priority=1, arrival=0.0)
@@ -276,7 +285,7 @@ def test_an_id_in_use_is_refused():
     s.add("a", prompt(1, 4), GREEDY)
     with pytest.raises(Refused, match="in use"):
         s.add("a", prompt(2, 4), GREEDY)
-    assert len(s.waiting) == 1
+    assert s.num_waiting == 1
 
 
 @pytest.mark.parametrize(

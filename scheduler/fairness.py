@@ -1,0 +1,91 @@
+"""How much of the engine each tenant has had: virtual counters, in predicted seconds over the tenant's weight.
+
+After the Virtual Token Counter of Sheng et al. (arXiv 2401.00588), with seconds of the step-time model in place of
+tokens: a cached prefix costs nothing, and a long context costs what it takes.
+
+A tenant that returns is lifted to the least served of the active ones, so nobody saves up while away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+# Counters of absent tenants are kept while they are ahead of the active ones, at most so many: the names are the
+# callers', and memory is not theirs to fill.
+ABSENT = 4096
+
+
+class Service:
+    def __init__(self, weights: Mapping[str, float], max_num_seqs: int) -> None:
+        """weights: tenant -> share; 1 for who is not named."""
+        self._weights = dict(weights)
+        self._max_num_seqs = max_num_seqs
+        self._seconds: dict[str, float] = {}
+        self._present: dict[str, int] = {}  # tenant -> its requests in the house
+        self._held: dict[str, int] = {}  # tenant -> its running samples
+
+    def weight(self, tenant: str) -> float:
+        return self._weights.get(tenant, 1.0)
+
+    def seconds(self, tenant: str) -> float:
+        """Weighted seconds that `tenant` was served."""
+        return self._seconds.get(tenant, 0.0)
+
+    def arrives(self, tenant: str) -> None:
+        """A request of `tenant` came in."""
+        if tenant not in self._present:
+            least = min((self.seconds(other) for other in self._present), default=0.0)
+            self._seconds[tenant] = max(self.seconds(tenant), least)
+        self._present[tenant] = self._present.get(tenant, 0) + 1
+
+    def leaves(self, tenant: str) -> None:
+        """One ended."""
+        self._present[tenant] -= 1
+        if not self._present[tenant]:
+            del self._present[tenant]
+            self._forget()
+
+    def enters(self, tenant: str) -> None:
+        """A sample of `tenant` began to run."""
+        self._held[tenant] = self._held.get(tenant, 0) + 1
+
+    def stops(self, tenant: str) -> None:
+        """One stopped running."""
+        self._held[tenant] -= 1
+        if not self._held[tenant]:
+            del self._held[tenant]
+
+    def charge(self, tenant: str, seconds: float) -> None:
+        self._seconds[tenant] = self.seconds(tenant) + seconds / self.weight(tenant)
+
+    def exceeds_share(self, tenant: str) -> bool:
+        """Whether `tenant` runs more samples than its weight among the tenants in the house gives it."""
+        total = sum(self.weight(other) for other in self._present)
+        return self._held.get(tenant, 0) > self._max_num_seqs * self.weight(tenant) / total
+
+    def interleave(self, lanes: Mapping[str, Iterator[T]], cost: Callable[[T], float]) -> Iterator[T]:
+        """Everything in `lanes` (tenant -> its requests in order), the least served tenant first at every turn.
+
+        What is handed out counts as served for the turns that follow, `cost` seconds each.
+        """
+        served = {tenant: self.seconds(tenant) for tenant in lanes}
+        heads = {tenant: head for tenant, lane in lanes.items() if (head := next(lane, None)) is not None}
+        while heads:
+            tenant = min(heads, key=lambda name: (served[name], name))
+            item = heads.pop(tenant)
+            served[tenant] += cost(item) / self.weight(tenant)
+            yield item
+            following = next(lanes[tenant], None)
+            if following is not None:
+                heads[tenant] = following
+
+    def _forget(self) -> None:
+        """Drop the counters of absent tenants that returning would lift anyway, and the least of too many."""
+        least = min((self.seconds(tenant) for tenant in self._present), default=None)
+        absent = sorted((s, tenant) for tenant, s in self._seconds.items() if tenant not in self._present)
+        for i, (seconds, tenant) in enumerate(absent):
+            if (least is not None and seconds <= least) or len(absent) - i > ABSENT:
+                del self._seconds[tenant]

@@ -1,0 +1,140 @@
+"""What the block pool asks before it gives a block up: the bit of each free block, and whether bits are to be believed.
+
+a use ends ──▶ Predictor: the block's bit ──▶ the pool's order
+                   ▲ labels, gaps               ▲ trusted?
+if sampled ──▶ Belady, and the time since ──▶ Guard
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+
+from .eviction import Order
+from .ghost import Belady, Guard
+from .predict import Features, GapKind, Life, Predictor, gap_kind
+
+# Ghosts of this many blocks tell hit rates to about a hundredth; more would only cost time.
+SAMPLED_BLOCKS = 1024
+MAX_SAMPLING = 64  # one block in so many is sampled at most; fewer would learn too slowly
+
+# A sampled block that was not used again while the cache could have been filled this often is taken as never used
+# again; if it is, within Belady.REACH, that is corrected.
+PATIENCE = 4.0
+
+LOOKS = 4  # times that a sampled block is looked at, for training, while it waits
+
+
+def sampling(num_blocks: int) -> int:
+    """One block in how many is sampled: all in a small pool, a power of two otherwise."""
+    one_in = 1
+    while one_in < MAX_SAMPLING and num_blocks // one_in > SAMPLED_BLOCKS:
+        one_in *= 2
+    return one_in
+
+
+@dataclass(eq=False)
+class Wait:
+    """A sampled block between two uses."""
+
+    since: int  # on Belady's clock
+    released: float  # seconds
+    kind: GapKind
+    looks: list[Features] = field(default_factory=list)
+    given_up: bool = False
+
+
+class Residence:
+    """How long a free block stays: the time that the last so many allocations took."""
+
+    MARKS = 64
+
+    def __init__(self, num_blocks: int) -> None:
+        self._step = max(1, num_blocks // self.MARKS)
+        self._count = 0
+        self._times: deque[float] = deque(maxlen=2 * self.MARKS)
+
+    def taken(self, count: int, now: float) -> None:
+        marks = (self._count + count) // self._step - self._count // self._step
+        self._times.extend([now] * marks)
+        self._count += count
+
+    def seconds(self, evictable: int, now: float) -> float:
+        """inf while the pool has not turned over, or its clock stands still."""
+        marks = evictable // self._step + 1
+        if marks > len(self._times):
+            return float("inf")
+        return (now - self._times[-marks]) or float("inf")
+
+
+class Foresight:
+    def __init__(self, num_blocks: int, ghost_order: Order[bytes]) -> None:
+        one_in = sampling(num_blocks)
+        capacity = max(1, (num_blocks - 1) // one_in)
+        self._mask = one_in - 1
+        self._patience = int(PATIENCE * capacity)
+        self._predictor = Predictor()
+        self._belady = Belady(capacity)
+        self._guard = Guard(capacity, ghost_order)
+        self._residence = Residence(num_blocks)
+        self._waits: OrderedDict[bytes, Wait] = OrderedDict()  # longest waiting first, at most Belady.reach
+        self._hopeful: deque[tuple[bytes, Wait]] = deque()  # those not given up
+
+    @property
+    def trusted(self) -> bool:
+        return self._guard.trusted
+
+    def taken(self, count: int, now: float) -> None:
+        """Blocks were allocated."""
+        self._residence.taken(count, now)
+
+    def horizon(self, evictable: int, now: float) -> float:
+        return self._residence.seconds(evictable, now)
+
+    def released(self, key: bytes, life: Life, horizon: float) -> int:
+        """The bit of a block that nobody holds any more."""
+        now = life.released
+        x = self._predictor.look(life, now, horizon)
+        bit = self._predictor.bit(life, x)
+        if not key[0] & self._mask:
+            self._learn(key, life, x, bit)
+        return bit
+
+    def again(self, key: bytes, life: Life, now: float, horizon: float) -> int:
+        """The bit of a block that has been free for a while."""
+        x = self._predictor.look(life, now, horizon)
+        if not key[0] & self._mask:
+            wait = self._waits.get(key)
+            if wait is not None and len(wait.looks) < LOOKS and not wait.given_up:
+                wait.looks.append(x)
+        return self._predictor.bit(life, x)
+
+    def _learn(self, key: bytes, life: Life, x: Features, bit: int) -> None:
+        clock = self._belady.tick()
+        before = self._waits.pop(key, None)
+        if before is not None:
+            self._came_back(before, life)
+        self._guard.request(key, bit, again=before is not None)
+        wait = self._waits[key] = Wait(clock, life.released, gap_kind(life), [x])
+        self._hopeful.append((key, wait))
+        while self._hopeful[0][1].since < clock - self._patience:
+            key, wait = self._hopeful.popleft()
+            if self._waits.get(key) is wait:
+                self._give_up(wait)
+        while next(iter(self._waits.values())).since < clock - self._belady.reach:
+            self._waits.popitem(last=False)
+
+    def _came_back(self, wait: Wait, life: Life) -> None:
+        gaps, gap = self._predictor.gaps, max(0.0, life.used - wait.released)
+        if wait.given_up:
+            gaps.observe(wait.kind, float("inf"), -1.0)
+        gaps.observe(wait.kind, gap)
+        bit = int(not self._belady.kept(wait.since))
+        for x in wait.looks:
+            self._predictor.learned.train(x, bit)
+
+    def _give_up(self, wait: Wait) -> None:
+        wait.given_up = True
+        self._predictor.gaps.observe(wait.kind, float("inf"))
+        for x in wait.looks:
+            self._predictor.learned.train(x, 1)

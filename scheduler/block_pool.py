@@ -20,6 +20,8 @@ from .predict import BlockFacts, Life
 # turns over, so that who waits too long is given up after all.
 LOOKS_PER_EVICTION = 2
 
+NO_FACTS = BlockFacts()
+
 
 class BlockContent(NamedTuple):
     """What a published block holds. Equal keys are believed only if this is equal too."""
@@ -77,10 +79,13 @@ class BlockPool:
         return blocks
 
     def share(self, block: int) -> None:
-        """One more holder of a block that is held, or is free with content."""
+        """One more holder of a block that is held, or is free with content. ValueError for a free one without."""
         if self._refs[block] == 0:
+            content = self._content[block]
+            if content is None:
+                raise ValueError(f"block {block} is free and has no content to share: take() hands out such blocks")
             self._order.remove(block)
-            self._leave_cache(block)
+            self._leave_cache(content)
             self.num_free -= 1
             life = self._lives[block]
             if life is not None:
@@ -95,12 +100,13 @@ class BlockPool:
             self._refs[block] -= 1
             if self._refs[block] == 0:
                 self.num_free += 1
-                if self._content[block] is None:
+                content = self._content[block]
+                if content is None:
                     self._empty.append(block)
                 else:
-                    self._enter_cache(block, horizon)
+                    self._enter_cache(block, content, horizon)
 
-    def publish(self, block: int, content: BlockContent, facts: BlockFacts = BlockFacts()) -> None:  # noqa: B008
+    def publish(self, block: int, content: BlockContent, facts: BlockFacts = NO_FACTS) -> None:
         """Offer a full, held block for sharing. The first block of a key stays the one that is found."""
         if content.key in self._by_key:
             return
@@ -135,12 +141,11 @@ class BlockPool:
     def _horizon(self) -> float:
         return self._foresight.horizon(self.num_cached, self.now) if self._foresight is not None else 0.0
 
-    def _enter_cache(self, block: int, horizon: float) -> None:
+    def _enter_cache(self, block: int, content: BlockContent, horizon: float) -> None:
         """A block with content is not held any more."""
         self.num_cached += 1
-        content, life, bit = self._content[block], self._lives[block], 0
-        assert content is not None
         before = self._by_key.get(content.parent)
+        life, bit = self._lives[block], 0
         if self._foresight is not None and life is not None:
             life.released = self.now
             life.orphan = life.facts.depth > 0 and before is None
@@ -150,21 +155,18 @@ class BlockPool:
         self._continued[content.parent] = count + 1
         if count == 0 and before is not None and self._refs[before] == 0:
             self._order.cover(before)
-        while before is not None and self._refs[before] == 0:  # a sequence that held a copy of its own of these
+        # A holder had its own copy of what comes before, which is free: it was used with this block all the same.
+        while before is not None and self._refs[before] == 0 and (content := self._content[before]) is not None:
             self._order.touch(before)
-            content = self._content[before]
-            before = self._by_key.get(content.parent) if content is not None else None
+            before = self._by_key.get(content.parent)
 
-    def _leave_cache(self, block: int) -> None:
-        """A free block with content, gone from the order already, is held or given up."""
+    def _leave_cache(self, content: BlockContent) -> None:
+        """A free block with this content, gone from the order already, is held or given up."""
         self.num_cached -= 1
-        content = self._content[block]
-        assert content is not None
-        count = self._continued[content.parent] - 1
+        count = self._continued.pop(content.parent) - 1
         if count:
             self._continued[content.parent] = count
             return
-        del self._continued[content.parent]
         before = self._by_key.get(content.parent)
         if before is not None and self._refs[before] == 0:
             self._order.uncover(before)
@@ -173,9 +175,10 @@ class BlockPool:
         """The free block with content whose loss should hurt least; it has none now."""
         order = self._order
         block = order.victim() if self._foresight is None or self._foresight.trusted else order.oldest()
-        self._leave_cache(block)
+        content = self._content[block]
+        if content is not None:
+            self._leave_cache(content)
         self._erase(block)
-        self.num_evicted += 1
         return block
 
     def _look_again(self, foresight: Foresight, count: int) -> None:

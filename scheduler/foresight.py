@@ -14,8 +14,8 @@ from .eviction import Order
 from .ghost import Belady, Guard
 from .predict import Features, GapKind, Life, Predictor, gap_kind
 
-# Ghosts of this many blocks tell hit rates to about a hundredth; more would only cost time.
-SAMPLED_BLOCKS = 1024
+# Sampled blocks that a ghost of the cache holds at least, where the pool has as many: fewer tell too little.
+SAMPLED_BLOCKS = 256
 MAX_SAMPLING = 64  # one block in so many is sampled at most; fewer would learn too slowly
 
 # A sampled block that was not used again while the cache could have been filled this often is taken as never used
@@ -33,7 +33,7 @@ def sampling(num_blocks: int) -> int:
     return one_in
 
 
-@dataclass(eq=False)
+@dataclass(slots=True, eq=False)
 class Wait:
     """A sampled block between two uses."""
 

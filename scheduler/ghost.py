@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from .eviction import Lru, Order, Paging
 
-# The predictions lose when their ghost misses this many times as often as the ghost of LRU (section 9's rule of 1.2,
-# drawn tighter on the misses that a cache could have avoided), and are back when they do not miss more often.
+# The predictions are left when their ghost misses so much more often than the ghost of LRU, on blocks seen before: a
+# first use misses in any cache, and with those counted in, 1.2 would let a third of the hits go. They are taken up
+# again when they do not miss more often.
 DISTRUST = 1.05
 TRUST = 1.0
 

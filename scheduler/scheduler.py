@@ -498,7 +498,8 @@ class Scheduler:
         finish: str | None = None
         stop: int | None = None
         drawn = 0
-        for drawn, token in enumerate(got.token_ids, 1):
+        for token in got.token_ids:
+            drawn += 1
             request.token_ids.append(token)
             finish, stop = self._stop(request, token)
             if finish:

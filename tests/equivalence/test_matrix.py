@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ import pytest
 from quire.engine.config import EngineConfig
 from quire.engine.core import EngineCore
 from quire.engine.messages import Abort, AddRequest
-from quire.scheduler.params import SamplingParams
+from quire.scheduler.params import SamplingParams, Slo
 
 PROMPT_LENGTHS = (1, 15, 16, 17, 48, 70, 7, 33)
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
@@ -38,7 +40,10 @@ def requests() -> list[AddRequest]:
         prompt = shared[:length] if i % 2 else [own.randrange(256) for _ in range(length)]
         if length > 40:
             prompt[-5:] = [own.randrange(256) for _ in range(5)]
-        made.append(AddRequest(f"r{i}", prompt, GREEDY if i % 3 == 0 else SAMPLED[i % len(SAMPLED)]))
+        params = GREEDY if i % 3 == 0 else SAMPLED[i % len(SAMPLED)]
+        # Promises and tenants change who runs when, under the policies that heed them, and nothing else.
+        slo = Slo(ttft=0.01 + 0.1 * i, itl=0.05 if i % 4 == 0 else None, deadline=3600.0 if i % 2 else None)
+        made.append(AddRequest(f"r{i}", prompt, params, arrival=time.monotonic(), tenant=f"t{i % 3}", slo=slo))
     return made
 
 
@@ -90,6 +95,11 @@ PATHS: dict[str, dict[str, object]] = {
     "scarce_blocks": {"num_blocks": 7},
     "no_cache": {"prefix_caching": False},
     "tiny_blocks": {"block_size": 1},
+    "slo": {"slo_itl_ms": 1.0},
+    "equal_time": {"prefill_chunking": "time", "max_num_batched_tokens": 64},
+    "fair": {"scheduling_policy": "fair", "tenant_weights": {"t0": 1.0, "t1": 5.0, "t2": 1.0}},
+    "deadline": {"scheduling_policy": "deadline"},
+    "predicted_eviction": {"prefix_eviction": "discard", "num_blocks": 15},
     "torch_kernels": {"kernels": dict.fromkeys(("attention", "rope", "rms_norm", "add_rms_norm", "kv_write"), "cpu")},
     "reference_kernels": {"kernels": {"attention": "reference", "linear": "reference", "rope": "reference"}},
 }
@@ -100,7 +110,7 @@ def combined(names: tuple[str, ...]) -> dict[str, object]:
     for name in names:
         settings |= PATHS[name]
     if settings.get("block_size") == 1 and "num_blocks" in settings:
-        settings["num_blocks"] = 97  # as many tokens as the scarce blocks hold
+        settings["num_blocks"] = (settings["num_blocks"] - 1) * 16 + 1  # as many tokens as before
     return settings
 
 
@@ -122,6 +132,24 @@ def test_second_time_around_comes_from_the_cache(tiny_model, solo):
     before = core.scheduler.counters.prefix_hit_tokens
     assert drive(core, [requests()]) == solo
     assert core.scheduler.counters.prefix_hit_tokens > before + 100
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_num_seqs": 3}, {"num_blocks": 8}, {"prefix_caching": False}])
+def test_many_samples_do_not_depend_on_how_many_run_at_once(tiny_model, settings):
+    """Sample j of n is what it would be alone; all first tokens come from one row of logits, however late."""
+    prompt = [(7 * i) % 256 for i in range(41)]
+    params = SamplingParams(max_tokens=6, seed=3, n=24, ignore_eos=True)
+    alone = drive(engine(tiny_model), [[AddRequest("r", prompt, replace(params, n=1))]])
+    core = engine(tiny_model, **settings)
+    got = drive(core, [[AddRequest("r", prompt, params)]])
+    assert len(got) == 24
+    assert len({tuple(tokens) for tokens, _ in got.values()}) > 12
+    assert got["r", 0] == alone["r", 0]
+    assert got == drive(engine(tiny_model, max_num_seqs=1), [[AddRequest("r", prompt, params)]])
+    if "num_blocks" not in settings:
+        assert core.scheduler.counters.prompt_tokens == len(prompt)
+    drive(core, [[AddRequest("next", prompt, GREEDY)]])
+    assert core.runner._kept == {}
 
 
 @pytest.mark.parametrize("seed", range(4))

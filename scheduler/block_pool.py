@@ -156,9 +156,10 @@ class BlockPool:
         if count == 0 and before is not None and self._refs[before] == 0:
             self._order.cover(before)
         # A holder had its own copy of what comes before, which is free: it was used with this block all the same.
-        while before is not None and self._refs[before] == 0 and (content := self._content[before]) is not None:
+        while before is not None and self._refs[before] == 0:
             self._order.touch(before)
-            before = self._by_key.get(content.parent)
+            above = self._content[before]
+            before = self._by_key.get(above.parent) if above is not None else None
 
     def _leave_cache(self, content: BlockContent) -> None:
         """A free block with this content, gone from the order already, is held or given up."""

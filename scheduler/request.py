@@ -55,6 +55,11 @@ class Group:
         return sample
 
     @property
+    def has_begun(self) -> bool:
+        """Whether any of its samples ever ran."""
+        return self.next_index > 1 or any(sample.slot >= 0 or sample.max_computed for sample in self.live)
+
+    @property
     def num_unborn(self) -> int:
         """Samples that are yet to begin."""
         return self.params.n - self.next_index - len(self.cancelled)

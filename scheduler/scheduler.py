@@ -16,7 +16,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from copy import copy
 from operator import attrgetter
 
@@ -26,13 +26,14 @@ from .config import Counters, SchedulerConfig
 from .fairness import Service
 from .forecast import wait_seconds
 from .hashing import root_key
+from .limits import TimeLimits
 from .packing import Want, pack
 from .params import SamplingParams, Slo
-from .plan import Chunk, Draw, NewSeq, Row, RowResult, StepPlan, StepResult
+from .plan import Chunk, Draw, Row, RowResult, StepPlan, StepResult
 from .policy import PATIENCE, POLICIES, never
-from .prefix import PrefixCache
 from .queue import WaitingQueue
 from .request import Group, Request
+from .residency import Residency
 from .step_time import StepCost, StepShape, StepTimeModel, ideal_seconds, shape_of
 
 # Requests looked at beyond those that fill the budget, for one that fits better into what is left.
@@ -43,10 +44,6 @@ PASSED_BY = 64
 
 # Weight of the latest sample in the running mean of output lengths: the last 20 or so count.
 OUTPUT_MEMORY = 0.05
-
-# Share of the blocks kept free at admission, so that running requests can grow before the next preemption
-# (the value of the Sarathi-Serve scheduler).
-WATERMARK = 0.01
 
 
 _order = attrgetter("order")
@@ -66,25 +63,19 @@ class Scheduler:
         """cost: what a step is believed to take at first; it is refined by the steps that `update` is told of."""
         self.config = config
         self.policy = POLICIES[config.policy]
-        self.pool = BlockPool(config.num_blocks, config.eviction)
-        self.prefix = PrefixCache(self.pool, config.block_size, enabled=config.prefix_caching)
+        self.residency = Residency(config)
         self.steps = StepTimeModel(cost)
         self.service = Service(config.tenant_weights, config.max_num_seqs)
         self.counters = Counters()
         self.waiting = WaitingQueue()
-        self.running: list[Request] = []  # by time of admission
         self.shape = StepShape()  # of the plan that is out
         self._groups: dict[str, Group] = {}
-        self._pinned: dict[Group, None] = {}  # groups with a prefix, oldest pin first
-        self._free_slots = [*range(config.max_num_seqs - 1, -1, -1)]
-        self._freed: list[int] = []  # slots to clear in the next plan
-        self._forgotten: list[int] = []  # kept logits to drop in the next plan
         self._entered: set[Request] = set()  # in the plan that is being made
         self._rows: dict[Request, Row] = {}  # of the plan that is being made
         self._in_step: list[Request] = []  # beside the rows of the plan that is out
         self._drawing: list[Request] = []  # beside its draws
         self._taken: list[Request] = []  # out of the queue while a plan is made
-        self._limits: list[tuple[float, int, str, Group]] = []  # heap: when, serial, what is over then, whose
+        self._limits = TimeLimits()
         self._mean_output = 0.0  # tokens of a finished sample
         self._num_unborn = 0
         self._step_id = 0
@@ -147,15 +138,23 @@ class Scheduler:
     def expire(self, now: float) -> list[Chunk]:
         """End what has run out of time, and what cannot be in time any more. Call before each step."""
         chunks = []
-        while self._limits and self._limits[0][0] <= now:
-            _, _, limit, group = heapq.heappop(self._limits)
-            begun = group.next_index > 1 or any(s.slot >= 0 or s.max_computed for s in group.live)
-            if self._groups.get(group.request_id) is not group or (limit == "unreachable" and begun):
+        for limit in self._limits.over(now):
+            group = self._groups.get(limit.request_id)
+            if group is None or group.key != limit.key or (limit.what == "unreachable" and group.has_begun):
                 continue
             ended = self._end(group, None)
             self.counters.expired += len(ended)
-            chunks += [Chunk(group.request_id, i, [], finish_reason="expired", error=limit) for i in ended]
+            chunks += [Chunk(group.request_id, i, [], finish_reason="expired", error=limit.what) for i in ended]
         return chunks
+
+    @property
+    def pool(self) -> BlockPool:
+        return self.residency.pool
+
+    @property
+    def running(self) -> list[Request]:
+        """By time of entering."""
+        return self.residency.running
 
     @property
     def has_work(self) -> bool:
@@ -175,7 +174,7 @@ class Scheduler:
             decodes,
             prefill_seconds=self.waiting.work,
             prefill_tokens=self._budget(decodes, self.running).chunk(0, self.config.max_model_len) or tokens,
-            num_waiting=len(self.waiting) - len(self._free_slots),
+            num_waiting=len(self.waiting) - len(self.residency.free_slots),
             num_running=len(self.running),
             mean_output=self._mean_output,
         )
@@ -190,13 +189,15 @@ class Scheduler:
         self._entered.clear()
         self._drawing = []
         self._fill(plan, rows, now)
-        while not rows and not plan.draws and self._unpin(()):  # pinned prompts were all that stood in the way
+        while (
+            not rows and not plan.draws and self.residency.unpin_one(())
+        ):
             self._fill(plan, rows, now)
         if not rows and not plan.draws:
             return None
         self._step_id += 1
-        plan.freed, self._freed = self._freed, []
-        plan.forgotten, self._forgotten = self._forgotten, []
+        plan.freed, self.residency.freed = self.residency.freed, []
+        plan.forgotten, self.residency.forgotten = self.residency.forgotten, []
         plan.rows = list(rows.values())
         self._in_step = list(rows)
         self.shape = shape_of((row.start, row.num_tokens) for row in plan.rows)
@@ -248,7 +249,7 @@ class Scheduler:
 
     def _spend(self, plan: StepPlan, rows: dict[Request, Row], budget: Budget, now: float, *, admit: bool) -> None:
         """Give the budget to prompts in progress and, if `admit`, to waiting ones; then let forks in."""
-        admit = admit and (bool(self._free_slots) or self.policy.displaces is not never)
+        admit = admit and (bool(self.residency.free_slots) or self.policy.displaces is not never)
         asking, forks = self._asking(budget, admit)
         entering = {request for request in asking if request.slot < 0}
         while asking:
@@ -291,8 +292,8 @@ class Scheduler:
                 continue
             if request.slot < 0:
                 if tokens <= budget.tokens:  # it may enter now
-                    self.prefix.look(request)
-                if request.lacks in begins or self.prefix.is_promised(request):
+                    self.residency.prefix.look(request)
+                if request.lacks in begins or self.residency.prefix.is_promised(request):
                     passed_by += 1
                     continue
                 if request.lacks is not None:
@@ -331,71 +332,45 @@ class Scheduler:
 
     def _grow(self, request: Request, rows: dict[Request, Row]) -> None:
         """A row of one token, with a new block if the last is full; others are preempted for it if there is none."""
-        new: list[int] = []
-        if request.num_tokens > len(request.block_ids) * self.config.block_size:
-            while not (new := self.pool.take(1) or []):
-                if self._unpin({other.group for other in self.running}):
-                    continue
-                victim = self._victim()
-                if victim is request and self._unpin(()):
-                    continue
-                self._preempt(victim)
-                if victim is request:
-                    return
-            request.block_ids += new
-        rows[request] = self._row(request, 1, tuple(new))
+        while (new := self.residency.grow(request)) is None:
+            if self.residency.unpin_one({other.group for other in self.running}):
+                continue
+            victim = self._victim()
+            if victim is request and self.residency.unpin_one(()):
+                continue
+            self._preempt(victim)
+            if victim is request:
+                return
+        rows[request] = self._row(request, 1, new)
 
     # ---------------------------------------------------------------- entering
 
     def _enter(self, plan: StepPlan, request: Request, now: float) -> bool:
-        """Give a waiting request a slot and blocks for all its tokens; False, and no change, if they are not there."""
-        size = self.config.block_size
-        group, forks = request.group, request.forks
-        full, rest = divmod(request.num_prompt, size)
-        copied = group.prefix[full] if forks and rest else None
-        shared = group.prefix[:full] if group.prefix else self.prefix.match(request)
-        needed = -(-request.num_tokens // size) - len(shared)
-        for block in shared:
-            self.pool.share(block)
-        if not self._make_room(request, needed):
-            self.pool.release(reversed(shared))
+        """Let a waiting request into the batch; False, and no change, if there is no room for it."""
+        entry = self.residency.enter(request, lambda num_blocks: self._make_room(request, num_blocks))
+        if entry is None:
             return False
-        fresh = self.pool.take(needed) or []
-        if copied is not None:
-            plan.copies.append((copied, fresh[0]))
-        request.block_ids = shared + fresh
-        request.num_computed = request.num_prompt if forks else len(shared) * size
-        request.num_published = len(shared)
-        if self.config.prefix_caching and not forks:
+        plan.new.append(entry.sequence)
+        if entry.copy is not None:
+            plan.copies.append(entry.copy)
+        self._entered.add(request)
+        group, forked = request.group, request.remaining == 0
+        self.service.enters(group.tenant)
+        if self.config.prefix_caching and not forked:
             self.counters.prefix_query_tokens += request.num_tokens
             self.counters.prefix_hit_tokens += request.num_computed
+            shared = request.block_ids[: request.num_published]
             group.session_turn = group.session_turn or any(self.pool.holds_output(block) for block in shared)
         if request.num_preemptions == 0:
-            request.num_cached = 0 if forks else request.num_computed
+            request.num_cached = 0 if forked else request.num_computed
             request.queued_seconds = now - group.arrival
-        request.slot = self._free_slots.pop()
-        request.passed_over = 0
-        self.running.append(request)
-        self.service.enters(group.tenant)
-        self._entered.add(request)
-        self.prefix.promise(request)
-        plan.new.append(
-            NewSeq(
-                request.slot,
-                tuple(request.token_ids),
-                request.num_prompt,
-                request.params,
-                request.index,
-                tuple(request.block_ids),
-            )
-        )
         return True
 
-    def _make_room(self, request: Request, needed: int) -> bool:
-        """Whether there is a slot and `needed` free blocks, if need be by taking the place of who matters less."""
-        watermark = int(WATERMARK * self.config.num_blocks) if self.running else 0
-        while not self._free_slots or self.pool.num_free < needed + watermark:
-            if self._free_slots and self._unpin({request.group, *(other.group for other in self.running)}):
+    def _make_room(self, request: Request, num_blocks: int) -> bool:
+        """Whether there is a slot and `num_blocks` free, if need be by taking the place of who matters less."""
+        while not self.residency.has_room(num_blocks):
+            spared = {request.group, *(other.group for other in self.running)}
+            if self.residency.free_slots and self.residency.unpin_one(spared):
                 continue
             displaced = self._displaced_by(request)
             if displaced is None:
@@ -417,7 +392,7 @@ class Scheduler:
     def _fork(self, plan: StepPlan, forks: list[Request], now: float) -> None:
         """Further samples of computed prompts, one of each request in turn, while there are slots and blocks."""
         turn = deque(forks)
-        while turn and self._free_slots:
+        while turn and self.residency.free_slots:
             request = turn.popleft()
             if not request.forks or not self._enter(plan, request, now):
                 return
@@ -445,31 +420,6 @@ class Scheduler:
         self.counters.preemptions += 1
         self._wait(request)
 
-    def _pin(self, request: Request) -> None:
-        """Hold the prompt that `request` has just computed for the samples to come."""
-        group = request.group
-        group.prefix = request.block_ids[: -(-request.num_prompt // self.config.block_size)]
-        for block in group.prefix:
-            self.pool.share(block)
-        self._pinned[group] = None
-
-    def _unpin(self, spared: Iterable[Group]) -> bool:
-        """Give up a pinned prompt for its memory, of any group but those; False if there is none.
-
-        Whichever sample comes next computes the prompt again, or finds it in the cache.
-        """
-        group = next((group for group in self._pinned if group not in spared), None)
-        if group is not None:
-            self._release_prefix(group)
-        return group is not None
-
-    def _release_prefix(self, group: Group) -> None:
-        if group.prefix:
-            self.pool.release(reversed(group.prefix))
-            group.prefix = []
-            del self._pinned[group]
-            self._forgotten.append(group.key)
-
     # ---------------------------------------------------------------- after a step
 
     def _advance(self, request: Request, row: Row, got: RowResult) -> Chunk | None:
@@ -484,7 +434,7 @@ class Scheduler:
             request.num_computed = end
             request.max_computed = max(request.max_computed, end)
             if row.keeps is not None:
-                self._pin(request)
+                self.residency.pin(request)
                 self._offer(request.group, request.group.arrival)
         return self._take(request, got)
 
@@ -508,7 +458,7 @@ class Scheduler:
             finish = "length"
         self.counters.generated_tokens += drawn
         if request.num_computed // self.config.block_size != request.num_published:
-            self.prefix.publish(request)
+            self.residency.prefix.publish(request)
         if finish:
             self._mean_output += (request.num_output - self._mean_output) * (OUTPUT_MEMORY if self._mean_output else 1)
             self._finish(request)
@@ -575,28 +525,25 @@ class Scheduler:
 
     def _prompt_work(self, group: Group) -> float:
         probe = Request(group, group.next_index, group.prompt, (0.0, 0), group.params, len(group.prompt))
-        cached = len(self.prefix.match(probe)) * self.config.block_size
+        cached = len(self.residency.prefix.match(probe)) * self.config.block_size
         return self.steps.cost.work_seconds(cached, len(group.prompt) - cached)
 
     def _promise_by_time(self, group: Group, timeout: float | None) -> None:
         """When the group's limits are over, and by when its first token is due."""
         slo, params, cost = group.slo, group.params, self.steps.cost
         if timeout is not None:
-            self._limit(group, group.arrival + timeout, "timeout")
+            self._limits.add(group, group.arrival + timeout, "timeout")
         if slo.ttft is not None:
             group.due = group.arrival + slo.ttft
         if slo.deadline is not None:
             end = group.arrival + slo.deadline
-            self._limit(group, end, "deadline")
+            self._limits.add(group, end, "deadline")
             # What is sure to be drawn: a sample may end itself after its min_tokens.
             least = params.max_tokens if params.ignore_eos and not params.stop_token_ids else max(1, params.min_tokens)
             decodes = ideal_seconds(cost, 0, least, self.config.max_num_batched_tokens)
             group.due = min(group.due, end - decodes)
             if self.policy.refuses_late:
-                self._limit(group, end - decodes - cost.base - self._prompt_work(group), "unreachable")
-
-    def _limit(self, group: Group, when: float, what: str) -> None:
-        heapq.heappush(self._limits, (when, self._next_serial(), what, group))
+                self._limits.add(group, end - decodes - cost.base - self._prompt_work(group), "unreachable")
 
     def _end(self, group: Group, index: int | None) -> list[int]:
         """End the sample of that index, or all; the indices of those that had not ended before."""
@@ -620,15 +567,8 @@ class Scheduler:
         return indices
 
     def _leave(self, request: Request) -> None:
-        """Give back slot and blocks."""
-        self.prefix.withdraw(request, request.num_promised)
-        self.running.remove(request)
+        self.residency.leave(request)
         self.service.stops(request.group.tenant)
-        self.pool.release(reversed(request.block_ids))
-        request.block_ids = []
-        self._freed.append(request.slot)
-        self._free_slots.append(request.slot)
-        request.slot = -1
 
     def _finish(self, request: Request) -> None:
         request.finished = True
@@ -641,7 +581,7 @@ class Scheduler:
         if not group.live:
             self._offer(group, group.arrival)  # unless all have begun
         if not group.live:
-            self._release_prefix(group)
+            self.residency.unpin(group)
             self.service.leaves(group.tenant)
             del self._groups[group.request_id]
 
@@ -649,14 +589,7 @@ class Scheduler:
 
     def check(self) -> None:
         """Raise RuntimeError unless every block, slot and request is accounted for."""
-        held = [request.block_ids for request in self.running]
-        self.pool.check([*held, *(group.prefix for group in self._pinned)])
-        slots = sorted([*self._free_slots, *(request.slot for request in self.running)])
-        if slots != list(range(self.config.max_num_seqs)):
-            raise RuntimeError(f"slots are lost or doubled: {slots}")
-        for request in self.running:
-            if not request.num_published * self.config.block_size <= request.num_computed <= request.num_tokens:
-                raise RuntimeError(f"counters of {request.request_id} are out of order: {request}")
+        self.residency.check()
         alive = sum(len(group.live) for group in self._groups.values())
         if alive != len(self.waiting) + len(self.running):
             raise RuntimeError(f"{alive} samples alive, {len(self.waiting)} wait and {len(self.running)} run")

@@ -240,7 +240,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self.scheduler.has_work
         assert set(self.ended) == set(self.expected)
         assert self.scheduler.pool.num_used == 0
-        assert self.scheduler.prefix.num_promised == 0
+        assert self.scheduler.residency.prefix.num_promised == 0
         assert self.scheduler.num_waiting == 0
         assert self.scheduler.waiting.work == 0
 

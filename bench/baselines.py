@@ -20,7 +20,7 @@ from ..scheduler.request import Request
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.step_time import StepCost, StepShape
 
-ARRIVAL_ORDER = Policy(lambda group, work: group.arrival, never)
+ARRIVAL_ORDER = Policy(lambda group, work, overtaking: group.arrival, never)
 
 
 class _FirstCome(Scheduler):

@@ -73,6 +73,7 @@ class EngineCore:
                 prefix_caching=config.prefix_caching,
                 cache_context=(str(path), cache[0].spec.format),
                 policy=config.scheduling_policy,
+                overtaking=config.overtaking,
                 tenant_weights=config.tenant_weights,
                 slo_itl=config.slo_itl_ms and config.slo_itl_ms / 1e3,
                 chunking=config.prefill_chunking,

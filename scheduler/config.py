@@ -23,6 +23,7 @@ class SchedulerConfig:
     cache_context: tuple[str, ...] = ()  # what else K/V depends on: model, KV format, RoPE
     policy: str = "fcfs"
     tenant_weights: dict[str, float] = field(default_factory=dict)
+    overtaking: float = 100.0
     slo_itl: float | None = None
     chunking: str = "tokens"
     eviction: str = "lru"
@@ -45,6 +46,8 @@ class SchedulerConfig:
             raise ValueError(f"policy is {self.policy!r}: choose one of {', '.join(POLICIES)}")
         if self.chunking not in ("tokens", "time"):
             raise ValueError(f"chunking is {self.chunking!r}: choose tokens or time")
+        if not 0 <= self.overtaking < math.inf:
+            raise ValueError(f"overtaking is {self.overtaking}: it must be a number, and at least 0")
         if self.slo_itl is not None and not self.slo_itl > 0:
             raise ValueError(f"slo_itl is {self.slo_itl} seconds: it must be above 0")
         for tenant, weight in self.tenant_weights.items():

@@ -5,7 +5,9 @@
     fair      first come, first served per tenant; between tenants, whoever has been served least (fairness.py)
     deadline  whose first token is due first (earliest deadline first)
 
-In every policy a short prompt may overtake a long one by a little: see OVERTAKING.
+Within fcfs, priority and fair a short prompt may overtake a long one: a request stands behind those that come within
+`overtaking` times its own prefill time. That is shortest-first with ageing: the mean wait falls, and nobody is
+overtaken for longer than its own size accounts for.
 """
 
 from __future__ import annotations
@@ -21,11 +23,6 @@ from .request import Group, Request
 # never changes while they wait: it is a constant of the request, and a heap is enough.
 AGEING_SECONDS = 10.0
 
-# A request stands behind those that arrive within so many times its own prefill time: a prompt of 2 s may be overtaken
-# for 20 s, one of 0.1 s for one second. Under load the mean wait falls as with shortest-first, and the longest stays
-# bounded by the request's own size. The gain in capacity is measured in docs/scheduling.md.
-OVERTAKING = 10.0
-
 # Without a promise of its own a request counts as due this late under `deadline`: behind whoever promised something
 # sooner, and before those who promise later.
 UNPROMISED_SECONDS = 30.0
@@ -34,15 +31,16 @@ UNPROMISED_SECONDS = 30.0
 PATIENCE = 3
 
 
-def fcfs_place(group: Group, work: float) -> float:
-    return group.arrival + OVERTAKING * work
+def fcfs_place(group: Group, work: float, overtaking: float) -> float:
+    return group.arrival + overtaking * work
 
 
-def priority_place(group: Group, work: float) -> float:
-    return fcfs_place(group, work) + group.priority * AGEING_SECONDS
+def priority_place(group: Group, work: float, overtaking: float) -> float:
+    """A prompt's length never counts for more than a level."""
+    return group.arrival + min(overtaking * work, AGEING_SECONDS) + group.priority * AGEING_SECONDS
 
 
-def deadline_place(group: Group, work: float) -> float:
+def deadline_place(group: Group, work: float, overtaking: float) -> float:
     """The latest moment to begin the prompt."""
     due = group.due if math.isfinite(group.due) else group.arrival + UNPROMISED_SECONDS
     return due - work
@@ -70,12 +68,12 @@ def by_deadline(waiting: Request, running: Request, service: Service) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """place(group, predicted seconds of its prompt): lower is earlier, in seconds.
+    """place(group, predicted seconds of its prompt, overtaking): lower is earlier, in seconds.
 
     displaces(waiting, running, service): whether the first may take the second's place when the house is full.
     """
 
-    place: Callable[[Group, float], float]
+    place: Callable[[Group, float, float], float]
     displaces: Callable[[Request, Request, Service], bool]
     by_tenant: bool = False
     refuses_late: bool = False  # work that cannot meet its deadline is not begun

@@ -189,9 +189,7 @@ class Scheduler:
         self._entered.clear()
         self._drawing = []
         self._fill(plan, rows, now)
-        while (
-            not rows and not plan.draws and self.residency.unpin_one(())
-        ):
+        while not rows and not plan.draws and self.residency.unpin_one(()):
             self._fill(plan, rows, now)
         if not rows and not plan.draws:
             return None
@@ -516,7 +514,7 @@ class Scheduler:
         """The next sample, with its place in the queue. It queues up when the one before has its place: many samples of
         one request are one customer in the queue."""
         work = 0.0 if group.prefix else self._prompt_work(group)
-        place = self.policy.place(group, work) + since - group.arrival
+        place = self.policy.place(group, work, self.config.overtaking) + since - group.arrival
         request = group.begin((place, self._next_serial()))
         if request is not None:
             request.work = work

@@ -11,7 +11,7 @@ from quire.scheduler.fairness import ABSENT, Service
 from quire.scheduler.forecast import wait_seconds
 from quire.scheduler.params import SamplingParams, Slo
 from quire.scheduler.plan import RowResult, StepPlan, StepResult
-from quire.scheduler.policy import OVERTAKING, PATIENCE
+from quire.scheduler.policy import PATIENCE
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.step_time import StepCost, StepShape
 
@@ -65,8 +65,8 @@ def finish_order(s: Scheduler, now: float = 0.0) -> list[str]:
 
 def test_a_short_prompt_overtakes_a_long_one_for_a_bounded_time():
     work = 100 * COST.per_tile
-    for arrival, first in ((0.5 * OVERTAKING * work, "short"), (1.5 * OVERTAKING * work, "long")):
-        s = scheduler("fcfs", max_num_seqs=1)
+    for overtaking, arrival, first in ((10, 5 * work, "short"), (10, 15 * work, "long"), (0, 1e-9, "long")):
+        s = scheduler("fcfs", max_num_seqs=1, overtaking=overtaking)
         s.add("busy", prompt(1, 4), answer(2))
         step(s, 0.0)
         s.add("long", prompt(2, 100), answer(1), arrival=0.0)
@@ -281,6 +281,8 @@ def test_a_scheduler_forecasts_more_the_more_waits():
     [
         ({"policy": "lottery"}, "policy is 'lottery'"),
         ({"chunking": "words"}, "chunking is 'words'"),
+        ({"overtaking": -1.0}, "overtaking is -1.0"),
+        ({"overtaking": math.inf}, "overtaking is inf"),
         ({"slo_itl": 0.0}, "slo_itl is 0.0"),
         ({"slo_itl": math.nan}, "slo_itl is nan"),
         ({"tenant_weights": {"a": 0.0}}, r"tenant_weights\['a'\] is 0.0"),

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.scheduler.config import SchedulerConfig
+from quire.scheduler.policy import POLICIES
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.simulate import NEVER, Simulation, simulate
 from quire.scheduler.step_time import StepCost
@@ -67,9 +68,7 @@ def mixed(seed: int, count: int = 40) -> list[Arrival]:
 
 
 @settings(deadline=None, max_examples=20)
-@given(
-    st.integers(0, 1000), st.sampled_from([70, 100, 1000]), st.sampled_from(["fcfs", "priority", "fair", "deadline"])
-)
+@given(st.integers(0, 1000), st.sampled_from([70, 100, 1000]), st.sampled_from(sorted(POLICIES)))
 def test_every_request_ends_once_with_all_its_tokens(seed: int, num_blocks: int, policy: str) -> None:
     arrivals = [a._replace(tenant="ab"[i % 2], priority=i % 3) for i, a in enumerate(mixed(seed))]
     simulation = Simulation(

@@ -11,24 +11,21 @@ be simulated, and can take the place of a live engine's scheduler.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from ..scheduler.budget import Budget
 from ..scheduler.config import SchedulerConfig
 from ..scheduler.plan import Row, StepPlan
-from ..scheduler.policy import Policy, never
 from ..scheduler.request import Request
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.step_time import StepCost, StepShape
-
-ARRIVAL_ORDER = Policy(lambda group, work, overtaking: group.arrival, never)
 
 
 class _FirstCome(Scheduler):
     """What the three have in common; `_share` is how much of a prompt a step takes."""
 
     def __init__(self, config: SchedulerConfig, cost: StepCost) -> None:
-        super().__init__(config, cost)
-        self.policy = ARRIVAL_ORDER
+        super().__init__(replace(config, policy="fcfs", overtaking=0.0), cost)
 
     def _share(self, remaining: int, tokens: int) -> int:
         """The whole prompt, or nothing of it."""
@@ -45,20 +42,20 @@ class _FirstCome(Scheduler):
     def _prompts(self, plan: StepPlan, rows: dict[Request, Row], tokens: int, now: float) -> None:
         """Rows for prompts in order of arrival, until one has no share of `tokens`, no slot or no memory."""
         budget = Budget(self.steps.cost, StepShape(), tokens, math.inf, self.config.block_size)
-        asking, forks = self._asking(budget, bool(self.residency.free_slots))
-        for request in asking:
-            enters = request.slot < 0
-            if not self._share(request.remaining, tokens) or (enters and not self._enter(plan, request, now)):
+        admit = True
+        for request in self._asking(budget, bool(self.residency.free_slots)):
+            lacks = 0 if request.forks else request.remaining
+            if lacks and not self._share(lacks, tokens):
                 break
-            count = self._share(request.remaining, tokens)  # what the cache holds is known now
-            rows[request] = self._row(request, count, ())
-            tokens -= count
-        else:
-            self._fork(plan, forks, now)
-        for request in self._taken:
-            if request.slot < 0:
-                self._wait(request)
-        self._taken.clear()
+            if request.slot < 0 and not self._enter(plan, request, now):
+                admit = False
+                break
+            if request.remaining:  # what the cache holds is known now
+                count = self._share(request.remaining, tokens)
+                rows[request] = self._row(request, count, ())
+                tokens -= count
+        self._fork(plan, now, admit=admit)
+        self._put_back()
 
 
 class PrefillFirst(_FirstCome):

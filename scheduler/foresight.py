@@ -7,8 +7,9 @@ if sampled ──▶ Belady, and the time since ──▶ Guard
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from .eviction import Order
 from .ghost import Belady, Guard
@@ -17,10 +18,6 @@ from .predict import Features, GapKind, Life, Predictor, gap_kind
 # Sampled blocks that a ghost of the cache holds at least, where the pool has as many: fewer tell too little.
 SAMPLED_BLOCKS = 256
 MAX_SAMPLING = 64  # one block in so many is sampled at most; fewer would learn too slowly
-
-# A sampled block that was not used again while the cache could have been filled this often is taken as never used
-# again; if it is, within Belady.REACH, that is corrected.
-PATIENCE = 4.0
 
 LOOKS = 4  # times that a sampled block is looked at, for training, while it waits
 
@@ -40,8 +37,7 @@ class Wait:
     since: int  # on Belady's clock
     released: float  # seconds
     kind: GapKind
-    looks: list[Features] = field(default_factory=list)
-    given_up: bool = False
+    looks: list[Features]
 
 
 class Residence:
@@ -63,8 +59,8 @@ class Residence:
         """inf while the pool has not turned over, or its clock stands still."""
         marks = evictable // self._step + 1
         if marks > len(self._times):
-            return float("inf")
-        return (now - self._times[-marks]) or float("inf")
+            return math.inf
+        return (now - self._times[-marks]) or math.inf
 
 
 class Foresight:
@@ -72,13 +68,11 @@ class Foresight:
         one_in = sampling(num_blocks)
         capacity = max(1, (num_blocks - 1) // one_in)
         self._mask = one_in - 1
-        self._patience = int(PATIENCE * capacity)
         self._predictor = Predictor()
         self._belady = Belady(capacity)
         self._guard = Guard(capacity, ghost_order)
         self._residence = Residence(num_blocks)
         self._waits: OrderedDict[bytes, Wait] = OrderedDict()  # longest waiting first, at most Belady.reach
-        self._hopeful: deque[tuple[bytes, Wait]] = deque()  # those not given up
 
     @property
     def trusted(self) -> bool:
@@ -105,7 +99,7 @@ class Foresight:
         x = self._predictor.look(life, now, horizon)
         if not key[0] & self._mask:
             wait = self._waits.get(key)
-            if wait is not None and len(wait.looks) < LOOKS and not wait.given_up:
+            if wait is not None and len(wait.looks) < LOOKS:
                 wait.looks.append(x)
         return self._predictor.bit(life, x)
 
@@ -113,28 +107,15 @@ class Foresight:
         clock = self._belady.tick()
         before = self._waits.pop(key, None)
         if before is not None:
-            self._came_back(before, life)
+            gap = max(0.0, life.used - before.released)
+            self._learned(before, gap, int(not self._belady.kept(before.since)))
         self._guard.request(key, bit, again=before is not None)
-        wait = self._waits[key] = Wait(clock, life.released, gap_kind(life), [x])
-        self._hopeful.append((key, wait))
-        while self._hopeful[0][1].since < clock - self._patience:
-            key, wait = self._hopeful.popleft()
-            if self._waits.get(key) is wait:
-                self._give_up(wait)
+        self._waits[key] = Wait(clock, life.released, gap_kind(life), [x])
         while next(iter(self._waits.values())).since < clock - self._belady.reach:
-            self._waits.popitem(last=False)
+            self._learned(self._waits.popitem(last=False)[1], math.inf, 1)
 
-    def _came_back(self, wait: Wait, life: Life) -> None:
-        gaps, gap = self._predictor.gaps, max(0.0, life.used - wait.released)
-        if wait.given_up:
-            gaps.observe(wait.kind, float("inf"), -1.0)
-        gaps.observe(wait.kind, gap)
-        bit = int(not self._belady.kept(wait.since))
+    def _learned(self, wait: Wait, gap: float, bit: int) -> None:
+        """A wait is over: the block was wanted again after `gap` seconds, and the optimum would have done `bit`."""
+        self._predictor.gaps.observe(wait.kind, gap)
         for x in wait.looks:
             self._predictor.learned.train(x, bit)
-
-    def _give_up(self, wait: Wait) -> None:
-        wait.given_up = True
-        self._predictor.gaps.observe(wait.kind, float("inf"))
-        for x in wait.looks:
-            self._predictor.learned.train(x, 1)

@@ -107,11 +107,10 @@ class Gaps:
             return self.BINS
         return min(self.BINS - 1, max(0, int(2 * math.log2(max(seconds, self.FIRST) / self.FIRST))))
 
-    def observe(self, kind: GapKind, seconds: float, weight: float = 1.0) -> None:
-        """A gap between two uses; inf = not used again. A negative weight takes an observation back."""
+    def observe(self, kind: GapKind, seconds: float) -> None:
+        """A gap between two uses; inf = not used again."""
         counts = self._counts.setdefault(kind, [0.0] * (self.BINS + 1))
-        place = self._bin(seconds)
-        counts[place] = max(0.0, counts[place] + weight)
+        counts[self._bin(seconds)] += 1
         if sum(counts) > self.MEMORY:
             counts[:] = [count / 2 for count in counts]
 

@@ -50,7 +50,8 @@ _order = attrgetter("order")
 
 
 def _want(request: Request) -> Want:
-    start = request.num_computed if request.slot >= 0 else request.findable
+    """The tokens that it lacks, those of a waiting one as it was last looked at; a fork lacks none."""
+    start = request.num_computed if request.slot >= 0 else request.num_tokens if request.forks else request.findable
     return Want(start, request.num_tokens - start, request.passed_over)
 
 
@@ -248,7 +249,7 @@ class Scheduler:
     def _spend(self, plan: StepPlan, rows: dict[Request, Row], budget: Budget, now: float, *, admit: bool) -> None:
         """Give the budget to prompts in progress and, if `admit`, to waiting ones; then let forks in."""
         admit = admit and (bool(self.residency.free_slots) or self.policy.displaces is not never)
-        asking, forks = self._asking(budget, admit)
+        asking = self._asking(budget, admit)
         entering = {request for request in asking if request.slot < 0}
         while asking:
             packed = pack([_want(request) for request in asking], copy(budget))
@@ -256,39 +257,31 @@ class Scheduler:
                 asking[i].passed_over += 1
             for i, count in packed.chosen:
                 request = asking[i]
-                if request in entering and not self._enter(plan, request, now):
+                if request in entering and (count or request.forks) and not self._enter(plan, request, now):
                     admit = False
                     break
-                if request.slot >= 0:  # else somebody else took its place in this very step
+                if count and request.slot >= 0:  # else somebody else took its place in this very step
                     row = rows[request] = self._row(request, min(count, request.remaining), ())
                     budget.spend(row.start, row.num_tokens)
             else:
                 break
             # Nobody overtakes who only lacks memory: it would never have enough. Those in progress go on.
-            asking = [request for request in asking if request.slot >= 0 and request not in rows]
-        if admit:
-            self._fork(plan, forks, now)
-        for request in self._taken:
-            if request.slot < 0:
-                self._wait(request)
-        self._taken.clear()
+            asking = [request for request in asking if request.slot >= 0 and request.remaining and request not in rows]
+        self._fork(plan, now, admit=admit)
+        self._put_back()
 
-    def _asking(self, budget: Budget, admit: bool) -> tuple[list[Request], list[Request]]:
-        """Who may have a share of the budget in the policy's order, as far as it could matter.
+    def _asking(self, budget: Budget, admit: bool) -> list[Request]:
+        """Who may have a place or a share of the budget, in the policy's order, as far as it could matter.
 
-        -> (prompts to compute, further samples of computed prompts). Left out are those who had better wait.
+        Left out is who had better wait for a prefix that another is about to compute.
         """
         asking: list[Request] = []
-        forks: list[Request] = []
         begins: set[bytes] = set()  # blocks that one of those who ask would compute first
-        tokens = beyond = passed_by = 0
+        tokens = beyond = entering = passed_by = 0
         for request in self._in_order(admit):
-            if beyond > WINDOW or passed_by >= PASSED_BY or len(forks) >= self.config.max_num_seqs:
+            if beyond > WINDOW or passed_by >= PASSED_BY or entering > len(self.residency.free_slots) + WINDOW:
                 break
-            if request.slot < 0 and request.forks:
-                forks.append(request)
-                continue
-            if request.slot < 0:
+            if request.slot < 0 and not request.forks:
                 if tokens <= budget.tokens:  # it may enter now
                     self.residency.prefix.look(request)
                 if request.lacks in begins or self.residency.prefix.is_promised(request):
@@ -297,9 +290,10 @@ class Scheduler:
                 if request.lacks is not None:
                     begins.add(request.lacks)
             asking.append(request)
+            entering += request.slot < 0
             tokens += _want(request).tokens
             beyond += tokens > budget.tokens
-        return asking, forks
+        return asking
 
     def _in_order(self, admit: bool) -> Iterator[Request]:
         """Prompts in progress and, if `admit`, waiting requests; these leave the queue for `_taken`."""
@@ -317,6 +311,13 @@ class Scheduler:
         for request in self.waiting.drain(lane):
             self._taken.append(request)
             yield request
+
+    def _put_back(self) -> None:
+        """Who was taken out of the queue and did not get a place waits on."""
+        for request in self._taken:
+            if request.slot < 0:
+                self._wait(request)
+        self._taken.clear()
 
     def _row(self, request: Request, count: int, new_block_ids: tuple[int, ...]) -> Row:
         end = request.num_computed + count
@@ -359,6 +360,9 @@ class Scheduler:
             self.counters.prefix_hit_tokens += request.num_computed
             shared = request.block_ids[: request.num_published]
             group.session_turn = group.session_turn or any(self.pool.holds_output(block) for block in shared)
+        if forked:
+            plan.draws.append(Draw(request.slot, group.key))
+            self._drawing.append(request)
         if request.num_preemptions == 0:
             request.num_cached = 0 if forked else request.num_computed
             request.queued_seconds = now - group.arrival
@@ -387,19 +391,19 @@ class Scheduler:
         ]
         return min(candidates, key=lambda r: (r.num_computed, -r.order[1]), default=None)
 
-    def _fork(self, plan: StepPlan, forks: list[Request], now: float) -> None:
-        """Further samples of computed prompts, one of each request in turn, while there are slots and blocks."""
-        turn = deque(forks)
-        while turn and self.residency.free_slots:
-            request = turn.popleft()
-            if not request.forks or not self._enter(plan, request, now):
-                return
-            plan.draws.append(Draw(request.slot, request.group.key))
-            self._drawing.append(request)
-            following = self._next_sample(request.group, now)
-            if following is not None:
-                self._taken.append(following)
-                turn.append(following)
+    def _fork(self, plan: StepPlan, now: float, *, admit: bool) -> None:
+        """The next samples of groups of which one has just forked: into free slots in turn, or into the queue.
+
+        A sample queues up when the one before it has its place: many samples of a request are one customer.
+        """
+        turn = deque(request.group for request in self._drawing)
+        while turn:
+            group = turn.popleft()
+            request = self._next_sample(group, now)
+            if request is not None:
+                self._taken.append(request)
+                if admit and self.residency.free_slots and request.forks and self._enter(plan, request, now):
+                    turn.append(group)
 
     # ---------------------------------------------------------------- leaving for a while
 
@@ -511,8 +515,7 @@ class Scheduler:
             self._wait(request)
 
     def _next_sample(self, group: Group, since: float) -> Request | None:
-        """The next sample, with its place in the queue. It queues up when the one before has its place: many samples of
-        one request are one customer in the queue."""
+        """The next sample, with its place in the queue: as if it had come at `since`."""
         work = 0.0 if group.prefix else self._prompt_work(group)
         place = self.policy.place(group, work, self.config.overtaking) + since - group.arrival
         request = group.begin((place, self._next_serial()))

@@ -130,26 +130,16 @@ class Simulation:
                 self._open[name] = outcome
 
     def _take(self, plan: StepPlan) -> Step:
-        tokens = context = 0
-        work = 0.0
         answers, nothing = self._answers, RowResult()
         for new in plan.new:
             answers[new.slot] = RowResult([new.token_ids[-1]])
-        results = []
-        for row in plan.rows:
-            count = row.num_tokens
-            if count == 1:
-                context += row.start + 1
-            else:
-                work += count * (row.start + count / 2)
-            tokens += count
-            results.append(answers[row.slot] if row.samples else nothing)
-        shape = StepShape(tokens, context, work)
+        shape = self.scheduler.shape
         seconds = self.cost.seconds(shape)
         if self.noise:
             seconds *= self._draw.lognormvariate(0.0, self.noise)
         start, self.now = self.now, self.now + seconds
-        result = StepResult(plan.step_id, results, [answers[draw.slot] for draw in plan.draws])
+        rows = [answers[row.slot] if row.samples else nothing for row in plan.rows]
+        result = StepResult(plan.step_id, rows, [answers[draw.slot] for draw in plan.draws])
         chunks = self.scheduler.update(plan, result, seconds)
         self._settle(chunks, self.now)
         return Step(start, self.now, plan, shape, chunks)

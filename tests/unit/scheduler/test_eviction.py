@@ -190,7 +190,8 @@ def test_gaps_know_the_share_that_comes_back_in_time_of_those_that_waited_as_lon
     for _ in range(25):
         gaps.observe(kind, 1.0)
         gaps.observe(kind, 100.0)
-        gaps.observe(kind, float("inf"), weight=2.0)
+        gaps.observe(kind, float("inf"))
+        gaps.observe(kind, float("inf"))
     assert gaps.probability(kind, 0.0, 10.0) == pytest.approx(0.25)
     assert gaps.probability(kind, 0.0, 1000.0) == pytest.approx(0.5)
     assert gaps.probability(kind, 10.0, 1000.0) == pytest.approx(1 / 3)

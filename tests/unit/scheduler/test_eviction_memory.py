@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 
+import pytest
+
 from quire.scheduler.block_pool import BlockContent, BlockPool
 from quire.scheduler.foresight import MAX_SAMPLING, SAMPLED_BLOCKS, Residence, sampling
+from quire.scheduler.ghost import Guard
 from quire.scheduler.hashing import block_key, root_key
-from quire.scheduler.predict import BlockFacts, Predictor
+from quire.scheduler.predict import BlockFacts, Features, Life, Predictor
 
 ROOT = root_key("test")
 
@@ -41,7 +44,6 @@ def test_memory_does_not_grow_with_the_traffic() -> None:
         pool.now += 1.0
         request(pool, i, BlockFacts(tenant=f"tenant {i}"))
     assert len(foresight._waits) <= foresight._belady.reach + 1
-    assert len(foresight._hopeful) <= foresight._patience + 1
     assert len(foresight._predictor.gaps._counts) <= 32 * 4 * 2
     assert len(foresight._residence._times) <= 2 * Residence.MARKS
 
@@ -54,6 +56,11 @@ def test_the_horizon_is_the_time_in_which_as_many_blocks_were_allocated() -> Non
     assert abs(residence.seconds(100, 400.0) - 100) <= 4
 
 
+def wrong_bit(predictor: Predictor, life: Life, x: Features) -> int:
+    """Discard what came back, keep half of what does not."""
+    return int(life.hits > 0 or not life.facts.generated)
+
+
 def hits(eviction: str, uses: list[int]) -> int:
     pool = BlockPool(65, eviction=eviction)
     count = 0
@@ -64,26 +71,26 @@ def hits(eviction: str, uses: list[int]) -> int:
 
 
 def returning(rounds: int) -> list[int]:
-    """Numbers that come back after 40 others; every other one of them new."""
+    """Ten numbers that come back in turn, each time after ten new ones."""
     fresh = iter(range(1000, 10**6))
     return [i % 20 if i % 2 else next(fresh) for i in range(rounds)]
 
 
-def test_bits_that_are_all_wrong_cost_little_once_seen_through(monkeypatch) -> None:
+def test_bits_that_are_all_wrong_cost_little_once_seen_through(monkeypatch: pytest.MonkeyPatch) -> None:
     uses = returning(8000)
-    monkeypatch.setattr(Predictor, "bit", lambda self, life, x: int(life.hits > 0 or life.facts.generated is False))
+    monkeypatch.setattr(Predictor, "bit", wrong_bit)
     assert hits("discard", uses) >= 0.97 * hits("lru", uses)
 
 
-def test_without_the_guard_they_would_cost_much(monkeypatch) -> None:
+def test_without_the_guard_they_would_cost_much(monkeypatch: pytest.MonkeyPatch) -> None:
     uses = returning(8000)
-    monkeypatch.setattr(Predictor, "bit", lambda self, life, x: int(life.hits > 0 or life.facts.generated is False))
-    monkeypatch.setattr("quire.scheduler.ghost.DISTRUST", float("inf"))
+    monkeypatch.setattr(Predictor, "bit", wrong_bit)
+    monkeypatch.setattr(Guard, "request", lambda self, key, bit, *, again: None)
     assert hits("discard", uses) < 0.9 * hits("lru", uses)
 
 
 def test_what_is_learned_outdoes_lru_on_a_scan_through_what_is_wanted() -> None:
-    """Half of the uses are of 48 blocks in turn, which LRU loses to the blocks that nobody wants again."""
+    """A third of the uses are of 48 blocks, which LRU loses to the blocks that nobody wants again."""
     draw = random.Random(0)
     uses = [draw.randrange(48) if i % 3 == 0 else 1000 + i for i in range(12_000)]
     assert hits("discard", uses) > 1.5 * hits("lru", uses)

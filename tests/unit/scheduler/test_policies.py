@@ -132,6 +132,28 @@ def test_a_flood_leaves_the_other_tenant_its_share():
     assert waits["fair"] <= 8 < waits["fcfs"]
 
 
+@pytest.mark.parametrize("policy", ["fcfs", "priority", "fair", "deadline"])
+def test_further_samples_are_not_starved_by_a_stream_of_prompts(policy: str):
+    s = scheduler(policy, max_num_seqs=2)
+    s.add("samples", prompt(1, 8), answer(3, n=6))
+    for k in range(150):
+        s.add(f"p{k}", prompt(100 + k, 8), answer(3), arrival=0.01 * k)
+        step(s, 0.01 * k)
+    assert "samples" not in s._groups
+    assert s.num_waiting > 10, "the prompts came faster than they could be served"
+
+
+def test_a_further_sample_displaces_as_a_prompt_would():
+    s = scheduler("fair", max_num_seqs=2)
+    s.add("samples", prompt(1, 8), answer(30, n=2), tenant="quiet")
+    step(s, 0.0)
+    for i in range(5):
+        s.add(f"flood{i}", prompt(100 + i, 8), answer(100), tenant="flood")
+    s.service.charge("flood", 100.0)
+    step(s, 0.0)
+    assert [r.request_id for r in s.running] == ["samples", "samples"]
+
+
 def test_service_is_shared_by_weight():
     s = scheduler("fair", tenant_weights={"big": 3.0, "small": 1.0}, max_num_seqs=2)
     for i in range(60):

@@ -8,6 +8,14 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class SharedPrefix:
+    """Sequences that begin with the same blocks, so that these can be read once for all of them."""
+
+    seqs: tuple[int, ...]
+    num_blocks: int  # full blocks, before the first row of any of the sequences in this step
+
+
 @dataclass(slots=True)
 class RaggedBatch:
     """T tokens of S sequences. A decode is q = 1, a prompt chunk q = n, a verification q = 1 + drafts.
@@ -16,6 +24,8 @@ class RaggedBatch:
     p < c always; else, if tree_mask of the row is 0, p - c <= i; else bit (p - c) of tree_mask (bit 0 = row 0).
 
     max_q, max_seq_len: host ints, for grids and buffers only, never for semantics.
+    shared: what block_table says already, found once for all layers; a sequence is in one group at most. Attention may
+    use it to read less, and its results are those of a batch without it.
     """
 
     input_ids: Tensor  # [T] int64
@@ -28,6 +38,7 @@ class RaggedBatch:
     logit_rows: Tensor  # [L] int64: the rows whose logits are needed
     max_q: int
     max_seq_len: int
+    shared: tuple[SharedPrefix, ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -1,18 +1,19 @@
 """Paged attention without a gather: all rows of a step in one call, keys and values read where they lie.
 
-src/attention.h has the method. A row's bits do not depend on its batch-mates, on the number of threads, or on how its
-sequence was cut into chunks.
+src/attention.h has the method. A row's bits do not depend on its batch-mates, on the number of threads, on how its
+sequence was cut into chunks, or on whether it shares its prefix's reading with others (src/tasks.h).
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...batch import LayerKV, RaggedBatch
+from ...batch import LayerKV, RaggedBatch, SharedPrefix
 from ...registry import implements
 from .library import DTYPES, OUT_OF_MEMORY, OUT_OF_RANGE, function, usable_on_cache
 
@@ -33,6 +34,10 @@ class _Batch(ctypes.Structure):
         ("num_tokens", ctypes.c_int64),
         ("block_size", ctypes.c_int64),
         ("window", ctypes.c_int64),
+        ("first_member", ctypes.c_void_p),
+        ("members", ctypes.c_void_p),
+        ("shared_keys", ctypes.c_void_p),
+        ("num_groups", ctypes.c_int64),
     )
 
 
@@ -43,23 +48,50 @@ class NativePlan(NamedTuple):
 
 
 def prepare_attention(batch: RaggedBatch, block_size: int, window: int | None) -> NativePlan:
-    """Once per step and window size; see the reference for what the window means."""
-    cu_q, seq_lens, table = batch.cu_q.contiguous(), batch.seq_lens.contiguous(), batch.block_table.contiguous()
-    positions = batch.positions.contiguous()
-    trees = None if batch.tree_mask is None else batch.tree_mask.contiguous()
+    """Once per step and window size; see the reference for what the window means.
+
+    Rows with a window read their own keys: of a prefix long enough to be shared, few lie within a usual window.
+    """
+    groups = batch.shared if window is None else ()
+    tensors = (
+        batch.cu_q.contiguous(),
+        batch.seq_lens.contiguous(),
+        batch.block_table.contiguous(),
+        batch.positions.contiguous(),
+        None if batch.tree_mask is None else batch.tree_mask.contiguous(),
+        *_lists(groups, block_size),
+    )
+    cu_q, seq_lens, table, positions, trees, first_member, members, keys = (
+        None if tensor is None else tensor.data_ptr() for tensor in tensors
+    )
     structure = _Batch(
-        cu_q.data_ptr(),
-        seq_lens.data_ptr(),
-        table.data_ptr(),
-        table.shape[1],
-        positions.data_ptr(),
-        None if trees is None else trees.data_ptr(),
-        seq_lens.shape[0],
+        cu_q,
+        seq_lens,
+        table,
+        batch.block_table.shape[1],
+        positions,
+        trees,
+        batch.num_seqs,
         batch.num_tokens,
         block_size,
         window or 0,
+        first_member,
+        members,
+        keys,
+        len(groups),
     )
-    return NativePlan(ctypes.addressof(structure), structure, (cu_q, seq_lens, table, positions, trees))
+    return NativePlan(ctypes.addressof(structure), structure, tensors)
+
+
+def _lists(groups: tuple[SharedPrefix, ...], block_size: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """first_member, members and shared_keys of the structure."""
+    if not groups:
+        return None, None, None
+    return (
+        torch.tensor(list(itertools.accumulate((len(group.seqs) for group in groups), initial=0))),
+        torch.tensor([seq for group in groups for seq in group.seqs]),
+        torch.tensor([group.num_blocks * block_size for group in groups]),
+    )
 
 
 @implements("attention", "native", when=usable_on_cache, prepare=prepare_attention)
@@ -68,7 +100,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """See the reference. Products in bf16 with fp32 sums where there is AMX and all is bf16, else in fp32.
 
-    IndexError for a block that the table or the cache lacks.
+    IndexError for a block that the table or the cache lacks, and for a group that is none.
     """
     rows, heads, dim = q.shape
     keys = cache.k
@@ -96,7 +128,10 @@ def attention(
         lse.data_ptr(),
     )
     if status == OUT_OF_RANGE:
-        raise IndexError(f"a sequence reads past its block table, or a block outside of the cache of {keys.shape[0]}")
+        raise IndexError(
+            f"a sequence reads past its block table, or a block outside of the cache of {keys.shape[0]}, "
+            f"or is given a shared prefix that it cannot have"
+        )
     if status == OUT_OF_MEMORY:
         raise MemoryError("attention: no memory for the working buffers")
     return out, lse

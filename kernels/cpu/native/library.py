@@ -20,7 +20,7 @@ from ...registry import Target
 
 log = logging.getLogger(__name__)
 
-INTERFACE = 2  # of src/kernels.h: a library built from other sources is refused
+INTERFACE = 3  # of src/kernels.h: a library built from other sources is refused
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # the codes of src/kernels.h
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OUT_OF_RANGE, OUT_OF_MEMORY = 1, 2  # what functions that can fail return, 0 otherwise

@@ -90,96 +90,37 @@ class Buffer {
   i64 size_ = 0;
 };
 
-thread_local Buffer scratch, partials;
-thread_local std::vector<Task> tasks, split_tasks;
-
 enum Status : i64 { kDone = 0, kOutOfRange = 1, kOutOfMemory = 2 };
 
-i64 max_task_rows(const Attention& a) {
-  constexpr i64 kMatrixRows = 128;  // queries, weights and sums of 128 rows and a tile of keys stay in a 2 MiB L2
-  const i64 group = a.q_heads / a.kv_heads;
-  i64 rows = 1;
-  while (2 * rows * group <= kMatrixRows) rows *= 2;
-  return rows;
-}
+#include "tasks.h"
 
-// One task per KV head and run of rows, the longest (a chunk's last rows) first.
-bool list_tasks(const Attention& a, std::vector<Task>& list) {
-  const Batch& b = a.batch;
-  const i64 step = max_task_rows(a);
-  list.clear();
-  for (i64 s = b.num_seqs - 1; s >= 0; --s) {
-    const i64 count = b.cu_q[s + 1] - b.cu_q[s], end = b.seq_lens[s], context = end - count;
-    if (end > b.table_width * b.block_size) return false;
-    for (i64 first = (count - 1) / step * step; count > 0 && first >= 0; first -= step) {
-      const i64 rows = count - first < step ? count - first : step;
-      i64 low = 0, high = context + first + rows;
-      for (i64 r = b.cu_q[s] + first; b.tree_mask && r < b.cu_q[s] + first + rows; ++r)
-        if (b.tree_mask[r]) high = end;
-      if (b.window) {
-        low = end;
-        for (i64 r = b.cu_q[s] + first; r < b.cu_q[s] + first + rows; ++r)
-          low = std::min(low, std::max<i64>(0, b.positions[r] - b.window + 1));
-      }
-      const i64 segment = low / kSegmentKeys;
-      const i64 segments = low < high ? (high + kSegmentKeys - 1) / kSegmentKeys - segment : 0;
-      for (i64 head = 0; head < a.kv_heads; ++head)
-        list.push_back({s, first, rows, head, low, high, segment, segments, nullptr});
-    }
-  }
-  return true;
-}
+thread_local Buffer scratch;
+thread_local Schedule schedule;
 
-// Where there are too few tasks to go round, each segment becomes one; what they leave is merged afterwards.
-bool split(const Attention& a, const std::vector<Task>& list, std::vector<Task>& pieces) {
-  const i64 group = a.q_heads / a.kv_heads;
-  i64 floats = 0;
-  for (const Task& t : list) floats += t.num_segments > 1 ? t.num_segments * state_floats(t.num_rows * group, a.dim) : 0;
-  float* next = (float*)partials.get(4 * floats);
-  if (floats && !next) return false;
-  pieces.clear();
-  for (const Task& t : list) {
-    if (t.num_segments < 2) {
-      pieces.push_back(t);
-      continue;
-    }
-    for (i64 s = 0; s < t.num_segments; ++s) {
-      pieces.push_back(t);
-      pieces.back().first_segment += s;
-      pieces.back().num_segments = 1;
-      pieces.back().partial = next;
-      next += state_floats(t.num_rows * group, a.dim);
-    }
-  }
-  return true;
-}
-
-i64 run_tasks(const Attention& a, const std::vector<Task>& list, i64 threads) {
-  const i64 bytes = scratch_bytes(max_task_rows(a) * (a.q_heads / a.kv_heads), a.dim);
+// The prefixes, and when all of them are done, the tasks that go on from what they left.
+i64 run_tasks(const Attention& a, const std::vector<Task>& prefixes, const std::vector<Task>& list, i64 threads) {
+  const i64 bytes = scratch_bytes(max_task_rows(a) * group_heads(a), a.dim);
   i64 status = kDone;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     char* const memory = scratch.get(bytes);
-    chosen->enter(a);
-#pragma omp for schedule(dynamic, 1) nowait
-    for (std::size_t i = 0; i < list.size(); ++i) {
-      const i64 result = !memory ? kOutOfMemory : chosen->attend(a, list[i], memory) ? kDone : kOutOfRange;
+    const auto run = [&](const Task& task) {
+      const i64 result = !memory ? kOutOfMemory : chosen->attend(a, task, memory) ? kDone : kOutOfRange;
       if (result != kDone) {
 #pragma omp atomic write
         status = result;
       }
+    };
+    chosen->enter(a);
+    if (!prefixes.empty()) {
+#pragma omp for schedule(dynamic, 1)
+      for (std::size_t i = 0; i < prefixes.size(); ++i) run(prefixes[i]);
     }
+#pragma omp for schedule(dynamic, 1) nowait
+    for (std::size_t i = 0; i < list.size(); ++i) run(list[i]);
     chosen->leave(a);
   }
   return status;
-}
-
-// The keys that tasks go through, times their blocks of rows.
-i64 work(const Attention& a, const std::vector<Task>& list) {
-  const i64 group = a.q_heads / a.kv_heads;
-  i64 total = 0;
-  for (const Task& t : list) total += (t.last_key - t.first_key) * (padded_rows(t.num_rows * group) / kBlockRows);
-  return total;
 }
 
 // Rows behind the last sequence see nothing.
@@ -196,17 +137,20 @@ i64 attend(const Attention& a) {
   constexpr i64 kWorthAFork = 2048;
   if (a.batch.num_tokens == 0) return kDone;
   blank_padding(a);
-  if (!list_tasks(a, tasks)) return kOutOfRange;
-  const i64 threads = work(a, tasks) < kWorthAFork ? 1 : num_threads();
-  const bool few = (i64)tasks.size() < 2 * threads && threads > 1;
-  if (!few) return run_tasks(a, tasks, threads);
-  if (!split(a, tasks, split_tasks)) return kOutOfMemory;
-  const i64 status = run_tasks(a, split_tasks, threads);
-  if (status != kDone) return status;
-  for (std::size_t i = 0, piece = 0; i < tasks.size(); piece += std::max<i64>(1, tasks[i].num_segments), ++i) {
-    if (tasks[i].num_segments < 2) continue;
-    tasks[i].partial = split_tasks[piece].partial;
-    chosen->merge(a, tasks[i]);
+  Schedule& todo = schedule;
+  if (const i64 status = list_tasks(a, num_threads(), todo); status != kDone) return status;
+  const i64 threads = work(a, todo.prefixes) + work(a, todo.tasks) < kWorthAFork ? 1 : num_threads();
+  const bool few = (i64)todo.tasks.size() < 2 * threads && threads > 1;
+  if (!few) return run_tasks(a, todo.prefixes, todo.tasks, threads);
+  if (!split(a, todo)) return kOutOfMemory;
+  if (const i64 status = run_tasks(a, todo.prefixes, todo.pieces, threads); status != kDone) return status;
+  std::size_t piece = 0;
+  for (Task& t : todo.tasks) {
+    if (t.num_segments > 1) {
+      t.partial = todo.pieces[piece].partial;
+      chosen->merge(a, t);
+    }
+    piece += std::max<i64>(1, t.num_segments);
   }
   return kDone;
 }

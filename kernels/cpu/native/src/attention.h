@@ -5,6 +5,7 @@
 //
 // Tiles and segments lie at multiples of their size and a masked key adds an exact zero. So the bits of a row follow
 // from its own query, keys and mask, not from the rows it shares a task with, nor from who computes which segment.
+// Nor, therefore, from whether a prefix was summed for a group of sequences at once: its rows go on from that state.
 
 static void clear(StateView state, i64 rows, i64 dim) {
   for (i64 i = 0; i < padded_rows(rows) * dim; i += kLanes) store(state.o + i, f32x16{});
@@ -27,13 +28,24 @@ static void fold(StateView whole, StateView part, i64 rows, i64 dim) {
   }
 }
 
+// Number `index` of the states that the prefix left, from the task's first row on.
+static StateView state_of(const Prefix& p, i64 index, i64 dim) {
+  const StateView all = state_at(p.states + index * state_floats(p.rows, dim), p.rows, dim);
+  return {all.o + p.first * dim, all.l + p.first * kLanes, all.m + p.first};
+}
+
+// The batch row of a task's row.
+INLINE i64 token(const Batch& b, const Task& t, i64 row) {
+  return t.tokens ? t.tokens[row] : b.cu_q[t.seq] + t.first_row + row;
+}
+
 // The state's sums to rows of out and lse; a sink joins the denominator here.
 template <class Tq>
 static void finish(const Attention& a, const Task& t, StateView state) {
   const i64 group = a.q_heads / a.kv_heads;
   for (i64 m = 0; m < t.num_rows * group; ++m) {
     const i64 head = t.kv_head * group + m % group;
-    const i64 at = (a.batch.cu_q[t.seq] + t.first_row + m / group) * a.q_heads + head;
+    const i64 at = token(a.batch, t, m / group) * a.q_heads + head;
     const float sink = a.sinks ? a.sinks[head] * kLog2E : -kInfinity;
     const float sum = sum_lanes(load(state.l + m * kLanes));
     float share = 0, lse = -kInfinity;
@@ -105,20 +117,23 @@ struct Attend {
     __builtin_memset(nothing, 0, dim * sizeof(Tkv));
     __builtin_memset(weights, 0, kBlockRows * kTileKeys * sizeof(Operand));
     pack_queries();
-    if (t.num_segments == 0) clear(state_at(whole, rows, dim), rows, dim);
+    const StateView sum = state_at(t.partial ? t.partial : whole, rows, dim), next = state_at(part, rows, dim);
+    clear(sum, rows, dim);
+    for (i64 s = 0; s < t.prefix.num_closed; ++s) fold(sum, state_of(t.prefix, s, dim), rows, dim);
     for (i64 s = 0; s < t.num_segments; ++s) {
-      float* const mine = t.partial ? t.partial + s * state_floats(rows, dim) : s == 0 ? whole : part;
-      if (!segment(t.first_segment + s, state_at(mine, rows, dim))) return false;
-      if (!t.partial && s > 0) fold(state_at(whole, rows, dim), state_at(part, rows, dim), rows, dim);
+      clear(next, rows, dim);
+      if (s == 0 && t.prefix.open) fold(next, state_of(t.prefix, t.prefix.num_closed, dim), rows, dim);
+      if (!segment(t.first_segment + s, next)) return false;
+      fold(sum, next, rows, dim);
     }
-    if (!t.partial) finish<Tq>(a, t, state_at(whole, rows, dim));
+    if (!t.partial) finish<Tq>(a, t, sum);
     return true;
   }
 
   void pack_queries() {
     for (i64 r = 0; r < t.num_rows; ++r)
       for (i64 g = 0; g < group; ++g) {
-        const Tq* from = (const Tq*)a.q + (a.batch.cu_q[t.seq] + t.first_row + r) * a.q_row;
+        const Tq* from = (const Tq*)a.q + token(a.batch, t, r) * a.q_row;
         from += (t.kv_head * group + g) * a.q_head;
         Operand* to = queries + (r * group + g) * dim;
         copy_row(from, to, dim);
@@ -127,7 +142,6 @@ struct Attend {
   }
 
   bool segment(i64 index, StateView state) {
-    clear(state, rows, dim);
     i64 tile = index * kSegmentKeys, end = tile + kSegmentKeys;
     if (tile < t.first_key) tile = t.first_key / kTileKeys * kTileKeys;
     if (end > t.last_key) end = t.last_key;
@@ -183,6 +197,7 @@ struct Attend {
 
   // What each row sees of a tile, and whether any sees less than all of it.
   bool look(i64 tile) {
+    if (t.tokens) return false;
     std::uint64_t all = ~0ull;
     for (i64 r = 0; r < t.num_rows; ++r) {
       const std::uint64_t bits = visible(a.batch, t, context, t.first_row + r, tile);

@@ -12,7 +12,7 @@ struct bf16 {
   std::uint16_t bits;
 };
 
-constexpr i64 kInterface = 2;  // one more for every change of what library.py calls
+constexpr i64 kInterface = 3;  // one more for every change of what library.py calls
 
 enum Dtype : i64 { kFloat32 = 0, kBfloat16 = 1 };  // the codes that library.py passes
 
@@ -69,6 +69,9 @@ struct Batch {  // a prepared RaggedBatch; null tree_mask, window 0 = none
   i64 table_width;
   const i64 *positions, *tree_mask;
   i64 num_seqs, num_tokens, block_size, window;
+  // Sequences members[first_member[g]] to members[first_member[g + 1] - 1] begin with the same shared_keys[g] keys.
+  const i64 *first_member, *members, *shared_keys;
+  i64 num_groups;
 };
 
 struct Attention {
@@ -84,14 +87,6 @@ struct Attention {
   float* lse;  // [tokens, q_heads]
 };
 
-// Some rows of one sequence, with the query heads that share one KV head. Matrix row m = row * group + head in group.
-struct Task {
-  i64 seq, first_row, num_rows, kv_head;  // first_row counts from the sequence's first
-  i64 first_key, last_key;                // what any of the rows sees lies in [first_key, last_key)
-  i64 first_segment, num_segments;
-  float* partial;  // null = the task finishes; else where its segments' states go, one after another
-};
-
 // Softmax in progress, per matrix row: o = sum of weights * values, l = sum of weights in 16 lanes, and the exponent
 // m that both are relative to (base 2).
 struct StateView {
@@ -104,6 +99,24 @@ inline StateView state_at(float* p, i64 rows, i64 dim) {
   const i64 n = padded_rows(rows);
   return {p, p + n * dim, p + n * (dim + 16)};
 }
+
+// What a group's prefix left for some of its rows: states of `rows` matrix rows one after another, theirs from `first`
+// on. Closed ones hold whole segments, an open one the beginning of the segment that the rows themselves go on with.
+struct Prefix {
+  float* states;
+  i64 rows, first, num_closed;
+  bool open;
+};
+
+// Some rows, with the query heads that share one KV head. Matrix row m = row * group + head in group.
+struct Task {
+  i64 seq, first_row, num_rows, kv_head;  // first_row counts from the sequence's first
+  i64 first_key, last_key;                // what any of the rows sees lies in [first_key, last_key)
+  i64 first_segment, num_segments;
+  float* partial;     // null = the task finishes; else where the sum of its segments goes
+  const i64* tokens;  // null, or the batch rows of a group, which see all keys that seq has in the range
+  Prefix prefix;      // of keys before first_key
+};
 
 // Bytes of working memory for one task, 64-byte aligned pieces laid end to end.
 constexpr i64 scratch_bytes(i64 rows, i64 dim) {

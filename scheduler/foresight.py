@@ -1,8 +1,9 @@
 """What the block pool asks before it gives a block up: the bit of each free block, and whether bits are to be believed.
 
-a use ends ──▶ Predictor: the block's bit ──▶ the pool's order
-                   ▲ labels, gaps               ▲ trusted?
-if sampled ──▶ Belady, and the time since ──▶ Guard
+a block is released ─▶ Predictor ─▶ its bit, for the pool's order
+                         ▲   │
+             gap, label  │   ▼
+if it is sampled ────▶ Belady, Guard ─▶ trusted?
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from .predict import Features, GapKind, Life, Predictor, gap_kind
 SAMPLED_BLOCKS = 256
 MAX_SAMPLING = 64  # one block in so many is sampled at most; fewer would learn too slowly
 
-LOOKS = 4  # times that a sampled block is looked at, for training, while it waits
+# Times that a sampled block is looked at, for training, while it waits: also what it looks like when it waited long.
+LOOKS = 4
 
 
 def sampling(num_blocks: int) -> int:
@@ -64,6 +66,12 @@ class Residence:
 
 
 class Foresight:
+    """Predicts for a pool of `num_blocks` blocks, and learns from a sample of what it sees: memory of a fixed size.
+
+    A sampled block waits from its release to its next; then it tells how long that took, and whether the optimum would
+    have kept it. Who waits for `Belady.reach` uses of sampled blocks will not be used again.
+    """
+
     def __init__(self, num_blocks: int, ghost_order: Order[bytes]) -> None:
         one_in = sampling(num_blocks)
         capacity = max(1, (num_blocks - 1) // one_in)
@@ -83,6 +91,7 @@ class Foresight:
         self._residence.taken(count, now)
 
     def horizon(self, evictable: int, now: float) -> float:
+        """Seconds until the place of a block that is released now is needed, with so many that may be given up."""
         return self._residence.seconds(evictable, now)
 
     def released(self, key: bytes, life: Life, horizon: float) -> int:

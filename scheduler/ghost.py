@@ -14,7 +14,7 @@ from .eviction import Lru, Order, Paging
 DISTRUST = 1.05
 TRUST = 1.0
 
-# Requests over which misses are averaged, in capacities: shorter windows switch on noise.
+# Requests over which misses are averaged, in capacities. Twice as many gave the same figures.
 WINDOW = 1.0
 
 # Fewer averaged misses than this decide nothing.

@@ -8,11 +8,17 @@ if TYPE_CHECKING:
     from .engine.llm import LLM as LLM
     from .engine.llm import RequestOutput as RequestOutput
     from .scheduler.params import SamplingParams as SamplingParams
+    from .scheduler.params import Slo as Slo
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "RequestOutput", "SamplingParams", "Slo", "__version__"]
 
-_HOMES = {"LLM": "engine.llm", "RequestOutput": "engine.llm", "SamplingParams": "scheduler.params"}
+_HOMES = {
+    "LLM": "engine.llm",
+    "RequestOutput": "engine.llm",
+    "SamplingParams": "scheduler.params",
+    "Slo": "scheduler.params",
+}
 
 
 def __getattr__(name: str) -> Any:

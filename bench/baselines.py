@@ -45,16 +45,17 @@ class _FirstCome(Scheduler):
         admit = True
         for request in self._asking(budget, bool(self.residency.free_slots)):
             lacks = 0 if request.forks else request.remaining
-            if lacks and not self._share(lacks, tokens):
+            if lacks and not self._share(lacks, budget.tokens):
                 break
             if request.slot < 0 and not self._enter(plan, request, now):
                 admit = False
                 break
-            if request.remaining:  # what the cache holds is known now
-                count = self._share(request.remaining, tokens)
-                rows[request] = self._row(request, count, ())
-                tokens -= count
-        self._fork(plan, now, admit=admit)
+            if request in self._drawing:
+                self._go_on(request, budget)
+            else:  # what the cache holds is known now
+                row = rows[request] = self._row(request, self._share(request.remaining, budget.tokens), ())
+                budget.spend(row.start, row.num_tokens)
+        self._fork(plan, budget, now, admit=admit)
         self._put_back()
 
 

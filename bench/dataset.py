@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..scheduler.traces import SHAREGPT, draw_lengths
+
 POOL_TEXT = (
     "The morning ferry leaves the harbour before sunrise, carrying bread, letters and a few sleepy passengers. "
     "Engineers measure how quickly water moves through a narrow pipe, then compare the result with what theory says. "
@@ -23,14 +25,6 @@ POOL_TEXT = (
     "Remember to close the valve, check both gauges, and write the pressure in the notebook before you leave. "
     "History rarely repeats exactly, but similar causes under similar conditions often bring similar effects."
 )
-
-# Lengths of the openchat_sharegpt4 trace as Sarathi-Serve reports them (arXiv 2403.02310, table 2): median and 90th
-# percentile of prompt and output; conversations over 8192 tokens were left out of the trace.
-SHAREGPT_PROMPT = (1730, 5696)
-SHAREGPT_OUTPUT = (415, 834)
-SHAREGPT_CONTEXT = 8192
-Z90 = 1.2815515594  # standard normal quantile at 0.9
-MIN_LENGTH = 4  # the trace's own filter: shorter turns are noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,19 +60,8 @@ def random_shapes(count: int, input_len: int, output_len: int, range_ratio: floa
 
 
 def sharegpt_like_shapes(count: int, context: int, seed: int) -> list[Shape]:
-    """Lognormal lengths with the trace's median and P90, scaled down where the model's context is shorter than it.
-
-    What would not fit together is cut, not drawn again: that leaves both quantiles where the trace has them.
-    """
-    limit = min(context, SHAREGPT_CONTEXT)
-    draw = random.Random(seed)
-
-    def length(median: int, p90: int, most: int) -> int:
-        drawn = draw.lognormvariate(math.log(median * limit / SHAREGPT_CONTEXT), math.log(p90 / median) / Z90)
-        return min(max(round(drawn), MIN_LENGTH), most)
-
-    outputs = [length(*SHAREGPT_OUTPUT, most=limit // 2) for _ in range(count)]
-    return [Shape(length(*SHAREGPT_PROMPT, most=limit - output), output) for output in outputs]
+    """Lengths of the openchat_sharegpt4 trace, scaled down where the model's context is shorter than it."""
+    return [Shape(*lengths) for lengths in draw_lengths(SHAREGPT, count, seed, context)]
 
 
 def token_asks(shapes: Sequence[Shape], pool: Sequence[int], seed: int, prefix_len: int = 0) -> list[Ask]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import aiohttp
 
-from .arrivals import arrival_times
+from ..scheduler.traces import arrival_times
 from .client import CHAT, COMPLETIONS, ServerError, Target, metrics_text, send, served_model, tokenize
 from .counters import TokenCounts, read_counters
 from .dataset import POOL_TEXT, Ask, random_shapes, read_asks, sharegpt_like_shapes, text_asks, token_asks

@@ -51,7 +51,10 @@ class Row(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """A sequence whose next token is drawn from kept logits: a further sample of a prompt that has been computed."""
+    """A sequence whose next token is drawn from kept logits: a further sample of a prompt that has been computed.
+
+    It may have a row in the same plan, which computes that token.
+    """
 
     slot: int
     kept: int

@@ -260,14 +260,16 @@ class Scheduler:
                 if request in entering and (count or request.forks) and not self._enter(plan, request, now):
                     admit = False
                     break
-                if count and request.slot >= 0:  # else somebody else took its place in this very step
+                if request in self._drawing:
+                    self._go_on(request, budget)
+                elif count and request.slot >= 0:  # else somebody else took its place in this very step
                     row = rows[request] = self._row(request, min(count, request.remaining), ())
                     budget.spend(row.start, row.num_tokens)
             else:
                 break
             # Nobody overtakes who only lacks memory: it would never have enough. Those in progress go on.
             asking = [request for request in asking if request.slot >= 0 and request.remaining and request not in rows]
-        self._fork(plan, now, admit=admit)
+        self._fork(plan, budget, now, admit=admit)
         self._put_back()
 
     def _asking(self, budget: Budget, admit: bool) -> list[Request]:
@@ -391,7 +393,7 @@ class Scheduler:
         ]
         return min(candidates, key=lambda r: (r.num_computed, -r.order[1]), default=None)
 
-    def _fork(self, plan: StepPlan, now: float, *, admit: bool) -> None:
+    def _fork(self, plan: StepPlan, budget: Budget, now: float, *, admit: bool) -> None:
         """The next samples of groups of which one has just forked: into free slots in turn, or into the queue.
 
         A sample queues up when the one before it has its place: many samples of a request are one customer.
@@ -403,7 +405,14 @@ class Scheduler:
             if request is not None:
                 self._taken.append(request)
                 if admit and self.residency.free_slots and request.forks and self._enter(plan, request, now):
+                    self._go_on(request, budget)
                     turn.append(group)
+
+    def _go_on(self, request: Request, budget: Budget) -> None:
+        """A row for the first token of a sample that has just forked: it is drawn before the rows of the step run."""
+        if request.params.max_tokens > 1 and budget.chunk(request.num_prompt, 1):
+            self._rows[request] = Row(request.slot, request.num_prompt, 1)
+            budget.spend(request.num_prompt, 1)
 
     # ---------------------------------------------------------------- leaving for a while
 
@@ -425,6 +434,8 @@ class Scheduler:
     # ---------------------------------------------------------------- after a step
 
     def _advance(self, request: Request, row: Row, got: RowResult) -> Chunk | None:
+        if request.finished:  # by the token that it drew before the rows ran
+            return None
         if got.error is None:
             end = row.start + row.num_tokens
             if row.start < request.num_prompt:

@@ -19,13 +19,14 @@ from .. import __version__
 from ..engine.chat import load_chat_template
 from ..engine.client import EngineClient
 from ..engine.errors import QuireError
-from ..engine.messages import EngineReady
+from ..engine.messages import EngineReady, StepStats
 from ..engine.tokenizer import generation_defaults, load_tokenizer
 from ..engine.validation import Limits
 from . import errors, logs, routes_admin, routes_chat, routes_completions
 from .admission import Admission
 from .auth import Keys
 from .config import ServerConfig
+from .cost import Experience
 from .dispatcher import Dispatcher
 from .inputs import TextSide
 from .logs import logger
@@ -78,7 +79,14 @@ async def _start(client: EngineClient, config: ServerConfig) -> State:
         text = TextSide(
             tokenizer=tokenizer,
             template=load_chat_template(tokenizer),
-            limits=Limits(ready.vocab_size, ready.max_model_len, ready.max_logprobs),
+            limits=Limits(
+                ready.vocab_size,
+                ready.max_model_len,
+                ready.max_logprobs,
+                ready.max_n,
+                ready.scheduling_policy,
+                frozenset(ready.tenants),
+            ),
             ready=ready,
             defaults=_sampling_defaults(config, folder),
         )
@@ -87,7 +95,20 @@ async def _start(client: EngineClient, config: ServerConfig) -> State:
         raise
     names = config.served_model_name or (folder.name,)
     metrics = Metrics(ready, names[0], vllm_aliases=config.vllm_metrics)
-    dispatcher.on_stats = metrics.saw_step
+    experience = Experience(ready)
+    admission = Admission(
+        ready.max_num_seqs + config.max_queued_requests,
+        places=ready.max_num_seqs,
+        max_queue_seconds=config.max_queue_seconds,
+        weights=ready.tenant_weights,
+    )
+
+    def saw_step(stats: StepStats) -> None:
+        metrics.saw_step(stats)
+        experience.saw_step(stats)
+        admission.saw_step(stats)
+
+    dispatcher.on_stats = saw_step
     _log_facts(ready, names)
     return State(
         config=config,
@@ -95,9 +116,10 @@ async def _start(client: EngineClient, config: ServerConfig) -> State:
         model_names=names,
         created=int(time.time()),
         keys=Keys(config.api_key),
-        admission=Admission(ready.max_num_seqs + config.max_queued_requests),
+        admission=admission,
         dispatcher=dispatcher,
         metrics=metrics,
+        experience=experience,
         text=text,
         pool=ThreadPoolExecutor(config.text_threads, thread_name_prefix="text"),
     )

@@ -1,20 +1,25 @@
-"""`quire bench`: option names of `vllm bench` where it has them."""
+"""`quire bench`, and its first command: load on a running server, by the option names of `vllm bench`."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .cli_bench_engine import bench_idealized, bench_prefill, bench_samples, bench_slo
+from .cli_bench_scheduling import bench_capacity, bench_eviction, bench_fairness
 from .cli_options import err, option, out
 
 if TYPE_CHECKING:
     from ..bench.serve import LoadConfig
 
-bench_app = typer.Typer(help="Measure a running server.", no_args_is_help=True)
+bench_app = typer.Typer(
+    help="Measure a running server, an engine of this process, or the scheduler.", no_args_is_help=True
+)
 
 LOAD, ASKED, REPORT, SERVER = "Load", "What is asked", "Report", "Server"
 
@@ -145,3 +150,16 @@ def measure(config: LoadConfig, json_file: Path | None) -> bool:
     if json_file is not None:
         json_file.write_text(json.dumps(as_json(result), indent=2) + "\n", encoding="utf-8")
     return bool(result.summary.errors)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "capacity": bench_capacity,
+    "slo": bench_slo,
+    "fairness": bench_fairness,
+    "prefill": bench_prefill,
+    "samples": bench_samples,
+    "eviction": bench_eviction,
+    "idealized": bench_idealized,
+}
+for name, command in COMMANDS.items():
+    bench_app.command(name)(command)

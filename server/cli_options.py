@@ -45,13 +45,30 @@ def format_bytes(count: float) -> str:
 
 def parse_overrides(pairs: Iterable[str]) -> dict[str, str]:
     """["attention=reference"] -> {"attention": "reference"}; commas separate as well, as in an environment variable."""
-    overrides = {}
+    return _parse_pairs(pairs, "OP=IMPLEMENTATION", "--kernels")
+
+
+def parse_weights(pairs: Iterable[str]) -> dict[str, float]:
+    """["alice=2"] -> {"alice": 2.0}; commas separate as well. The engine checks names and ranges."""
+    weights = {}
+    for tenant, weight in _parse_pairs(pairs, "NAME=WEIGHT", "--tenant-weight").items():
+        try:
+            weights[tenant] = float(weight)
+        except ValueError:
+            raise typer.BadParameter(
+                f"the weight of {tenant} is {weight!r}; give a number", param_hint="--tenant-weight"
+            ) from None
+    return weights
+
+
+def _parse_pairs(pairs: Iterable[str], form: str, hint: str) -> dict[str, str]:
+    values = {}
     for pair in (part.strip() for text in pairs for part in text.split(",") if part.strip()):
-        op, equals, implementation = pair.partition("=")
-        if not (op and equals and implementation):
-            raise typer.BadParameter(f"{pair!r} is not OP=IMPLEMENTATION", param_hint="--kernels")
-        overrides[op] = implementation
-    return overrides
+        name, equals, value = pair.partition("=")
+        if not (name and equals and value):
+            raise typer.BadParameter(f"{pair!r} is not {form}", param_hint=hint)
+        values[name] = value
+    return values
 
 
 def read_config_file(ctx: typer.Context, path: Path | None) -> Path | None:

@@ -20,6 +20,7 @@ from .cli_options import (
     option,
     parse_bytes,
     parse_overrides,
+    parse_weights,
     read_config_file,
     unknown_environment,
 )
@@ -35,6 +36,7 @@ ALIASES = {
     "kv-cache-memory-bytes": "kv-cache-bytes",
     "num-gpu-blocks-override": "num-blocks",
     "max-num-queued-reqs": "max-queued-requests",
+    "tenant-weight": "tenant-weights",
     "shutdown-timeout": "drain-timeout",
     "sse-keep-alive-interval": "keep-alive-interval",
 }
@@ -90,6 +92,9 @@ def serve(
         bool,
         option(MEMORY, "Share the KV cache of equal prompt beginnings."),
     ] = ENGINE.prefix_caching,
+    prefix_eviction: Annotated[
+        str, option(MEMORY, "Which cached block makes room: lru, discard or phase (predicted).")
+    ] = ENGINE.prefix_eviction,
     max_num_seqs: Annotated[int, option(BATCH, "Sequences that run at once.", min=1)] = ENGINE.max_num_seqs,
     max_num_batched_tokens: Annotated[
         int, option(BATCH, "Tokens of one step over all sequences.", min=1)
@@ -102,6 +107,35 @@ def serve(
             min=1,
         ),
     ] = ENGINE.max_num_prefill_tokens,
+    prefill_chunking: Annotated[
+        str, option(BATCH, "Chunks of a long prompt: tokens = equally long, time = they take equally long.")
+    ] = ENGINE.prefill_chunking,
+    slo_itl_ms: Annotated[
+        float | None,
+        option(
+            BATCH,
+            "Promised gap between two tokens of every stream, in place of --max-num-prefill-tokens.",
+            metavar="MILLISECONDS",
+        ),
+    ] = ENGINE.slo_itl_ms,
+    scheduling_policy: Annotated[
+        str, option(BATCH, "Who runs first: fcfs, priority, fair (between tenants) or deadline.")
+    ] = ENGINE.scheduling_policy,
+    overtaking: Annotated[
+        float,
+        option(
+            BATCH,
+            "A prompt lets those go first that come within so many times its own prefill time; 0 = none.",
+        ),
+    ] = ENGINE.overtaking,
+    tenant_weights: Annotated[
+        list[str] | None,
+        option(
+            BATCH,
+            "A tenant and its share, such as alice=2 (repeatable); requests must then name one of them.",
+            metavar="NAME=WEIGHT",
+        ),
+    ] = None,
     dtype: Annotated[str, option(COMPUTE, "auto, bfloat16, float16 or float32.")] = ENGINE.dtype,
     device: Annotated[str, option(COMPUTE, "auto, cpu or cuda.")] = ENGINE.device,
     threads: Annotated[
@@ -144,13 +178,18 @@ def serve(
         int,
         option(LIMITS, "Samples that may wait; past it, 503 with Retry-After.", min=0),
     ] = SERVER.max_queued_requests,
+    max_queue_seconds: Annotated[
+        float | None,
+        option(LIMITS, "Predicted wait past which 503 as well; nothing = no such bound.", metavar="SECONDS"),
+    ] = SERVER.max_queue_seconds,
+    max_n: Annotated[int, option(LIMITS, "Samples of one prompt that a request may ask for.")] = ENGINE.max_n,
     max_body_bytes: Annotated[
         Any, option(LIMITS, "Largest request body, such as 2MiB.", parser=parse_bytes, metavar="SIZE")
     ] = SERVER.max_body_bytes,
     max_logprobs: Annotated[
         int, option(LIMITS, "Most likely tokens that a request may ask for.", min=0)
     ] = ENGINE.max_logprobs,
-    request_timeout: Annotated[float, option(LIMITS, "Seconds for a whole request.", min=0)] = SERVER.request_timeout,
+    request_timeout: Annotated[float, option(LIMITS, "Seconds for a whole request.")] = SERVER.request_timeout,
     drain_timeout: Annotated[
         float,
         option(LIMITS, "Seconds that running requests get to finish after SIGTERM.", min=0),
@@ -196,6 +235,7 @@ def read_settings(ctx: typer.Context) -> tuple[EngineConfig, ServerConfig]:
     """The two settings objects from the options by field name; refuses a door that is open to a network by accident."""
     values = dict(ctx.params)
     values["kernels"] = parse_overrides(values["kernels"] or ())
+    values["tenant_weights"] = parse_weights(values["tenant_weights"] or ())
     values["api_key"] = (*(values["api_key"] or ()), *_keys_of(values["api_key_file"]))
     for name in ("served_model_name", "allowed_hosts"):
         values[name] = tuple(values[name] or ())
@@ -206,7 +246,11 @@ def read_settings(ctx: typer.Context) -> tuple[EngineConfig, ServerConfig]:
             param_hint="--host",
         )
     engine = EngineConfig(**{field.name: values[field.name] for field in fields(EngineConfig)})
-    server = ServerConfig(**{field.name: values[field.name] for field in fields(ServerConfig)})
+    try:
+        server = ServerConfig(**{field.name: values[field.name] for field in fields(ServerConfig)})
+    except ValueError as error:
+        name, _, what = str(error).partition(" ")
+        raise typer.BadParameter(what, param_hint="--" + name.replace("_", "-")) from None
     return engine, server
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..engine.validation import TIMEOUT_BOUNDS
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
@@ -14,8 +16,10 @@ class ServerConfig:
     api_key               keys that open /v1 and the tokenizer routes; empty = open to everybody who reaches the port
     allowed_hosts         names accepted in the Host header; empty = loopback names when bound to loopback, else any
     max_queued_requests   samples that may wait beyond those that can run; past it new requests get 503 with Retry-After
+    max_queue_seconds     predicted wait in the queue past which new requests get 503 as well; None = no such bound
     max_body_bytes        of a request body; past it 413
-    request_timeout       seconds from arrival to the last token; past it the request is aborted (504)
+    request_timeout       seconds from arrival to the last token; past it the engine ends the request (504). A request's
+                          own `timeout` holds where it is shorter
     drain_timeout         seconds that running requests get to finish after SIGTERM
     write_timeout         seconds that one write to a client may take before its request is aborted: nobody reads there
     keep_alive_interval   seconds without a token after which a stream gets a comment, so that proxies keep it open
@@ -33,6 +37,7 @@ class ServerConfig:
     api_key: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
     max_queued_requests: int = 1024
+    max_queue_seconds: float | None = None
     max_body_bytes: int = 2 * 1024 * 1024
     request_timeout: float = 600.0
     drain_timeout: float = 30.0
@@ -46,10 +51,25 @@ class ServerConfig:
     log_level: str = "info"
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a word that is none of the choices."""
+        """Raises ValueError, naming the field, for a word that is none of the choices or a time that is none."""
         for name, choices in (
             ("generation_config", ("auto", "none")),
             ("log_level", ("debug", "info", "warning", "error")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        for name, (low, high) in _SECONDS.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name} must be between {low:g} and {high:g} seconds, not {value!r}")
+
+
+DAY = 86400.0
+_SECONDS = {
+    "request_timeout": TIMEOUT_BOUNDS,
+    "max_queue_seconds": (0.0, DAY),
+    "drain_timeout": (0.0, DAY),
+    "write_timeout": (0.0, DAY),
+    "keep_alive_interval": (0.0, DAY),
+    "hang_timeout": (0.0, DAY),
+}

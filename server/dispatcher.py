@@ -20,36 +20,44 @@ from ..engine.messages import Abort, AddRequest, Chunk, EngineDead, EngineReady,
 from . import errors
 from .logs import logger
 from .metrics import Metrics
+from .promises import SampleClock
 
 SampleKey = tuple[str, int]  # engine request id, sample index
 
 
 class Mailbox:
-    """What has arrived for one API request, whose prompts are one engine request each. Event loop only."""
+    """What has arrived for one API request, whose prompts are one engine request each. Event loop only.
 
-    def __init__(self, arrival: float, metrics: Metrics) -> None:
+    `keep_gaps`: the clocks of its samples remember every gap between tokens.
+    """
+
+    def __init__(self, arrival: float, metrics: Metrics, *, keep_gaps: bool = False) -> None:
+        self.has_begun = False  # a token has come
         self._arrival = arrival
         self._metrics = metrics
-        self._last_token: dict[SampleKey, float] = {}
+        self._keep_gaps = keep_gaps
+        self._clocks: dict[SampleKey, SampleClock] = {}
+        self._over: set[SampleKey] = set()  # ended by their text; the engine may be a step ahead
         self._news: dict[SampleKey, Chunk] = {}
         self._failure: errors.ApiError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     @property
-    def has_begun(self) -> bool:
-        """A token has come."""
-        return bool(self._last_token)
+    def open_clocks(self) -> Iterable[SampleClock]:
+        """Of the samples that have been heard of and not been closed."""
+        return self._clocks.values()
 
     def put(self, chunk: Chunk, now: float) -> None:
         """Latencies are taken here, as tokens arrive, so that a slow reader does not look like a slow engine."""
         key = (chunk.request_id, chunk.index)
+        if key in self._over:
+            return
+        clock = self._clocks.get(key)
+        if clock is None:
+            clock = self._clocks[key] = SampleClock()
+        clock.heard = now
         if chunk.token_ids:
-            last = self._last_token.get(key)
-            if last is None:
-                self._metrics.time_to_first_token.observe(now - self._arrival)
-            else:
-                self._metrics.inter_token_latency.observe(now - last)
-            self._last_token[key] = now
+            self._saw_token(clock, now)
         if chunk.queued_seconds >= 0:
             self._metrics.queue_time.observe(chunk.queued_seconds)
         held = self._news.get(key)
@@ -58,6 +66,23 @@ class Mailbox:
         else:
             _merge(held, chunk)
         self._wake()
+
+    def close_sample(self, key: SampleKey, *, early: bool) -> SampleClock:
+        """The sample has ended: its clock, which is forgotten here. `early`: the engine does not know of it yet."""
+        if early:
+            self._over.add(key)
+        return self._clocks.pop(key)
+
+    def _saw_token(self, clock: SampleClock, now: float) -> None:
+        self.has_begun = True
+        if clock.last is None:
+            clock.first = now
+            self._metrics.time_to_first_token.observe(now - self._arrival)
+        else:
+            self._metrics.inter_token_latency.observe(now - clock.last)
+            if self._keep_gaps:
+                clock.gaps.append(now - clock.last)
+        clock.last = now
 
     def fail(self, failure: errors.ApiError) -> None:
         self._failure = failure
@@ -108,6 +133,7 @@ class Dispatcher:
         self._hang_timeout = hang_timeout
         self._mailboxes: dict[str, Mailbox] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self.requests_sent = 0  # AddRequests; StepStats.requests_total says how many of them the engine has taken in
         self.dead = False
 
     async def start(self) -> EngineReady:
@@ -132,6 +158,7 @@ class Dispatcher:
             for request in requests:
                 self._mailboxes[request.request_id] = mailbox
                 self._client.send(request)
+                self.requests_sent += 1
         except EngineDeadError:
             raise errors.engine_dead() from None
 

@@ -6,6 +6,7 @@ A validation error is 400, never 422: that is what OpenAI's clients branch on.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,24 +17,27 @@ from starlette.responses import Response
 from ..engine.errors import EngineDeadError, RequestError, TooLongError
 
 JSON = "application/json"
+MAX_RETRY_SECONDS = 3600
 SHOWN_CHARS = 60  # of a refused value: enough to recognise it, too little to fill a log or echo a prompt
 
 
 class ApiError(Exception):
     """An answer that is not a completion.
 
-    code    stable, for programs; also the `reason` label of the error counter
-    param   the field at fault, in the caller's spelling
-    retry   the same request may succeed later: the answer carries Retry-After
+    code         stable, for programs; also the `reason` label of the error counter
+    param        the field at fault, in the caller's spelling
+    retry_after  seconds after which the same request may succeed: the answer carries Retry-After
     """
 
-    def __init__(self, status: int, message: str, *, code: str, param: str | None = None, retry: bool = False) -> None:
+    def __init__(
+        self, status: int, message: str, *, code: str, param: str | None = None, retry_after: float | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.code = code
         self.param = param
-        self.retry = retry
+        self.retry_after = retry_after
 
     @property
     def type(self) -> str:
@@ -43,9 +47,8 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
-        if self.retry:
-            # Jittered, so that those who were turned away together do not come back together.
-            return {"Retry-After": str(random.randint(1, 5)), "x-should-retry": "true"}
+        if self.retry_after is not None:
+            return {"Retry-After": str(_whole_seconds(self.retry_after)), "x-should-retry": "true"}
         if self.status == 401:
             return {"WWW-Authenticate": "Bearer"}
         return {}
@@ -93,24 +96,49 @@ def unsupported_media_type(what: str) -> ApiError:
     return ApiError(415, f"Unsupported Media Type: {what}", code="unsupported_media_type")
 
 
-def overloaded() -> ApiError:
-    return ApiError(503, "The server's queue is full. Try again later.", code="server_overloaded", retry=True)
+def overloaded(why: str, wait: float, retry_after: float) -> ApiError:
+    """`wait`: predicted seconds in the queue of a request that were let in now."""
+    message = f"The server's queue is full: {why}. {_outlook(wait, retry_after)}"
+    return ApiError(503, message, code="server_overloaded", retry_after=retry_after)
+
+
+def tenant_overloaded(why: str, wait: float, retry_after: float) -> ApiError:
+    """The queue is full because of this tenant alone."""
+    message = (
+        f"The server's queue is full and this tenant holds more than its share of it: {why}. "
+        f"{_outlook(wait, retry_after)}"
+    )
+    return ApiError(429, message, code="tenant_overloaded", retry_after=retry_after)
+
+
+def _outlook(wait: float, retry_after: float) -> str:
+    return f"A new request would wait about {wait:.1f} s; there is room again in about {max(retry_after, 1.0):.0f} s."
 
 
 def draining() -> ApiError:
-    return ApiError(503, "The server is shutting down.", code="server_draining", retry=True)
+    return ApiError(503, "The server is shutting down.", code="server_draining", retry_after=random.uniform(1, 4))
 
 
 def engine_dead() -> ApiError:
-    return ApiError(503, "The engine is not running.", code="engine_dead", retry=True)
+    return ApiError(503, "The engine is not running.", code="engine_dead", retry_after=random.uniform(1, 4))
 
 
 def engine_failed() -> ApiError:
     return ApiError(500, "The engine could not finish this request.", code="engine_error")
 
 
-def timed_out(seconds: float) -> ApiError:
-    return ApiError(504, f"The request took longer than {seconds:g} seconds.", code="request_timeout")
+def out_of_time(reason: str, limit: str, tokens: int) -> ApiError:
+    """The engine ended the request. `reason` is Chunk.error, `limit` names what ran out and its value."""
+    says, code = _OUT_OF_TIME[reason]
+    state = f"It was running, {tokens} tokens drawn" if tokens else "It was waiting, no token drawn"
+    return ApiError(504, f"{limit} {says}. {state}.", code=code)
+
+
+_OUT_OF_TIME = {
+    "timeout": ("has passed", "request_timeout"),
+    "deadline": ("has passed", "deadline_exceeded"),
+    "unreachable": ("cannot be met any more, so the work was not begun", "deadline_unreachable"),
+}
 
 
 def internal() -> ApiError:
@@ -163,6 +191,12 @@ def from_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     if not param:
         return invalid("The request body must be a JSON object.")
     return invalid(f"`{param}`: {what}; got {shown(value)}.", param)
+
+
+def _whole_seconds(seconds: float) -> int:
+    """For Retry-After. Jittered upwards, so that those who were turned away together do not come back together."""
+    least = min(max(seconds, 1.0), MAX_RETRY_SECONDS)
+    return min(math.ceil(least + random.uniform(0, max(1.0, least / 10))), MAX_RETRY_SECONDS)
 
 
 def shown(value: Any) -> str:

@@ -10,19 +10,24 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 
-from ..engine.messages import AddRequest, Chunk
+from ..engine.messages import AddRequest, Chunk, Slo
 from ..engine.outputs import Delta, RequestStream, TextOptions
 from ..engine.tokenizer import Tokenizer
 from ..scheduler.params import SamplingParams
 from . import errors
 from .admission import Slot
 from .config import ServerConfig
+from .cost import Experience
 from .dispatcher import Dispatcher, Mailbox
 from .logs import logger
 from .metrics import Metrics
+from .promises import SampleClock, verdict
+
+# The engine ends what is out of time. One that does not answer is given this much longer before its caller is told.
+WALL_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +41,19 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
-    """What is generated, without a trace of the API that asked for it. Choice i*n + j is sample j of prompt i."""
+    """What is generated, without a trace of the API that asked for it. Choice i*n + j is sample j of prompt i.
+
+    timeout  the request's own limit in seconds from arrival; the server's holds where that is shorter
+    """
 
     prompts: list[Prompt]
     text_options: TextOptions
     arrival: float  # time.monotonic()
     priority: int = 0
     cache_salt: str = ""
+    tenant: str = ""
+    slo: Slo = field(default_factory=Slo)
+    timeout: float | None = None
 
 
 @dataclass(slots=True)
@@ -75,6 +86,7 @@ class Generation:
         dispatcher: Dispatcher,
         tokenizer: Tokenizer,
         metrics: Metrics,
+        experience: Experience,
         config: ServerConfig,
         slot: Slot,
     ) -> None:
@@ -82,12 +94,15 @@ class Generation:
         self.usage = Usage(prompt_tokens=sum(len(prompt.token_ids) for prompt in request.prompts))
         self._dispatcher = dispatcher
         self._metrics = metrics
+        self._experience = experience
         self._config = config
         self._slot = slot
-        self._mailbox = Mailbox(request.arrival, metrics)
+        self._timeout = min(config.request_timeout, request.timeout or config.request_timeout)
+        self._mailbox = Mailbox(request.arrival, metrics, keep_gaps=request.slo.itl is not None)
         self._parts: dict[str, _Part] = {}
-        self._first_token: dict[int, float] = {}
-        self._failed = False
+        self._drawn: dict[int, int] = {}  # choice -> its tokens so far, while it is open
+        self._failure: errors.ApiError | None = None
+        self._expired: str | None = None  # which limit, as in Chunk.error
         first_choice = 0
         for prompt in request.prompts:
             # Made here and unrelated to any id the caller sent: nobody can guess, reuse or abort another's.
@@ -96,6 +111,7 @@ class Generation:
         self.num_choices = first_choice
         self._ordered = list(self._parts.values())
         self._open_parts = len(self._parts)
+        self._open_samples = first_choice
 
     def start(self) -> None:
         """Hand the prompts to the engine. Raises 503 if it is gone."""
@@ -109,11 +125,15 @@ class Generation:
                     priority=request.priority,
                     arrival=request.arrival,
                     cache_salt=request.cache_salt,
+                    tenant=request.tenant,
+                    slo=request.slo,
+                    timeout=self._timeout,
                 )
                 for request_id, part in self._parts.items()
             ),
             self._mailbox,
         )
+        self._slot.sent(self._dispatcher.requests_sent)
 
     def part_of(self, choice: int) -> tuple[Prompt, RequestStream]:
         """The prompt that a choice continues, and what the engine has said about it."""
@@ -124,63 +144,111 @@ class Generation:
         """All news as they come, until every sample has ended; `Delta.index` is the choice's.
 
         An empty batch means that nothing came for `keep_alive_interval` seconds.
-        Raises ApiError when the engine fails, the request is out of time, or the server stops.
+        Raises ApiError when the engine fails, the request is out of time, or the server stops; what came before has
+        been yielded then.
         """
-        deadline = self.request.arrival + self._config.request_timeout
-        try:
-            while self._open_parts:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise errors.timed_out(self._config.request_timeout)
+        wall = self.request.arrival + self._timeout + WALL_SECONDS
+        while self._open_parts:
+            left = max(0.0, wall - time.monotonic())
+            try:
                 news = await self._mailbox.take(min(left, self._config.keep_alive_interval))
+            except errors.ApiError as failure:
+                self._failure = failure
+                raise
+            if news or time.monotonic() < wall:
                 yield [self._fold(chunk) for chunk in news]
-        except errors.ApiError:
-            self._failed = True
-            raise
+            else:
+                self._expired = "timeout"
+            if self._expired is not None:
+                self._break_promises()
+                self._metrics.expired(self._expired)
+                self._failure = self._out_of_time(self._expired)
+            if self._failure is not None:
+                raise self._failure
 
     def _fold(self, chunk: Chunk) -> Delta:
         part = self._parts[chunk.request_id]
-        sample = part.stream.samples[chunk.index]
-        tokens_before, cached_before = sample.num_tokens, part.stream.num_cached
+        cached_before = part.stream.num_cached
         delta = part.stream.fold(chunk)
-        if part.stream.ended_early(delta):
-            self._dispatcher.end_sample(chunk.request_id, chunk.index)
+        early = part.stream.ended_early(delta)
         delta.index += part.first_choice
-        self._count(part, delta, sample.num_tokens - tokens_before, part.stream.num_cached - cached_before)
-        if part.stream.finished and delta.finish_reason is not None:  # this chunk ended the last sample
-            self._open_parts -= 1
-            self._dispatcher.forget([chunk.request_id], abort=False)
-        if delta.finish_reason == "error":
-            logger.error("a request failed in the engine: %s", delta.error)
-            raise errors.engine_failed()
+        unbegun = chunk.finish_reason in ("error", "expired") and chunk.num_cached < 0 and not chunk.token_ids
+        self._count(part, delta, part.stream.num_cached - cached_before, unbegun=unbegun)
+        if early:
+            self._dispatcher.end_sample(chunk.request_id, chunk.index)
         if delta.finish_reason is not None:
-            now = time.monotonic()
-            first = self._first_token.get(delta.index, now)
-            self._metrics.sample_finished(
-                delta.finish_reason, sample.num_tokens, now - self.request.arrival, now - first
-            )
+            clock = self._mailbox.close_sample((chunk.request_id, chunk.index), early=early)
+            if part.stream.finished:
+                self._open_parts -= 1
+                self._dispatcher.forget([chunk.request_id], abort=False)
+            self._end_sample(part, delta, clock)
         return delta
 
-    def _count(self, part: _Part, delta: Delta, drawn: int, cached: int) -> None:
-        """Usage and the token counters, from the same numbers."""
+    def _count(self, part: _Part, delta: Delta, cached: int, *, unbegun: bool) -> None:
+        """Usage and the token counters, from the same numbers. A prompt that ended in the queue counts for nothing."""
         metrics = self._metrics
-        if not part.computed:
+        if not part.computed and not unbegun:
             part.computed = True
             metrics.prompt_tokens.inc(len(part.prompt.token_ids))
             metrics.request_prompt_tokens.observe(len(part.prompt.token_ids))
-        if drawn:
-            self._first_token.setdefault(delta.index, time.monotonic())
-            self.usage.completion_tokens += drawn
-            metrics.generation_tokens.inc(drawn)
+        if delta.num_drawn:
+            self._drawn[delta.index] = self._drawn.get(delta.index, 0) + delta.num_drawn
+            self.usage.completion_tokens += delta.num_drawn
+            metrics.generation_tokens.inc(delta.num_drawn)
         if cached:
             self.usage.cached_tokens += cached
             metrics.cached_tokens.inc(cached)
+
+    def _end_sample(self, part: _Part, delta: Delta, clock: SampleClock) -> None:
+        """Its last accounts. One that failed or ran out of time ends the whole request, after this batch of news."""
+        tokens = self._drawn.pop(delta.index, 0)
+        self._open_samples -= 1
+        self._slot.sample_ended()
+        if delta.finish_reason in ("error", "expired"):
+            if delta.finish_reason == "expired":
+                self._judge(clock, finished=False)
+                self._expired = self._expired or delta.error or "timeout"
+            elif self._failure is None:
+                logger.error("a request failed in the engine: %s", delta.error)
+                self._failure = errors.engine_failed()
+            delta.finish_reason = None  # the error says it
+            return
+        self._judge(clock, finished=True)
+        self._experience.saw_sample(tokens)
+        heard = self.request.arrival if clock.heard is None else clock.heard
+        self._metrics.sample_finished(
+            delta.finish_reason or "",
+            tokens=tokens,
+            total_seconds=heard - self.request.arrival,
+            decode_seconds=0.0 if clock.first is None else heard - clock.first,
+            ideal_seconds=self._experience.ideal_seconds(len(part.prompt.token_ids), tokens),
+        )
+
+    def _out_of_time(self, reason: str) -> errors.ApiError:
+        if reason != "timeout":
+            limit = f"`slo.deadline_ms` = {1e3 * (self.request.slo.deadline or 0.0):g}"
+        elif self._timeout == self.request.timeout:
+            limit = f"`timeout` = {self._timeout:g} s"
+        else:
+            limit = f"This server's limit of {self._timeout:g} s for a request"
+        return errors.out_of_time(reason, limit, self.usage.completion_tokens)
+
+    def _break_promises(self) -> None:
+        """Of the samples that nobody will hear of any more: those that have begun, and those that never will."""
+        clocks = list(self._mailbox.open_clocks)
+        for clock in clocks:
+            self._judge(clock, finished=False)
+        self._judge(SampleClock(), finished=False, count=self._open_samples - len(clocks))
+
+    def _judge(self, clock: SampleClock, *, finished: bool, count: int = 1) -> None:
+        for promise, kept in verdict(self.request.slo, self.request.arrival, clock, finished=finished).items():
+            self._metrics.promise(promise, kept, self.request.tenant, count)
 
     def close(self) -> None:
         """Idempotent."""
         self._slot.release()
         unfinished = self._dispatcher.forget(self._parts, abort=True)
-        if unfinished and not self._failed:
+        if unfinished and self._failure is None:
             self._metrics.aborted("running" if self._mailbox.has_begun else "waiting")
 
     def __enter__(self) -> Generation:

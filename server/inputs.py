@@ -20,13 +20,14 @@ from ..engine.validation import (
     clamp_logit_bias,
     valid_token_ids,
 )
-from ..scheduler.params import SamplingParams
+from ..scheduler.params import SamplingParams, Slo
 from . import errors
+from .cost import Asked
 from .generate import GenerateRequest, Prompt
 from .protocol import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerateBody, TokenizeBody
 
 MAX_PROMPTS = 1024  # of one call, as elsewhere: an evaluation harness sends its whole batch in one
-MAX_SAMPLES = 4096  # prompts times n of one call: each holds text state here and KV blocks in the engine
+MAX_SAMPLES = 4096  # prompts times n of one call, where one prompt's n may not be more: their answers are kept here
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,22 +41,68 @@ class TextSide:
     defaults: Mapping[str, float | int]  # the model's own sampling defaults
 
 
-def count_samples(body: CompletionBody) -> int:
-    """How many samples `body` asks for, before anything else is known of it. Raises 400 for none or too many."""
+@dataclass(frozen=True, slots=True)
+class Order:
+    """Whose request it is and what it was promised; as in `AddRequest`."""
+
+    arrival: float
+    tenant: str
+    priority: int
+    cache_salt: str
+    slo: Slo
+    timeout: float | None
+
+
+def completion_size(body: CompletionBody, limits: Limits) -> Asked:
+    """What `body` asks for, as far as its fields tell. Raises 400 for no prompt, too many of them or of samples."""
     prompt = body.prompt
     if prompt is None or prompt == "" or prompt == []:
         raise errors.invalid("`prompt` is required and must not be empty.", "prompt")
-    prompts = len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1
-    if prompts > MAX_PROMPTS:
+    several = isinstance(prompt, list) and not isinstance(prompt[0], int)
+    prompts = prompt if several else [prompt]
+    if len(prompts) > MAX_PROMPTS:
         raise errors.invalid(
-            f"`prompt` holds {prompts} prompts; at most {MAX_PROMPTS} are taken in one call.", "prompt"
+            f"`prompt` holds {len(prompts)} prompts; at most {MAX_PROMPTS} are taken in one call.", "prompt"
         )
-    if prompts * body.samples > MAX_SAMPLES:
-        raise errors.invalid(f"prompts times `n` is {prompts * body.samples}; at most {MAX_SAMPLES} are taken.", "n")
-    return prompts * body.samples
+    most = max(MAX_SAMPLES, limits.max_n)
+    samples = len(prompts) * body.samples
+    if samples > most:
+        raise errors.invalid(f"prompts times `n` is {samples}; at most {most} are taken.", "n")
+    return Asked(
+        prompts=len(prompts),
+        samples=samples,
+        prompt_ids=sum(len(item) for item in prompts if isinstance(item, list)),
+        prompt_bytes=sum(_num_bytes(item) for item in prompts if isinstance(item, str)),
+        max_tokens=DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else max(body.max_tokens, 0),
+        logprobs=body.logprobs is not None,
+        prompt_logprobs=_prompt_logprobs(body) is not None,
+    )
 
 
-def completion_request(body: CompletionBody, text: TextSide, arrival: float, cache_salt: str) -> GenerateRequest:
+def chat_size(body: ChatBody) -> Asked:
+    """What `body` asks for, as far as its fields tell."""
+    asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    return Asked(
+        samples=body.samples,
+        prompt_bytes=sum(_content_bytes(message.get("content")) for message in body.messages),
+        max_tokens=None if asked is None else max(asked, 0),
+        logprobs=bool(body.logprobs),
+        prompt_logprobs=body.prompt_logprobs is not None,
+    )
+
+
+def _content_bytes(content: Any) -> int:
+    """Of a message: text, or parts of which some have text."""
+    if isinstance(content, list):
+        return sum(_content_bytes(part.get("text")) for part in content if isinstance(part, dict))
+    return _num_bytes(content) if isinstance(content, str) else 0
+
+
+def _num_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def completion_request(body: CompletionBody, text: TextSide, order: Order) -> GenerateRequest:
     """Raises ApiError or RequestError for whatever cannot be served as asked."""
     if body.max_tokens == 0 and not body.echo:
         raise errors.invalid("`max_tokens` must be at least 1; 0 is for `echo` only.", "max_tokens")
@@ -69,10 +116,10 @@ def completion_request(body: CompletionBody, text: TextSide, arrival: float, cac
         valid_token_ids(ids, text.ready.vocab_size, "prompt")
         params = _params(body, text, max_tokens, body.logprobs, _prompt_logprobs(body))
         prompts.append(Prompt(ids, params, source if isinstance(source, str) else None))
-    return _request(body, prompts, text, arrival, cache_salt)
+    return _request(body, prompts, order)
 
 
-def chat_request(body: ChatBody, text: TextSide, arrival: float, cache_salt: str) -> GenerateRequest:
+def chat_request(body: ChatBody, text: TextSide, order: Order) -> GenerateRequest:
     """Raises ApiError or RequestError for whatever cannot be served as asked."""
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     if max_tokens is not None and max_tokens < 1:
@@ -85,7 +132,7 @@ def chat_request(body: ChatBody, text: TextSide, arrival: float, cache_salt: str
         max_tokens = min(int(text.defaults.get("max_tokens", room)), room)
     params = _params(body, text, max_tokens, body.num_logprobs, body.prompt_logprobs)
     check_length(len(ids), max_tokens, text.ready.max_model_len)
-    return _request(body, [Prompt(ids, params)], text, arrival, cache_salt)
+    return _request(body, [Prompt(ids, params)], order)
 
 
 def encode_chat(body: ChatBody | TokenizeBody, text: TextSide) -> list[int]:
@@ -203,9 +250,7 @@ def _bad_words(words: list[str] | None, tokenizer: Tokenizer) -> tuple[tuple[int
     return tuple(spelled)
 
 
-def _request(
-    body: GenerateBody, prompts: list[Prompt], text: TextSide, arrival: float, cache_salt: str
-) -> GenerateRequest:
+def _request(body: GenerateBody, prompts: list[Prompt], order: Order) -> GenerateRequest:
     options = TextOptions(
         stop=body.stops,
         include_stop_str_in_output=bool(body.include_stop_str_in_output),
@@ -214,5 +259,12 @@ def _request(
     )
     check_stop(options.stop)
     return GenerateRequest(
-        prompts=prompts, text_options=options, arrival=arrival, priority=body.priority or 0, cache_salt=cache_salt
+        prompts=prompts,
+        text_options=options,
+        arrival=order.arrival,
+        priority=order.priority,
+        cache_salt=order.cache_salt,
+        tenant=order.tenant,
+        slo=order.slo,
+        timeout=order.timeout,
     )

@@ -43,6 +43,8 @@ REQUEST_BUCKETS = (
     0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0,
     50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
 )  # fmt: skip
+# Fibonacci's numbers: of a factor, small differences matter while it is small.
+CONTENTION_BUCKETS = (1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 8.0, 13.0, 21.0, 50.0, 100.0)
 STEP_TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 # What dashboards, KEDA recipes and gateway endpoint pickers ask for under vLLM's names.
@@ -84,6 +86,11 @@ class Metrics:
         )
         self.request_prompt_tokens = self._histogram("request_prompt_tokens", "Tokens of a prompt.", sizes)
         self.request_generation_tokens = self._histogram("request_generation_tokens", "Tokens of a sample.", sizes)
+        self.contention_factor = self._histogram(
+            "contention_factor",
+            "A finished sample's time over the predicted one of a sample alone in the engine, with an empty cache.",
+            CONTENTION_BUCKETS,
+        )
         self.step_tokens = self._histogram(
             "iteration_tokens_total", "Tokens in one step of the engine.", STEP_TOKEN_BUCKETS
         )
@@ -91,8 +98,20 @@ class Metrics:
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens, as in the responses' usage.")
         self.cached_tokens = self._counter("prompt_tokens_cached", "Prompt tokens that the prefix cache held.")
         self.generation_tokens = self._counter("generation_tokens", "Tokens drawn, as in the responses' usage.")
+        self.useful_tokens = self._counter("step_tokens_useful", "Tokens of the engine's steps.")
+        self.launched_tokens = self._counter("step_tokens_launched", "The same, filled up to whole tiles.")
+        self.predicted_seconds = self._counter("step_seconds_predicted", "Time of the steps as predicted before each.")
         self._finished = self._family("request_success", "Samples that ended, by finish reason.", "finished_reason")
         self._aborted = self._family("requests_aborted", "Requests whose client left, by stage.", "stage")
+        self._expired = self._family("requests_expired", "Requests that ran out of time, by the limit.", "reason")
+        self._by_tenant = bool(ready.tenants)  # else the names are the callers', and series are not theirs to make
+        self._promises = self._family(
+            "slo",
+            "Samples with a promise, by whether it was kept; itl: the 99th percentile of its gaps, or the longest of "
+            "fewer than 100.",
+            *("slo", "met"),
+            *(("tenant",) if self._by_tenant else ()),
+        )
         self._errors = self._family("request_errors", "Answers that are errors.", "code", "reason")
         self._rejected = self._family("admission_rejections", "Requests that were not let in.", "reason")
         self._steps = self._family("step_seconds", "Time in the engine's steps, by part.", "part")
@@ -114,16 +133,33 @@ class Metrics:
     def saw_step(self, stats: StepStats) -> None:
         if stats.steps_total != self.stats.steps_total:  # not a mere report of an abort
             self.step_tokens.observe(stats.step_tokens)
+            self.useful_tokens.inc(stats.step_tokens)
+            self.launched_tokens.inc(stats.launched_tokens)
+            self.predicted_seconds.inc(stats.predicted_seconds)
             self.schedule_seconds.inc(stats.schedule_seconds)
             self.forward_seconds.inc(stats.forward_seconds)
         self.stats = stats
 
-    def sample_finished(self, reason: str, tokens: int, total_seconds: float, decode_seconds: float) -> None:
+    def sample_finished(
+        self, reason: str, *, tokens: int, total_seconds: float, decode_seconds: float, ideal_seconds: float
+    ) -> None:
+        """`ideal_seconds`: 0 where nothing predicts them."""
         self._finished.labels(self._model, reason).inc()
         self.e2e_latency.observe(total_seconds)
         self.request_generation_tokens.observe(tokens)
         if tokens > 1:
             self.time_per_output_token.observe(decode_seconds / (tokens - 1))
+        if ideal_seconds > 0:
+            self.contention_factor.observe(total_seconds / ideal_seconds)
+
+    def expired(self, reason: str) -> None:
+        """`reason` as in Chunk.error: "timeout", "deadline", "unreachable"."""
+        self._expired.labels(self._model, reason).inc()
+
+    def promise(self, slo: str, met: bool, tenant: str, count: int) -> None:
+        """`count` samples were promised `slo`: "ttft", "itl", "deadline"."""
+        whose = (tenant,) if self._by_tenant else ()
+        self._promises.labels(self._model, slo, str(met).lower(), *whose).inc(count)
 
     def aborted(self, stage: str) -> None:
         """`stage`: "waiting" (no token yet) or "running"."""
@@ -169,6 +205,8 @@ class _EngineCollector(Collector):
             "num_requests_running": ("Samples in the running batch.", stats.running),
             "num_requests_waiting": ("Samples that wait for a place in it.", stats.waiting),
             "kv_cache_usage_perc": ("Share of KV blocks held by requests, 0 to 1.", _ratio(stats)),
+            "queue_seconds_predicted": ("Predicted wait of a request that came now.", stats.queue_seconds),
+            "step_time_error_ratio": ("Mean relative error of the predicted step time.", stats.step_time_error),
             "kv_blocks_cached": ("Free KV blocks that a prompt could still hit.", stats.kv_blocks_cached),
         }
         for name, (text, value) in gauges.items():
@@ -181,6 +219,8 @@ class _EngineCollector(Collector):
             "engine_prompt_tokens": ("Prompt tokens computed, recomputed ones included.", stats.prompt_tokens_total),
             "engine_generated_tokens": ("Tokens drawn by the engine.", stats.generated_tokens_total),
             "recomputed_tokens": ("Tokens computed again after a preemption.", stats.recomputed_tokens_total),
+            "evicted_blocks": ("Cached KV blocks handed out for something else.", stats.evicted_blocks_total),
+            "engine_expired": ("Samples that ran out of time, waiting or running.", stats.expired_total),
             "engine_aborted": ("Samples ended from outside.", stats.aborted_total),
             "engine_failed": ("Samples ended by an error of their own.", stats.failed_total),
         }

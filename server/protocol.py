@@ -14,7 +14,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..engine.validation import MAX_N
+from ..engine.messages import Slo
+from ..engine.validation import MAX_TENANT_BYTES, Limits, check_promises
 from . import errors
 from .logs import logger
 
@@ -88,6 +89,28 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
+class SloBody(BaseModel):
+    """Promises that a request asks for, in milliseconds from its arrival; `itl_ms` between two tokens of a sample."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    ttft_ms: float | None = None
+    itl_ms: float | None = None
+    deadline_ms: float | None = None
+
+    def promises(self) -> Slo:
+        """In seconds. Raises 400 for a promise that nobody here knows: ignored, it would be broken in silence."""
+        for name in self.model_extra or {}:
+            known = ", ".join(SloBody.model_fields)
+            param = f"slo.{errors.shown(name)}"
+            raise errors.invalid(f"`{param}` is unknown; the promises are {known}.", param)
+        ttft, itl, deadline = (
+            None if milliseconds is None else milliseconds / 1e3
+            for milliseconds in (self.ttft_ms, self.itl_ms, self.deadline_ms)
+        )
+        return Slo(ttft=ttft, itl=itl, deadline=deadline)
+
+
 class GenerateBody(_Body):
     """The fields that both generating endpoints share."""
 
@@ -116,6 +139,9 @@ class GenerateBody(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: Integer | None = None
+    tenant: Annotated[str, Field(min_length=1, max_length=MAX_TENANT_BYTES)] | None = None
+    slo: SloBody | None = None
+    timeout: float | None = None  # seconds from arrival
     cache_salt: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None  # the suffix of the answer's id
     add_special_tokens: bool | None = None
@@ -130,11 +156,16 @@ class GenerateBody(_Body):
     def samples(self) -> int:
         return 1 if self.n is None else self.n
 
-    def check_together(self) -> None:
-        """What no single field's type can say. Raises 400."""
+    @property
+    def promises(self) -> Slo:
+        return Slo() if self.slo is None else self.slo.promises()
+
+    def check_together(self, limits: Limits) -> None:
+        """What no single field's type can say, as far as it needs no tokens. Raises 400."""
         self.refuse_unbuilt()
-        if not 1 <= self.samples <= MAX_N:  # before admission, which counts them
-            raise errors.invalid(f"`n` must be between 1 and {MAX_N}, got {self.n}.", "n")
+        if not 1 <= self.samples <= limits.max_n:  # before admission, which counts them
+            raise errors.invalid(f"`n` must be between 1 and {limits.max_n}, got {self.n}.", "n")
+        check_promises(self.promises, self.timeout)
         if self.stream_options is not None and not self.stream:
             raise errors.invalid("Stream options can only be defined when `stream=True`.", "stream_options")
         if self.prompt_logprobs is not None and self.stream:
@@ -161,8 +192,8 @@ class ChatBody(GenerateBody):
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
 
-    def check_together(self) -> None:
-        super().check_together()
+    def check_together(self, limits: Limits) -> None:
+        super().check_together(limits)
         if self.top_logprobs is not None and self.top_logprobs != 0 and not self.logprobs:
             raise errors.invalid("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
         if self.top_logprobs is not None and self.top_logprobs < 0:

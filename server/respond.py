@@ -1,7 +1,8 @@
 """The two ways to answer one Generation, folds of the same deltas: piece by piece, or whole.
 
 Every stream ends with exactly one finish_reason per choice, then the usage if asked for, then [DONE]; or, if something
-fails after the headers are out, with an error event and [DONE]. Never in silence.
+fails after its first event, with an error event and [DONE]. Never in silence. What fails before the first event is a
+plain HTTP error, as of a whole answer.
 """
 
 from __future__ import annotations
@@ -34,8 +35,12 @@ class Wire(Protocol):
         """The event that carries the usage alone: no choices."""
         ...
 
-    def whole(self, outputs: list[SampleOutput]) -> dict[str, Any]:
-        """The answer in one piece."""
+    def choice(self, output: SampleOutput) -> dict[str, Any]:
+        """One sample that has ended, as the whole answer shows it."""
+        ...
+
+    def whole(self, choices: list[msgspec.Raw]) -> dict[str, Any]:
+        """The answer in one piece, of encoded choices in their order."""
         ...
 
 
@@ -67,26 +72,33 @@ async def respond(request: Request, state: State, body: GenerateBody, generation
         return sse.EventStream(frames, generation, state.config.write_timeout)
     with generation:
         generation.start()
-        outputs = await while_connected(request.receive, _collect(generation))
-        return Response(msgspec.json.encode(wire.whole(outputs)), media_type=errors.JSON)
+        choices = await while_connected(request.receive, _collect(generation, wire))
+        return Response(msgspec.json.encode(wire.whole(choices)), media_type=errors.JSON)
 
 
-async def _collect(generation: Generation) -> list[SampleOutput]:
-    outputs = [SampleOutput(index) for index in range(generation.num_choices)]
+async def _collect(generation: Generation, wire: Wire) -> list[msgspec.Raw]:
+    """A sample is spelled out as soon as it ends, so that of thousands only what the answer says is kept."""
+    outputs: dict[int, SampleOutput] = {}
+    choices: dict[int, msgspec.Raw] = {}
     async with aclosing(generation.deltas()) as batches:
         async for batch in batches:
             for delta in batch:
-                outputs[delta.index].add(delta)
-    return outputs
+                output = outputs.get(delta.index) or outputs.setdefault(delta.index, SampleOutput(delta.index))
+                output.add(delta)
+                if delta.finish_reason is not None:
+                    choices[delta.index] = msgspec.Raw(msgspec.json.encode(wire.choice(outputs.pop(delta.index))))
+    return [choices[index] for index in sorted(choices)]
 
 
 async def _frames(
     generation: Generation, wire: Wire, metrics: Metrics, *, usage_at_end: bool, usage_always: bool
 ) -> AsyncGenerator[bytes]:
+    begun = False
     try:
         async with aclosing(generation.deltas()) as batches:
             async for batch in batches:
                 if not batch:
+                    begun = True
                     yield sse.KEEP_ALIVE
                     continue
                 pieces = [piece for delta in batch if not delta.is_empty for piece in wire.pieces(delta)]
@@ -98,10 +110,13 @@ async def _frames(
                     for piece in pieces:
                         piece["usage"] = None
                 if pieces:
+                    begun = True
                     yield b"".join([sse.event(piece) for piece in pieces])
         if usage_at_end:
             yield sse.event(wire.usage_piece())
     except errors.ApiError as error:
+        if not begun:
+            raise
         metrics.error(error.status, error.code)
         yield sse.event(error.body())
     yield sse.DONE

@@ -57,7 +57,8 @@ async def version(request: Request) -> Response:
     """What runs here, as resolved at the start."""
     state = state_of(request)
     facts = msgspec.structs.asdict(state.ready)
-    del facts["model_path"]  # this route is open to everybody
+    for private in ("model_path", "tenants", "tenant_weights"):  # this route is open to everybody
+        del facts[private]
     return _json({"version": __version__, "model": state.model_names[0], **facts})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
@@ -12,7 +13,7 @@ from starlette.responses import Response
 from ..engine.outputs import Delta, SampleOutput
 from ..engine.tokenizer import Tokenizer
 from .generate import Generation
-from .inputs import chat_request
+from .inputs import chat_request, chat_size
 from .logprobs import chat_logprobs, prompt_logprobs
 from .protocol import ChatBody
 from .respond import respond, usage_dict
@@ -26,10 +27,10 @@ router = APIRouter(route_class=GuardedRoute)
 async def chat_completions(body: ChatBody, request: Request) -> Response:
     state = state_of(request)
     model = state.model_name(body.model)
-    body.check_together()
+    body.check_together(state.text.limits)
+    order = state.order_of(request, body)
     generation = await state.open_generation(
-        body.samples,
-        lambda: chat_request(body, state.text, request.state.arrival, state.tenant_salt(request, body.cache_salt)),
+        chat_size(body), order.tenant, lambda: chat_request(body, state.text, order)
     )
     wire = ChatWire(generation, body, state.text.tokenizer, model, body.request_id or request.state.request_id)
     return await respond(request, state, body, generation, wire)
@@ -75,18 +76,18 @@ class ChatWire:
     def usage_piece(self) -> dict[str, Any]:
         return {**self._head, "choices": [], "usage": usage_dict(self._generation.usage)}
 
-    def whole(self, outputs: list[SampleOutput]) -> dict[str, Any]:
-        choices = []
-        for output in outputs:
-            choice: dict[str, Any] = {
-                "index": output.index,
-                "message": {"role": "assistant", "content": output.text, "refusal": None},
-                "logprobs": None,
-                "finish_reason": output.finish_reason,
-                "stop_reason": output.stop_reason,
-            }
-            self._add_details(choice, output)
-            choices.append(choice)
+    def choice(self, output: SampleOutput) -> dict[str, Any]:
+        choice: dict[str, Any] = {
+            "index": output.index,
+            "message": {"role": "assistant", "content": output.text, "refusal": None},
+            "logprobs": None,
+            "finish_reason": output.finish_reason,
+            "stop_reason": output.stop_reason,
+        }
+        self._add_details(choice, output)
+        return choice
+
+    def whole(self, choices: list[msgspec.Raw]) -> dict[str, Any]:
         answer = {
             **self._head,
             "object": "chat.completion",

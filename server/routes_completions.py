@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
@@ -13,7 +14,7 @@ from ..engine.outputs import Delta, RequestStream, SampleOutput, SampleStream, T
 from ..engine.tokenizer import Tokenizer
 from ..scheduler.plan import Chunk, TokenLogprob
 from .generate import Generation, Prompt
-from .inputs import completion_request, count_samples
+from .inputs import completion_request, completion_size
 from .logprobs import completion_logprobs, prompt_logprobs
 from .protocol import CompletionBody
 from .respond import respond, usage_dict
@@ -27,12 +28,10 @@ router = APIRouter(route_class=GuardedRoute)
 async def completions(body: CompletionBody, request: Request) -> Response:
     state = state_of(request)
     model = state.model_name(body.model)
-    body.check_together()
+    body.check_together(state.text.limits)
+    order = state.order_of(request, body)
     generation = await state.open_generation(
-        count_samples(body),
-        lambda: completion_request(
-            body, state.text, request.state.arrival, state.tenant_salt(request, body.cache_salt)
-        ),
+        completion_size(body, state.text.limits), order.tenant, lambda: completion_request(body, state.text, order)
     )
     wire = CompletionWire(generation, body, state.text.tokenizer, model, body.request_id or request.state.request_id)
     return await respond(request, state, body, generation, wire)
@@ -62,14 +61,14 @@ class CompletionWire:
     def usage_piece(self) -> dict[str, Any]:
         return {**self._head, "choices": [], "usage": usage_dict(self._generation.usage)}
 
-    def whole(self, outputs: list[SampleOutput]) -> dict[str, Any]:
-        choices = []
-        for output in outputs:
-            choice = self._choice(output)
-            if self._body.prompt_logprobs is not None:
-                _, stream = self._generation.part_of(output.index)
-                choice["prompt_logprobs"] = prompt_logprobs(self._tokenizer, stream.prompt_logprobs or [])
-            choices.append(choice)
+    def choice(self, output: SampleOutput) -> dict[str, Any]:
+        choice = self._choice(output)
+        if self._body.prompt_logprobs is not None:
+            _, stream = self._generation.part_of(output.index)
+            choice["prompt_logprobs"] = prompt_logprobs(self._tokenizer, stream.prompt_logprobs or [])
+        return choice
+
+    def whole(self, choices: list[msgspec.Raw]) -> dict[str, Any]:
         return {**self._head, "choices": choices, "usage": usage_dict(self._generation.usage)}
 
     def _choice(self, news: Delta | SampleOutput) -> dict[str, Any]:

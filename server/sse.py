@@ -30,6 +30,7 @@ def event(payload: Any) -> bytes:
 class EventStream(Response):
     """Writes what `frames` yields; ends when the client leaves, or takes no byte for `write_timeout` seconds.
 
+    Headers go out with the first frame: what `frames` raises before it can still become another answer.
     `owner` is entered for the life of the response and left in every case, also when `frames` was never started.
     A slow reader holds up nobody: while a write blocks, the tokens of its request merge in their mailbox.
     """
@@ -51,9 +52,12 @@ class EventStream(Response):
             await while_connected(receive, self._write(send))
 
     async def _write(self, send: Send) -> None:
+        begun = False
         async with aclosing(self._frames) as frames:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async for frame in frames:
+                if not begun:
+                    begun = True
+                    await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
                 try:
                     async with asyncio.timeout(self._write_timeout):
                         await send({"type": "http.response.body", "body": frame, "more_body": True})

@@ -11,14 +11,17 @@ from typing import TypeVar, cast
 from starlette.requests import Request
 
 from ..engine.messages import EngineReady
+from ..engine.validation import check_order
 from . import errors
 from .admission import Admission
-from .auth import Keys
+from .auth import Keys, tenant_of
 from .config import ServerConfig
+from .cost import Asked, Experience
 from .dispatcher import Dispatcher
 from .generate import GenerateRequest, Generation
-from .inputs import TextSide
+from .inputs import Order, TextSide
 from .metrics import Metrics
+from .protocol import GenerateBody
 
 T = TypeVar("T")
 
@@ -33,6 +36,7 @@ class State:
     admission: Admission
     dispatcher: Dispatcher
     metrics: Metrics
+    experience: Experience
     text: TextSide
     pool: ThreadPoolExecutor
 
@@ -42,29 +46,44 @@ class State:
             raise errors.model_not_found(asked)
         return asked or self.model_names[0]
 
-    def tenant_salt(self, request: Request, client_salt: str | None) -> str:
-        return self.keys.cache_salt(request.state.tenant, client_salt or "")
+    def order_of(self, request: Request, body: GenerateBody) -> Order:
+        """Whose request it is: the tenant of the body, else of the key. Raises 400 for one that is not served here."""
+        key_digest, limits = request.state.key_digest, self.text.limits
+        order = Order(
+            arrival=request.state.arrival,
+            tenant=body.tenant or tenant_of(key_digest),
+            priority=body.priority or 0,
+            cache_salt=self.keys.cache_salt(key_digest, body.cache_salt or ""),
+            slo=body.promises,
+            timeout=body.timeout,
+        )
+        if limits.tenants and body.tenant is None and order.tenant not in limits.tenants:
+            raise errors.invalid("`tenant` is required: this server shares itself out between named ones.", "tenant")
+        check_order(order.priority, order.tenant, limits)
+        return order
 
     async def in_pool(self, work: Callable[[], T]) -> T:
         """`work` on a text thread."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, work)
 
-    async def open_generation(self, samples: int, prepare: Callable[[], GenerateRequest]) -> Generation:
+    async def open_generation(self, asked: Asked, tenant: str, prepare: Callable[[], GenerateRequest]) -> Generation:
         """Let a request in, then tokenize it. Raises ApiError; whoever gets the Generation must close it."""
         if self.dispatcher.trouble() is not None:
             raise errors.engine_dead()
         try:
-            slot = self.admission.admit(samples)
+            slot = self.admission.admit(asked.samples, self.experience.cost(asked), tenant)
         except errors.ApiError as error:
             self.metrics.rejected(error.code)
             raise
         try:
             prepared = await self.in_pool(prepare)
+            self.experience.saw_prompts(asked, sum(len(prompt.token_ids) for prompt in prepared.prompts))
             return Generation(
                 prepared,
                 dispatcher=self.dispatcher,
                 tokenizer=self.text.tokenizer,
                 metrics=self.metrics,
+                experience=self.experience,
                 config=self.config,
                 slot=slot,
             )

@@ -90,6 +90,10 @@ class FakeClient:
         self.fail_request: str | None = None  # error text that the next step gives every sample
         self.num_cached = 0
         self.age = 0.0
+        self.expires = True  # it ends what is past its timeout or deadline
+        self.unreachable = False  # it refuses to begin whatever has a deadline
+        self.facts: dict[str, Any] = {}  # of EngineReady, other than usual
+        self.figures: dict[str, Any] = {}  # of StepStats
         self.gate = threading.Event()
         self.gate.set()
         self.added: list[AddRequest] = []
@@ -104,25 +108,34 @@ class FakeClient:
         self._on_message = on_message
         self._thread = threading.Thread(target=self._loop, daemon=True)
         self._thread.start()
-        return EngineReady(
-            model_path=str(self.folder),
-            model_type="llama",
-            num_parameters=1000,
-            dtype="float32",
-            device="cpu",
-            vocab_size=VOCAB_SIZE,
-            max_model_len=MAX_MODEL_LEN,
-            max_logprobs=20,
-            max_num_seqs=4,
-            max_num_batched_tokens=64,
-            block_size=16,
-            num_blocks=100,
-            eos_token_ids=[EOS],
-            kernels={"attention": "reference"},
-            reasons={"dtype": "asked for"},
-            startup_seconds={"load": 0.5},
-            memory_bytes={"weights": 4000},
-        )
+        usual = {
+            "model_path": str(self.folder),
+            "model_type": "llama",
+            "num_parameters": 1000,
+            "dtype": "float32",
+            "device": "cpu",
+            "vocab_size": VOCAB_SIZE,
+            "max_model_len": MAX_MODEL_LEN,
+            "max_logprobs": 20,
+            "max_num_seqs": 4,
+            "max_num_batched_tokens": 64,
+            "max_n": 128,
+            "scheduling_policy": "fcfs",
+            "tenants": [],
+            "step_cost": [],
+            "block_size": 16,
+            "num_blocks": 100,
+            "eos_token_ids": [EOS],
+            "kernels": {"attention": "reference"},
+            "reasons": {"dtype": "asked for"},
+            "startup_seconds": {"load": 0.5},
+            "memory_bytes": {"weights": 4000},
+        }
+        return EngineReady(**{**usual, **self.facts})
+
+    def report(self) -> None:
+        """Send the figures of now, as an idle engine does."""
+        self._on_message(StepOutputs([], self._figures()))
 
     def send(self, message: AddRequest | Abort) -> None:
         if self._dead:
@@ -166,15 +179,18 @@ class FakeClient:
                 ]
                 self._stats.aborted_total += len(message.request_ids)
             elif isinstance(message, AddRequest):
+                self._stats.requests_total += 1
                 self._running += [_Sample(message, i, self.answer(message, i)) for i in range(message.params.n)]
                 self._stats.prompt_tokens_total += len(message.prompt_ids)
                 continue  # take all that is there before the next step
             if not self._inbox.empty():
                 continue
             while not self.gate.wait(0.005):
-                if not self._inbox.empty():
+                self._expire()
+                if not self._inbox.empty() or not self._running:
                     break
             else:
+                self._expire()
                 if self._running:
                     self._step()
 
@@ -185,9 +201,30 @@ class FakeClient:
         self._stats.steps_total += 1
         self._stats.running = len(self._running)
         self._stats.generated_tokens_total += sum(len(chunk.token_ids) for chunk in chunks)
-        self._on_message(
-            StepOutputs(chunks, StepStats(**{f: getattr(self._stats, f) for f in self._stats.__struct_fields__}))
-        )
+        self._on_message(StepOutputs(chunks, self._figures()))
+
+    def _figures(self) -> StepStats:
+        figures = {field: getattr(self._stats, field) for field in self._stats.__struct_fields__}
+        return StepStats(**{**figures, **self.figures})
+
+    def _expire(self) -> None:
+        late = {sample: reason for sample in self._running if (reason := self._overdue(sample)) is not None}
+        if late:
+            self._running = [sample for sample in self._running if sample not in late]
+            self._stats.expired_total += len(late)
+            chunks = [Chunk(s.request.request_id, s.index, [], "expired", error=reason) for s, reason in late.items()]
+            self._on_message(StepOutputs(chunks, self._figures()))
+
+    def _overdue(self, sample: _Sample) -> str | None:
+        request = sample.request
+        age, deadline = time.monotonic() - request.arrival, request.slo.deadline
+        if not self.expires:
+            return None
+        if deadline is not None and self.unreachable:
+            return "unreachable"
+        if deadline is not None and age > deadline:
+            return "deadline"
+        return "timeout" if request.timeout is not None and age > request.timeout else None
 
     def _advance(self, sample: _Sample) -> Chunk:
         request, params = sample.request, sample.request.params

@@ -56,12 +56,10 @@ async def test_sampling_parameters_reach_the_engine(http, fake):
         "allowed_token_ids": [5, 6, 7],
         "bad_words": ["no"],
         "logprobs": 2,
-        "priority": -3,
         "cache_salt": "pepper",
     }
     await complete(http, **body)
     request = fake.added[0]
-    assert request.priority == -3
     assert request.cache_salt != ""
     assert "pepper" not in request.cache_salt
     params = request.params

@@ -127,6 +127,29 @@ ROWS = [
     (COMPLETION, {"cache_salt": ""}, 400, "cache_salt", None, "at least 1"),
     (COMPLETION, {"cache_salt": "x" * 129}, 400, "cache_salt", None, "128"),
     (COMPLETION, {"request_id": "a b"}, 400, "request_id", None, "pattern"),
+    (COMPLETION, {"n": 129}, 400, "n", None, "between 1 and 128"),
+    (CONVERSATION, {"n": 129}, 400, "n", None, "between 1 and 128"),
+    *(
+        (path, {"slo": {name: value}}, 400, f"slo.{name}", None, name)
+        for path in (COMPLETION, CONVERSATION)
+        for name in ("ttft_ms", "itl_ms", "deadline_ms")
+        for value in (0, -1, 0.5, 1e300, "100", True, [])
+    ),
+    (COMPLETION, {"slo": {"tpot_ms": 5}}, 400, "slo.tpot_ms", None, "ttft_ms, itl_ms, deadline_ms"),
+    (CONVERSATION, {"slo": {"ttft_ms": 5, "x\n": None}}, 400, "slo.x\ufffd", None, "unknown"),
+    (COMPLETION, {"slo": 500}, 400, "slo", None, "slo"),
+    (COMPLETION, {"slo": [500]}, 400, "slo", None, "slo"),
+    *(
+        (path, {"timeout": value}, 400, "timeout", None, "timeout")
+        for path in (COMPLETION, CONVERSATION)
+        for value in (0, -1, 0.0001, 1e9, "5", True)
+    ),
+    (COMPLETION, {"tenant": ""}, 400, "tenant", None, "at least 1"),
+    (COMPLETION, {"tenant": "x" * 65}, 400, "tenant", None, "64"),
+    (COMPLETION, {"tenant": "é" * 33}, 400, "tenant", None, "64 bytes"),
+    (COMPLETION, {"tenant": 7}, 400, "tenant", None, "string"),
+    (COMPLETION, {"priority": 1}, 400, "priority", None, "--scheduling-policy priority"),
+    (CONVERSATION, {"priority": -1}, 400, "priority", None, "--scheduling-policy priority"),
     (COMPLETION, {"truncate_prompt_tokens": 0}, 400, "truncate_prompt_tokens", None, "between 1 and 512"),
     (CONVERSATION, {"chat_template_kwargs": {"tokenize": True}}, 400, "chat_template_kwargs", None, "tokenize"),
     (CONVERSATION, {"reasoning_effort": "high"}, 400, "chat_template_kwargs", None, "reasoning_effort"),

@@ -70,6 +70,7 @@ async def test_the_aborted_count_with_the_last_usage_they_could_have_been_told(h
         dispatcher=state.dispatcher,
         tokenizer=state.text.tokenizer,
         metrics=state.metrics,
+        experience=state.experience,
         config=state.config,
         slot=state.admission.admit(1),
     )

@@ -19,6 +19,16 @@ TEXTS = [
 ]
 
 
+ENGINE_ERROR = {
+    "error": {
+        "message": "The engine could not finish this request.",
+        "type": "server_error",
+        "param": None,
+        "code": "engine_error",
+    }
+}
+
+
 def text_of(events, index):
     return "".join(
         e["choices"][0].get("text", "") for e in events if e["choices"] and e["choices"][0]["index"] == index
@@ -100,34 +110,40 @@ async def test_silence_gets_comments(serve, fake):
     assert text.endswith("data: [DONE]\n\n")
 
 
-async def test_a_request_out_of_time_is_aborted_and_says_so(serve, fake, events, eventually):
-    fake.gate.clear()
-    async with serve(request_timeout=0.05) as http:
-        whole = await http.post("/v1/completions", json={"prompt": "x"})
-        assert whole.status_code == 504
-        assert whole.json()["error"]["code"] == "request_timeout"
-        streamed = await http.post("/v1/completions", json={"prompt": "x", "stream": True})
-        assert events(streamed.text)[-1]["error"]["code"] == "request_timeout"
-        await eventually(lambda: len(fake.aborted) == 2)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_a_failure_in_the_engine_ends_the_stream_with_an_error_event(http, fake, events, path, eventually):
+    fake.answer = lambda request, index: [97] * 400
+    fake.step_seconds = 0.005
+    body = {"prompt": "x", "messages": [{"role": "user", "content": "x"}], "max_tokens": 400, "stream": True}
+    running = asyncio.ensure_future(http.post(path, json=body))
+    generated = http.app.state.quire.metrics
+    await eventually(lambda: generated.stats.generated_tokens_total > 3)
+    fake.fail_request = "ValueError: NaN in /root/model at 0x7f00deadbeef"
+    *tokens, last = events((await running).text)
+    assert len(tokens) > 3
+    assert all(event["choices"][0]["finish_reason"] is None for event in tokens)
+    assert last == ENGINE_ERROR
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-async def test_a_failure_in_the_engine_ends_the_stream_with_an_error_event(http, fake, events, path):
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_failure_before_the_first_token_is_a_plain_error(http, fake, path, stream):
     fake.fail_request = "ValueError: NaN in /root/model at 0x7f00deadbeef"
-    body = {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}
-    streamed = await http.post(path, json={**body, "stream": True})
-    last = events(streamed.text)[-1]
-    assert last == {
-        "error": {
-            "message": "The engine could not finish this request.",
-            "type": "server_error",
-            "param": None,
-            "code": "engine_error",
-        }
-    }
-    whole = await http.post(path, json=body)
-    assert whole.status_code == 500
-    assert whole.json() == last
+    body = {"prompt": "x", "messages": [{"role": "user", "content": "x"}], "stream": stream}
+    response = await http.post(path, json=body)
+    assert response.status_code == 500
+    assert response.headers["content-type"] == "application/json"
+    assert response.json() == ENGINE_ERROR
+
+
+async def test_a_failure_after_a_comment_is_an_event(serve, fake, events):
+    fake.gate.clear()
+    fake.fail_request = "planned"
+    async with serve(keep_alive_interval=0.02) as http:
+        asyncio.get_running_loop().call_later(0.2, fake.gate.set)
+        response = await http.post("/v1/completions", json={"prompt": "x", "stream": True})
+    assert response.status_code == 200
+    assert events(response.text) == [ENGINE_ERROR]
 
 
 async def test_random_traffic_ends_well_formed(http, fake, events):

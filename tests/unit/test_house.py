@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "bench": {"bench", "engine", "scheduler", "kernels", "models"},
 }
 # Plain data that crosses every layer unchanged.
-CONTRACTS = ("quire.scheduler.params.", "quire.scheduler.plan.")
+CONTRACTS = ("quire.scheduler.params.", "quire.scheduler.plan.", "quire.scheduler.step_time.")
 EXCEPTIONS = {("server/cli_doctor.py", "kernels")}  # it reports which kernels this machine would run
 
 KERNEL_LIBRARIES = {"torch", "numpy", "triton"}

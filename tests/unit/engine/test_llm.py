@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,8 @@ from quire.engine.client import OnMessage
 from quire.engine.errors import EngineDeadError, EngineStartError, RequestError, TooLongError
 from quire.engine.llm import LLM
 from quire.engine.messages import Abort, AddRequest, EngineDead, EngineReady, StepOutputs, StepStats
-from quire.scheduler.params import SamplingParams
+from quire.engine.outputs import SampleOutput
+from quire.scheduler.params import SamplingParams, Slo
 from quire.scheduler.plan import Chunk, TokenLogprob
 
 Script = Callable[[AddRequest], Iterator[Chunk]]
@@ -33,6 +35,10 @@ def ready(folder: Path) -> EngineReady:
         max_model_len=128,
         max_num_seqs=8,
         max_num_batched_tokens=64,
+        max_n=10_000,
+        scheduling_policy="fcfs",
+        tenants=[],
+        step_cost=[],
         block_size=16,
         num_blocks=9,
         max_logprobs=20,
@@ -279,6 +285,156 @@ def test_an_interrupted_call_aborts_what_runs(
             llm.generate(["a long prompt", "another"], PARAMS, progress=False)
     assert len(client_of(llm).aborted) == 2
     assert llm.generate("again", PARAMS, progress=False)[0].outputs[0].text == "again"
+
+
+def test_promises_reach_the_engine(connect: Callable[[Script], LLM]) -> None:
+    llm = connect(echo)
+    slo = Slo(ttft=0.5, deadline=20.0)
+    llm.generate(["a", "b"], PARAMS, slo=slo, timeout=5, tenant="me", progress=False)
+    llm.chat([{"role": "user", "content": "hi"}], PARAMS, slo=slo, timeout=5, tenant="me", progress=False)
+    list(llm.samples("a", PARAMS, slo=slo, timeout=5, tenant="me"))
+    sent = client_of(llm).sent
+    assert len(sent) == 4
+    assert {(request.slo, request.timeout, request.tenant) for request in sent} == {(slo, 5, "me")}
+
+
+@pytest.mark.parametrize(
+    ("terms", "says"),
+    [
+        ({"slo": Slo(ttft=-1.0)}, r"slo\.ttft_ms"),
+        ({"slo": {"ttft_ms": 5}}, "slo must be a Slo"),
+        ({"timeout": 0}, "timeout"),
+        ({"timeout": float("nan")}, "timeout"),
+        ({"timeout": "5"}, "timeout"),
+        ({"tenant": "x" * 65}, "tenant"),
+        ({"tenant": None}, "tenant"),
+    ],
+)
+def test_promises_that_are_none_are_refused_before_anything_is_sent(
+    connect: Callable[[Script], LLM], terms: dict[str, Any], says: str
+) -> None:
+    llm = connect(echo)
+    for call in (
+        lambda: llm.generate("x", PARAMS, progress=False, **terms),
+        lambda: llm.chat([{"role": "user", "content": "hi"}], PARAMS, progress=False, **terms),
+        lambda: llm.samples("x", PARAMS, **terms),
+    ):
+        with pytest.raises(RequestError, match=says):
+            call()
+    assert client_of(llm).sent == []
+
+
+def test_what_runs_out_of_time_is_told_and_leaves_the_others(connect: Callable[[Script], LLM]) -> None:
+    def expires(request: AddRequest) -> Iterator[Chunk]:
+        yield Chunk(request.request_id, 0, request.prompt_ids[:1])
+        if request.params.seed == 13:
+            yield Chunk(request.request_id, 0, [], "expired", error="deadline")
+        else:
+            yield Chunk(request.request_id, 0, request.prompt_ids[1:], "length")
+
+    good, late = connect(expires).generate(["good", "late"], [PARAMS, replace(PARAMS, seed=13)], progress=False)
+    assert good.outputs[0].text == "good"
+    assert (late.outputs[0].finish_reason, late.outputs[0].error) == ("expired", "deadline")
+    assert len(late.outputs[0].token_ids) == 1
+
+
+# samples
+
+
+def countdown(request: AddRequest) -> Iterator[Chunk]:
+    """Sample i repeats the first token n - i times, so that the last of them ends first; the longest are endless."""
+    n = request.params.n
+    for turn in range(1, 50):
+        for index in range(n):
+            length = n - index
+            if turn <= length:
+                yield Chunk(request.request_id, index, request.prompt_ids[:1], "length" if turn == length else None)
+
+
+def test_samples_come_as_they_end(connect: Callable[[Script], LLM]) -> None:
+    llm = connect(countdown)
+    samples = list(llm.samples("a", replace(PARAMS, n=5)))
+    assert [sample.index for sample in samples] == [4, 3, 2, 1, 0]
+    assert [sample.text for sample in samples] == ["a" * i for i in range(1, 6)]
+    assert client_of(llm).aborted == []
+
+
+def test_the_first_verified_sample_is_the_last_one(connect: Callable[[Script], LLM]) -> None:
+    llm = connect(countdown)
+    asked: list[int] = []
+
+    def verify(sample: SampleOutput) -> bool:
+        asked.append(sample.index)
+        return len(sample.text) == 3
+
+    seen = []
+    for sample in llm.samples("a", replace(PARAMS, n=40), verify):
+        seen.append(sample.index)
+        cancelled = list(client_of(llm).aborted)
+    assert seen == asked == [39, 38, 37]
+    assert cancelled == [client_of(llm).sent[0].request_id], "before the caller gets it"
+    assert llm.generate("again", PARAMS, progress=False)[0].outputs[0].finish_reason == "length"
+
+
+def test_a_sample_that_failed_is_no_candidate(connect: Callable[[Script], LLM]) -> None:
+    def fails(request: AddRequest) -> Iterator[Chunk]:
+        yield Chunk(request.request_id, 0, [], "error", error="no finite logits")
+        yield Chunk(request.request_id, 1, [], "expired", error="timeout")
+        yield Chunk(request.request_id, 2, request.prompt_ids, "stop")
+
+    asked: list[int] = []
+    llm = connect(fails)
+    samples = list(llm.samples("a", replace(PARAMS, n=3), lambda sample: bool(asked.append(sample.index))))
+    assert [sample.finish_reason for sample in samples] == ["error", "expired", "stop"]
+    assert asked == [2]
+
+
+def test_leaving_the_loop_and_a_verifier_that_raises_cancel_the_rest(connect: Callable[[Script], LLM]) -> None:
+    llm = connect(countdown)
+    loop = llm.samples("a", replace(PARAMS, n=40))
+    next(loop)
+    loop.close()
+    assert len(client_of(llm).aborted) == 1
+
+    def broken(sample: SampleOutput) -> bool:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        list(llm.samples("a", replace(PARAMS, n=40), broken))
+    assert len(client_of(llm).aborted) == 2
+    assert llm.generate("again", PARAMS, progress=False)[0].outputs[0].finish_reason == "length"
+
+
+def test_a_call_in_the_middle_of_the_loop_is_refused_and_not_a_deadlock(connect: Callable[[Script], LLM]) -> None:
+    llm = connect(countdown)
+    loop = llm.samples("a", replace(PARAMS, n=4))
+    next(loop)
+    with pytest.raises(RuntimeError, match="in the middle of samples"):
+        llm.generate("x", PARAMS, progress=False)
+    assert len(list(loop)) == 3
+    llm.generate("x", PARAMS, progress=False)
+
+
+def test_nothing_is_sent_before_the_first_sample_is_asked_for(connect: Callable[[Script], LLM]) -> None:
+    llm = connect(countdown)
+    loop = llm.samples("a", replace(PARAMS, n=4))
+    assert client_of(llm).sent == []
+    loop.close()
+    with pytest.raises(RequestError, match=r"^n must be"):
+        llm.samples("a", replace(PARAMS, n=10_001))
+    with pytest.raises(RequestError, match="stop"):
+        llm.samples("a", PARAMS, stop="")
+
+
+def test_thousands_of_samples(connect: Callable[[Script], LLM]) -> None:
+    def quick(request: AddRequest) -> Iterator[Chunk]:
+        for index in range(request.params.n):
+            yield Chunk(request.request_id, index, request.prompt_ids, "length")
+
+    llm = connect(quick)
+    assert [sample.index for sample in llm.samples("a", replace(PARAMS, n=10_000))] == list(range(10_000))
+    (answer,) = llm.generate("a", replace(PARAMS, n=3000), progress=False)
+    assert [output.index for output in answer.outputs] == list(range(3000))
 
 
 def test_a_folder_that_cannot_be_read_closes_the_engine(tmp_path: Path) -> None:

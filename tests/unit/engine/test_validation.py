@@ -14,17 +14,19 @@ from quire.engine.validation import (
     MAX_STOP_CHARS,
     Limits,
     check_length,
+    check_order,
     check_params,
+    check_promises,
     check_request,
     check_stop,
     clamp_logit_bias,
     shown,
     valid_token_ids,
 )
-from quire.scheduler.params import SamplingParams
+from quire.scheduler.params import SamplingParams, Slo
 
 TOKENIZER_LEN, VOCAB = 330, 384  # the logits are wider than the tokenizer is long
-LIMITS = Limits(VOCAB, 512)
+LIMITS = Limits(VOCAB, 512, max_n=MAX_N)
 NAN, INF = float("nan"), float("inf")
 GOOD: dict[str, Any] = {"max_tokens": 16}
 BAD_IDS = [-(2**63), -1, VOCAB, 2**31, 2**63, 10**5000, 1.0, True, None, "1", NAN]
@@ -205,12 +207,87 @@ def test_the_engine_checks_the_whole_message() -> None:
         (AddRequest("r", [1] * 500, params()), "prompt"),
         (AddRequest("r", [1], params(n=0)), "n"),
         (AddRequest("r", [1], params(), priority=2**70), "priority"),
+        (AddRequest("r", [1], params(), priority=1), "priority"),
+        (AddRequest("r", [1], params(), tenant="x" * 65), "tenant"),
+        (AddRequest("r", [1], params(), slo=Slo(ttft=-1.0)), "slo.ttft_ms"),
+        (AddRequest("r", [1], params(), timeout=NAN), "timeout"),
         (AddRequest("r", [1], params(), cache_salt="x" * 1000), "cache_salt"),
         (AddRequest("r", [1], params(), cache_salt="\ud800" * 129), "cache_salt"),
     ):
         with pytest.raises(RequestError) as caught:
             check_request(request, LIMITS)
         assert caught.value.param == param
+
+
+PROMISES = {"ttft": (0.001, 3600.0), "itl": (0.001, 60.0), "deadline": (0.001, 86400.0)}
+NEVER_SECONDS = [0, -1, 0.0009, NAN, INF, -INF, 1e308, 10**5000, "1", True, [], {}]
+
+
+@pytest.mark.parametrize("name", PROMISES)
+@pytest.mark.parametrize("value", NEVER_SECONDS, ids=shown)
+def test_promises_that_are_none(name: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=rf"^slo\.{name}_ms must be in \[1, ") as caught:
+        check_promises(Slo(**{name: value}), None)
+    assert caught.value.param == f"slo.{name}_ms"
+    assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize("name", PROMISES)
+def test_promises_at_the_edges(name: str) -> None:
+    low, high = PROMISES[name]
+    for value in (None, low, high, 1):
+        check_promises(Slo(**{name: value}), None)
+    with pytest.raises(RequestError):
+        check_promises(Slo(**{name: high + 1}), None)
+
+
+def test_a_promise_is_told_in_milliseconds() -> None:
+    with pytest.raises(RequestError, match=r"^slo.itl_ms must be in \[1, 60000\], got 61000\.0$"):
+        check_promises(Slo(itl=61.0), None)
+
+
+@pytest.mark.parametrize("value", [*NEVER_SECONDS, 86401.0], ids=shown)
+def test_timeouts_that_are_none(value: Any) -> None:
+    with pytest.raises(RequestError, match=r"^timeout must be in \[0.001, 86400\]") as caught:
+        check_promises(Slo(), value)
+    assert caught.value.param == "timeout"
+
+
+def test_timeouts_at_the_edges() -> None:
+    for value in (None, 0.001, 1, 86400, 86400.0):
+        check_promises(Slo(), value)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "fair", "deadline"])
+def test_priorities_only_where_they_are_heeded(policy: str) -> None:
+    limits = Limits(VOCAB, 512, policy=policy)
+    check_order(0, "", limits)
+    for priority in (1, -1, 2**62):
+        with pytest.raises(RequestError, match=f"schedules by '{policy}'.*--scheduling-policy priority"):
+            check_order(priority, "", limits)
+        check_order(priority, "", Limits(VOCAB, 512, policy="priority"))
+    for nonsense in (2**63, 1.0, True, None, "1"):
+        with pytest.raises(RequestError, match="priority"):
+            check_order(nonsense, "", Limits(VOCAB, 512, policy="priority"))  # type: ignore[arg-type]
+
+
+def test_tenants() -> None:
+    named = Limits(VOCAB, 512, tenants=frozenset({"a", "é"}))
+    for tenant in ("a", "é"):
+        check_order(0, tenant, named)
+    for tenant in ("", "b", "A", "a ", "x" * 65, "é" * 33, None, 5, ["a"], b"a"):
+        with pytest.raises(RequestError) as caught:
+            check_order(0, tenant, named)  # type: ignore[arg-type]
+        assert caught.value.param == "tenant"
+    for tenant in ("", "anybody", "x" * 64):
+        check_order(0, tenant, LIMITS)
+
+
+def test_n_is_bounded_by_the_engine_at_hand() -> None:
+    check_params(params(n=7), Limits(VOCAB, 512, max_n=7))
+    with pytest.raises(RequestError, match="n must be a whole number from 1 to 7, got 8"):
+        check_params(params(n=8), Limits(VOCAB, 512, max_n=7))
+    assert Limits(VOCAB, 512).max_n == 128
 
 
 @pytest.mark.parametrize("value", [10**5000, "x" * 10**6, [1] * 10**5, NAN, None, True, object(), "\x00\n"], ids=shown)

@@ -24,6 +24,7 @@ def scheduler(policy: str, **changes: object) -> Scheduler:
         "block_size": 4,
         "max_num_seqs": 4,
         "max_num_batched_tokens": 64,
+        "overtaking": 10.0,
         "max_num_prefill_tokens": 16,
         "max_model_len": 256,
         "policy": policy,

@@ -1,0 +1,121 @@
+"""The HTTP side over a real engine on a tiny model: limits, promises and many samples, end to end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from quire.engine.config import EngineConfig
+from quire.engine.inproc import InprocClient
+from quire.server.app import create_app
+from quire.server.config import ServerConfig
+
+Running = Callable[..., Any]
+SMALL = {"dtype": "float32", "threads": 1, "num_blocks": 64, "block_size": 16, "max_num_seqs": 8, "check": True}
+
+
+@pytest.fixture
+def running(tiny_model: Path) -> Running:
+    """`async with running(engine={...}, **ServerConfig fields) as client:`"""
+
+    @asynccontextmanager
+    async def start(engine: dict[str, Any] | None = None, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
+        client = InprocClient(EngineConfig(model=str(tiny_model), **{**SMALL, **(engine or {})}))
+        app = create_app(client, ServerConfig(**settings))
+        async with app.router.lifespan_context(app):
+            transport = httpx.ASGITransport(app=app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as http:
+                http.app = app  # type: ignore[attr-defined]
+                yield http
+
+    return start
+
+
+def post(http: httpx.AsyncClient, **body: Any) -> asyncio.Future[httpx.Response]:
+    fields = {"prompt": "abc", "max_tokens": 8, "ignore_eos": True, **body}
+    return asyncio.ensure_future(http.post("/v1/completions", json=fields))
+
+
+def metric(text: str, name: str) -> float:
+    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.split("{")[0] == name)
+
+
+async def test_out_of_time_ends_in_the_engine_and_leaves_nothing_there(running, eventually):
+    async with running() as http:
+        state = http.app.state.quire
+        late = [
+            post(http, max_tokens=400, n=20, timeout=0.02),
+            post(http, max_tokens=400, n=20, slo={"deadline_ms": 20}),
+            post(http, max_tokens=400, n=20, slo={"deadline_ms": 20}, stream=True),
+        ]
+        good = post(http, slo={"ttft_ms": 60_000, "itl_ms": 60_000, "deadline_ms": 60_000})
+        answers = [await request for request in late]
+        assert [answer.json()["error"]["code"] for answer in answers[:2]] == ["request_timeout", "deadline_exceeded"]
+        assert '"code":"deadline_exceeded"' in answers[2].text
+        assert (await good).json()["choices"][0]["finish_reason"] == "length"
+        await eventually(lambda: state.metrics.stats.running + state.metrics.stats.waiting == 0, 30)
+        await eventually(lambda: state.metrics.stats.kv_blocks_used == 0, 30)
+        text = (await http.get("/metrics")).text
+    assert metric(text, "quire_requests_expired_total") == 3
+    assert metric(text, "quire_engine_expired_total") > 0
+    assert 'quire_slo_total{met="true",model_name="tiny",slo="deadline"} 1.0' in text
+    assert 'quire_slo_total{met="false",model_name="tiny",slo="deadline"} 40.0' in text
+    assert (state.admission.open, state.admission.requests) == (0, 0)
+
+
+async def test_a_deadline_that_the_engine_cannot_meet_is_refused_before_the_work(running):
+    async with running({"scheduling_policy": "deadline"}) as http:
+        state = http.app.state.quire
+        crowd = [post(http, max_tokens=300, n=8) for _ in range(3)]
+        await asyncio.sleep(0.2)
+        response = await post(http, prompt=[7] * 400, max_tokens=1, slo={"deadline_ms": 1})
+        assert response.status_code == 504
+        assert response.json()["error"]["code"] in ("deadline_unreachable", "deadline_exceeded")
+        assert "no token drawn" in response.json()["error"]["message"]
+        for request in crowd:
+            assert (await request).status_code == 200
+        assert state.admission.open == 0
+
+
+async def test_every_request_that_was_sent_is_seen_in_the_figures(running, eventually):
+    async with running(max_queue_seconds=3600) as http:
+        state = http.app.state.quire
+        bodies = [{"prompt": ["a", "bc"]}, {"n": 3}, {"prompt": "x" * 100, "logprobs": 2}, {"stream": True}] * 3
+        answers = [await request for request in [post(http, **body) for body in bodies]]
+        assert {answer.status_code for answer in answers} == {200}
+        await eventually(lambda: state.metrics.stats.requests_total == state.dispatcher.requests_sent == 15, 30)
+        await eventually(lambda: state.admission.predicted_wait() == state.metrics.stats.queue_seconds, 30)
+        assert not state.admission._unseen
+        assert not state.admission._in_flight
+
+
+async def test_many_samples_through_few_places(running):
+    async with running({"max_n": 10_000}) as http:
+        answer = (await post(http, n=1000, max_tokens=2, temperature=1.5, seed=7)).json()
+        again = (await post(http, n=3, max_tokens=2, temperature=1.5, seed=7)).json()
+        text = (await http.get("/metrics")).text
+    assert [choice["index"] for choice in answer["choices"]] == list(range(1000))
+    assert answer["usage"] == {**answer["usage"], "prompt_tokens": 3, "completion_tokens": 2000}
+    assert len({choice["text"] for choice in answer["choices"]}) > 10
+    assert [c["text"] for c in again["choices"]] == [c["text"] for c in answer["choices"][:3]]
+    assert metric(text, "quire_generation_tokens_total") == 2006
+    assert metric(text, "quire_contention_factor_count") == 1003
+
+
+async def test_tenants_are_served_and_counted(running):
+    engine = {"scheduling_policy": "fair", "tenant_weights": {"a": 1.0, "b": 2.0}}
+    async with running(engine) as http:
+        requests = [post(http, tenant=tenant, slo={"ttft_ms": 60_000}) for tenant in "ab" * 4]
+        assert {(await request).status_code for request in requests} == {200}
+        assert (await post(http)).status_code == 400
+        assert (await post(http, tenant="c")).status_code == 400
+        assert (await post(http, tenant="a", priority=1)).status_code == 400
+        text = (await http.get("/metrics")).text
+    for tenant in "ab":
+        assert f'quire_slo_total{{met="true",model_name="tiny",slo="ttft",tenant="{tenant}"}} 4.0' in text

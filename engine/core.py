@@ -17,7 +17,8 @@ from .. import kernels as kernel_table
 from ..kernels.batch import LayerKV
 from ..scheduler.config import SchedulerConfig
 from ..scheduler.plan import Chunk
-from ..scheduler.scheduler import Refused, Scheduler
+from ..scheduler.roster import Refused
+from ..scheduler.scheduler import Scheduler
 from .calibrate import calibrate
 from .config import EngineConfig
 from .errors import EngineStartError, RequestError

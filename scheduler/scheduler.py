@@ -23,18 +23,14 @@ from operator import attrgetter
 from .block_pool import BlockPool
 from .budget import Budget, equal_time_seconds
 from .config import Counters, SchedulerConfig
-from .fairness import Service
 from .forecast import wait_seconds
-from .hashing import root_key
-from .limits import TimeLimits
 from .packing import Want, pack
 from .params import SamplingParams, Slo
 from .plan import Chunk, Draw, Row, RowResult, StepPlan, StepResult
 from .policy import PATIENCE, POLICIES, never
-from .queue import WaitingQueue
-from .request import Group, Request
-from .residency import Residency
-from .step_time import StepCost, StepShape, StepTimeModel, ideal_seconds, shape_of
+from .request import Request
+from .roster import Roster
+from .step_time import StepCost, StepShape, StepTimeModel, shape_of
 
 # Requests looked at beyond those that fill the budget, for one that fits better into what is left.
 WINDOW = 16
@@ -55,32 +51,23 @@ def _want(request: Request) -> Want:
     return Want(start, request.num_tokens - start, request.passed_over)
 
 
-class Refused(ValueError):
-    """A request that could never run; the message says why."""
-
-
 class Scheduler:
     def __init__(self, config: SchedulerConfig, cost: StepCost) -> None:
         """cost: what a step is believed to take at first; it is refined by the steps that `update` is told of."""
         self.config = config
         self.policy = POLICIES[config.policy]
-        self.residency = Residency(config)
         self.steps = StepTimeModel(cost)
-        self.service = Service(config.tenant_weights, config.max_num_seqs)
         self.counters = Counters()
-        self.waiting = WaitingQueue()
+        self.roster = Roster(config, self.policy, self.steps)
+        self.residency, self.waiting, self.service = self.roster.residency, self.roster.waiting, self.roster.service
         self.shape = StepShape()  # of the plan that is out
-        self._groups: dict[str, Group] = {}
         self._entered: set[Request] = set()  # in the plan that is being made
         self._rows: dict[Request, Row] = {}  # of the plan that is being made
         self._in_step: list[Request] = []  # beside the rows of the plan that is out
         self._drawing: list[Request] = []  # beside its draws
         self._taken: list[Request] = []  # out of the queue while a plan is made
-        self._limits = TimeLimits()
         self._mean_output = 0.0  # tokens of a finished sample
-        self._num_unborn = 0
         self._step_id = 0
-        self._serial = 0
 
     # ---------------------------------------------------------------- requests in and out
 
@@ -101,49 +88,38 @@ class Scheduler:
 
         timeout: seconds from arrival after which it ends, whatever it was doing.
         """
-        if request_id in self._groups:
-            raise Refused(f"request id {request_id!r} is in use")
-        if not prompt_ids:
-            raise Refused("the prompt is empty: at least one token is needed")
-        if len(prompt_ids) + (params.max_tokens > 0) > self.config.max_model_len:
-            raise Refused(f"the prompt has {len(prompt_ids)} tokens, the context {self.config.max_model_len}")
-        group = Group(
+        self.roster.add(
             request_id,
-            list(prompt_ids),
+            prompt_ids,
             params,
-            self._next_serial(),
-            arrival,
-            priority,
-            tenant,
-            slo or Slo(),
-            root=root_key(cache_salt, *self.config.cache_context),
+            priority=priority,
+            arrival=arrival,
+            cache_salt=cache_salt,
+            tenant=tenant,
+            slo=slo or Slo(),
+            timeout=timeout,
         )
-        self._groups[request_id] = group
-        self._num_unborn += params.n
-        self.service.arrives(tenant)
-        self._promise_by_time(group, timeout)
-        self._offer(group, arrival)
 
     def abort(self, request_id: str, index: int | None = None) -> list[Chunk]:
         """End one sample of a request, or all, now; blocks return at once. What is unknown has ended already.
 
         Call between steps.
         """
-        group = self._groups.get(request_id)
+        group = self.roster.groups.get(request_id)
         if group is None:
             return []
-        ended = self._end(group, index)
+        ended = self.roster.end(group, index)
         self.counters.aborted += len(ended)
         return [Chunk(request_id, i, [], finish_reason="abort") for i in ended]
 
     def expire(self, now: float) -> list[Chunk]:
         """End what has run out of time, and what cannot be in time any more. Call before each step."""
         chunks = []
-        for limit in self._limits.over(now):
-            group = self._groups.get(limit.request_id)
+        for limit in self.roster.limits.over(now):
+            group = self.roster.groups.get(limit.request_id)
             if group is None or group.key != limit.key or (limit.what == "unreachable" and group.has_begun):
                 continue
-            ended = self._end(group, None)
+            ended = self.roster.end(group, None)
             self.counters.expired += len(ended)
             chunks += [Chunk(group.request_id, i, [], finish_reason="expired", error=limit.what) for i in ended]
         return chunks
@@ -159,12 +135,12 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._groups)
+        return bool(self.roster.groups)
 
     @property
     def num_waiting(self) -> int:
         """Samples that wait, the unborn ones included."""
-        return len(self.waiting) + self._num_unborn
+        return len(self.waiting) + self.roster.num_unborn
 
     def wait_seconds(self) -> float:
         """Predicted wait of a request that came now."""
@@ -302,7 +278,7 @@ class Scheduler:
         begun: dict[str, list[Request]] = {lane: [] for lane in (self.waiting.lanes if admit else ())}
         for request in self.running:
             if request.remaining > 1:
-                begun.setdefault(self._lane(request), []).append(request)
+                begun.setdefault(self.roster.lane(request), []).append(request)
         lanes = {}
         for name, requests in begun.items():
             requests.sort(key=_order)
@@ -318,7 +294,7 @@ class Scheduler:
         """Who was taken out of the queue and did not get a place waits on."""
         for request in self._taken:
             if request.slot < 0:
-                self._wait(request)
+                self.roster.wait(request)
         self._taken.clear()
 
     def _row(self, request: Request, count: int, new_block_ids: tuple[int, ...]) -> Row:
@@ -401,7 +377,7 @@ class Scheduler:
         turn = deque(request.group for request in self._drawing)
         while turn:
             group = turn.popleft()
-            request = self._next_sample(group, now)
+            request = self.roster.next_sample(group, now)
             if request is not None:
                 self._taken.append(request)
                 if admit and self.residency.free_slots and request.forks and self._enter(plan, request, now):
@@ -424,12 +400,12 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         """Back to the waiting; its blocks are free but stay findable, so much of it may be a cache hit on return."""
-        self._leave(request)
+        self.roster.leave(request)
         self._rows.pop(request, None)
         request.num_computed = 0
         request.num_preemptions += 1
         self.counters.preemptions += 1
-        self._wait(request)
+        self.roster.wait(request)
 
     # ---------------------------------------------------------------- after a step
 
@@ -448,14 +424,14 @@ class Scheduler:
             request.max_computed = max(request.max_computed, end)
             if row.keeps is not None:
                 self.residency.pin(request)
-                self._offer(request.group, request.group.arrival)
+                self.roster.offer(request.group, request.group.arrival)
         return self._take(request, got)
 
     def _take(self, request: Request, got: RowResult) -> Chunk | None:
         """Append what was drawn; the news, if there are any."""
         if got.error is not None:
             self.pool.retract(request.block_ids)
-            self._finish(request)
+            self.roster.finish(request)
             self.counters.failed += 1
             return Chunk(request.request_id, request.index, [], finish_reason="error", error=got.error)
         finish: str | None = None
@@ -474,7 +450,7 @@ class Scheduler:
             self.residency.prefix.publish(request)
         if finish:
             self._mean_output += (request.num_output - self._mean_output) * (OUTPUT_MEMORY if self._mean_output else 1)
-            self._finish(request)
+            self.roster.finish(request)
         if not drawn and not finish and not got.prompt_logprobs:
             return None
         chunk = Chunk(request.request_id, request.index, got.token_ids[:drawn], finish, stop)
@@ -507,101 +483,6 @@ class Scheduler:
                 seconds += cost.work_seconds(row.start, row.num_tokens)
             self.service.charge(request.group.tenant, seconds)
 
-    # ---------------------------------------------------------------- the life of a group
-
-    def _next_serial(self) -> int:
-        self._serial += 1
-        return self._serial
-
-    def _lane(self, request: Request) -> str:
-        return request.group.tenant if self.policy.by_tenant else ""
-
-    def _wait(self, request: Request) -> None:
-        self.waiting.push(request, self._lane(request))
-
-    def _offer(self, group: Group, since: float) -> None:
-        """Put the next sample into the queue, as if it had come at `since`."""
-        request = self._next_sample(group, since)
-        if request is not None:
-            self._wait(request)
-
-    def _next_sample(self, group: Group, since: float) -> Request | None:
-        """The next sample, with its place in the queue: as if it had come at `since`."""
-        work = 0.0 if group.prefix else self._prompt_work(group)
-        place = self.policy.place(group, work, self.config.overtaking) + since - group.arrival
-        request = group.begin((place, self._next_serial()))
-        if request is not None:
-            request.work = work
-            self._num_unborn -= 1
-        return request
-
-    def _prompt_work(self, group: Group) -> float:
-        probe = Request(group, group.next_index, group.prompt, (0.0, 0), group.params, len(group.prompt))
-        cached = len(self.residency.prefix.match(probe)) * self.config.block_size
-        return self.steps.cost.work_seconds(cached, len(group.prompt) - cached)
-
-    def _promise_by_time(self, group: Group, timeout: float | None) -> None:
-        """When the group's limits are over, and by when its first token is due."""
-        slo, params, cost = group.slo, group.params, self.steps.cost
-        if timeout is not None:
-            self._limits.add(group, group.arrival + timeout, "timeout")
-        if slo.ttft is not None:
-            group.due = group.arrival + slo.ttft
-        if slo.deadline is not None:
-            end = group.arrival + slo.deadline
-            self._limits.add(group, end, "deadline")
-            # What is sure to be drawn: a sample may end itself after its min_tokens.
-            least = params.max_tokens if params.ignore_eos and not params.stop_token_ids else max(1, params.min_tokens)
-            decodes = ideal_seconds(cost, 0, least, self.config.max_num_batched_tokens)
-            group.due = min(group.due, end - decodes)
-            if self.policy.refuses_late:
-                self._limits.add(group, end - decodes - cost.base - self._prompt_work(group), "unreachable")
-
-    def _end(self, group: Group, index: int | None) -> list[int]:
-        """End the sample of that index, or all; the indices of those that had not ended before."""
-        if index is None:
-            indices = [sample.index for sample in group.live]
-            unborn = [i for i in range(group.next_index, group.params.n) if i not in group.cancelled]
-            indices += unborn
-            self._num_unborn -= len(unborn)
-            group.next_index = group.params.n
-            group.cancelled.clear()
-        elif any(sample.index == index for sample in group.live):
-            indices = [index]
-        elif group.next_index <= index < group.params.n and index not in group.cancelled:
-            group.cancelled.add(index)
-            self._num_unborn -= 1
-            return [index]
-        else:
-            return []
-        for sample in [sample for sample in group.live if sample.index in indices]:
-            self._finish(sample)
-        return indices
-
-    def _leave(self, request: Request) -> None:
-        self.residency.leave(request)
-        self.service.stops(request.group.tenant)
-
-    def _finish(self, request: Request) -> None:
-        request.finished = True
-        if request.slot >= 0:
-            self._leave(request)
-        else:
-            self.waiting.discard(request)
-        group = request.group
-        group.live.remove(request)
-        if not group.live:
-            self._offer(group, group.arrival)  # unless all have begun
-        if not group.live:
-            self.residency.unpin(group)
-            self.service.leaves(group.tenant)
-            del self._groups[group.request_id]
-
-    # ---------------------------------------------------------------- self-check
-
     def check(self) -> None:
         """Raise RuntimeError unless every block, slot and request is accounted for."""
-        self.residency.check()
-        alive = sum(len(group.live) for group in self._groups.values())
-        if alive != len(self.waiting) + len(self.running):
-            raise RuntimeError(f"{alive} samples alive, {len(self.waiting)} wait and {len(self.running)} run")
+        self.roster.check()

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 
 from .params import SamplingParams
 from .plan import Chunk, RowResult, StepPlan, StepResult
-from .scheduler import Refused, Scheduler
+from .roster import Refused
+from .scheduler import Scheduler
 from .step_time import StepCost, StepShape
 from .traces import Arrival, token_ids
 

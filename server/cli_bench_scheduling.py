@@ -84,14 +84,15 @@ def bench_fairness(
         int | None, option(LOAD, "Tokens of each; nothing = three quarters of the room, at most 3072.", min=1)
     ] = None,
     flood_output_len: Annotated[int, option(LOAD, "Tokens drawn for each.", min=1)] = 256,
-    visits: Annotated[int, option(LOAD, "Requests of the other tenant.", min=1)] = 40,
+    visits: Annotated[int, option(LOAD, "Requests of the other tenant.", min=1)] = 60,
     visit_prompt_len: Annotated[
-        int | None, option(LOAD, "Tokens of each; nothing = an eighth of the context, at most 512.", min=1)
+        int | None, option(LOAD, "Tokens of each; nothing = a quarter of the context, at most 512.", min=1)
     ] = None,
     visit_output_len: Annotated[int, option(LOAD, "Tokens drawn for each.", min=1)] = 16,
     visit_rate: Annotated[float, option(LOAD, "Visits a second on average, as a Poisson process.")] = 4.0,
     max_num_prefill_tokens: Annotated[
-        int | None, option(WHERE, "Prompt tokens of a step beside streams; nothing = simulated 256, else 128.", min=1)
+        int | None,
+        option(WHERE, "Prompt tokens of a step beside streams; nothing = simulated 256, else the default.", min=1),
     ] = None,
     seed: Seed = 0,
     json_file: JsonFile = None,

@@ -14,7 +14,8 @@ from quire.scheduler.config import SchedulerConfig
 from quire.scheduler.params import SamplingParams, Slo
 from quire.scheduler.plan import RowResult, StepPlan, StepResult
 from quire.scheduler.policy import POLICIES
-from quire.scheduler.scheduler import Refused, Scheduler
+from quire.scheduler.roster import Refused
+from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.step_time import StepCost
 
 VOCAB = 3  # few tokens, so that prompts share beginnings by chance

@@ -126,7 +126,7 @@ def test_a_flood_leaves_the_other_tenant_its_share():
         assert len(s.running) == 4
         s.add("quiet", prompt(99, 60), answer(3), arrival=0.3, tenant="quiet")
         steps = 0
-        while "quiet" in s._groups:
+        while "quiet" in s.roster.groups:
             step(s, 0.3 + 0.01 * steps)
             steps += 1
         waits[policy] = steps
@@ -140,7 +140,7 @@ def test_further_samples_are_not_starved_by_a_stream_of_prompts(policy: str):
     for k in range(150):
         s.add(f"p{k}", prompt(100 + k, 8), answer(3), arrival=0.01 * k)
         step(s, 0.01 * k)
-    assert "samples" not in s._groups
+    assert "samples" not in s.roster.groups
     assert s.num_waiting > 10, "the prompts came faster than they could be served"
 
 
@@ -162,7 +162,7 @@ def test_service_is_shared_by_weight():
             s.add(f"{tenant}{i}", prompt(hash((tenant, i)) % 10**6, 30), answer(2), tenant=tenant)
     for k in range(60):
         step(s, 0.01 * k)
-    left = {tenant: sum(name.startswith(tenant) for name in s._groups) for tenant in ("big", "small")}
+    left = {tenant: sum(name.startswith(tenant) for name in s.roster.groups) for tenant in ("big", "small")}
     served = {tenant: 60 - count for tenant, count in left.items()}
     assert served["small"] > 0
     assert 2.0 < served["big"] / served["small"] < 4.5

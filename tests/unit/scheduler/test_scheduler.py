@@ -8,7 +8,8 @@ from quire.scheduler.config import SchedulerConfig
 from quire.scheduler.params import SamplingParams
 from quire.scheduler.plan import Chunk, RowResult, StepPlan, StepResult
 from quire.scheduler.policy import AGEING_SECONDS
-from quire.scheduler.scheduler import Refused, Scheduler
+from quire.scheduler.roster import Refused
+from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.step_time import StepCost
 
 COST = StepCost(tile=1, base=1e-3, per_tile=1e-4, per_context=1e-7, per_pair=1e-8)

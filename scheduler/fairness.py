@@ -3,7 +3,8 @@
 After the Virtual Token Counter of Sheng et al. (arXiv 2401.00588), with seconds of the step-time model in place of
 tokens: a cached prefix costs nothing, and a long context costs what it takes.
 
-A tenant that returns is lifted to the least served of the active ones, so nobody saves up while away.
+A tenant that returns is lifted to the least served of the active ones, or to the last one that left an empty house, so
+nobody saves up while away.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class Service:
         self._weights = dict(weights)
         self._max_num_seqs = max_num_seqs
         self._seconds: dict[str, float] = {}
+        self._floor = 0.0  # counter of the last tenant that left an empty house
         self._present: dict[str, int] = {}  # tenant -> its requests in the house
         self._held: dict[str, int] = {}  # tenant -> its running samples
 
@@ -37,8 +39,7 @@ class Service:
     def arrives(self, tenant: str) -> None:
         """A request of `tenant` came in."""
         if tenant not in self._present:
-            least = min((self.seconds(other) for other in self._present), default=0.0)
-            self._seconds[tenant] = max(self.seconds(tenant), least)
+            self._seconds[tenant] = max(self.seconds(tenant), self._least())
         self._present[tenant] = self._present.get(tenant, 0) + 1
 
     def leaves(self, tenant: str) -> None:
@@ -46,6 +47,8 @@ class Service:
         self._present[tenant] -= 1
         if not self._present[tenant]:
             del self._present[tenant]
+            if not self._present:
+                self._floor = max(self._floor, self.seconds(tenant))
             self._forget()
 
     def enters(self, tenant: str) -> None:
@@ -82,10 +85,14 @@ class Service:
             if following is not None:
                 heads[tenant] = following
 
+    def _least(self) -> float:
+        """What a newcomer is lifted to."""
+        return min((self.seconds(tenant) for tenant in self._present), default=self._floor)
+
     def _forget(self) -> None:
         """Drop the counters of absent tenants that returning would lift anyway, and the least of too many."""
-        least = min((self.seconds(tenant) for tenant in self._present), default=None)
         absent = sorted((s, tenant) for tenant, s in self._seconds.items() if tenant not in self._present)
+        least = self._least()
         for i, (seconds, tenant) in enumerate(absent):
-            if (least is not None and seconds <= least) or len(absent) - i > ABSENT:
+            if seconds <= least or len(absent) - i > ABSENT:
                 del self._seconds[tenant]

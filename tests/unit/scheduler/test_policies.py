@@ -252,6 +252,18 @@ def test_a_tenant_that_returns_has_saved_nothing_up():
     assert service.seconds("b") == 150.0, "nor is what it had forgotten"
 
 
+def test_who_worked_alone_owes_nothing_for_it():
+    service = Service({}, 8)
+    service.arrives("alone")
+    service.charge("alone", 500.0)
+    service.leaves("alone")
+    service.arrives("flood")
+    assert service.seconds("flood") == 500.0
+    service.charge("flood", 1.0)
+    service.arrives("alone")
+    assert service.seconds("alone") == 501.0
+
+
 def test_names_of_strangers_do_not_fill_the_memory():
     service = Service({}, 8)
     service.arrives("here")

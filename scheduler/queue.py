@@ -31,6 +31,13 @@ class WaitingQueue:
         """`request`, which waits here and was just marked finished, no longer counts."""
         self._count(request, -1)
 
+    def head(self, lane: str = "") -> Request | None:
+        """The first of a lane, which stays in it."""
+        heap = self._lanes.get(lane, [])
+        while heap and heap[0][1].finished:
+            heapq.heappop(heap)
+        return heap[0][1] if heap else None
+
     def drain(self, lane: str = "") -> Iterator[Request]:
         """Pop a lane in order. Whoever cannot take one pushes it back when done."""
         heap = self._lanes.get(lane, [])

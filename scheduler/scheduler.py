@@ -46,8 +46,10 @@ _order = attrgetter("order")
 
 
 def _want(request: Request) -> Want:
-    """The tokens that it lacks, those of a waiting one as it was last looked at; a fork lacks none."""
-    start = request.num_computed if request.slot >= 0 else request.num_tokens if request.forks else request.findable
+    """The tokens that it lacks, those of a waiting one as it was last looked at; of a fork the one it will draw."""
+    if request.slot < 0 and request.forks:
+        return Want(request.num_prompt, int(request.params.max_tokens > 1))
+    start = request.num_computed if request.slot >= 0 else request.findable
     return Want(start, request.num_tokens - start, request.passed_over)
 
 
@@ -217,10 +219,32 @@ class Scheduler:
         if decoding and limits:
             seconds = min(limits) / self.steps.margin
         elif decoding:
-            tokens = min(tokens, config.max_num_prefill_tokens)
+            tokens = min(tokens, max(config.max_num_prefill_tokens, self._owed_tokens(decoding)))
         if config.chunking == "time":
             seconds = min(seconds, equal_time_seconds(cost, shape, tokens))
         return Budget(cost, shape, tokens, seconds, config.block_size)
+
+    def _owed_tokens(self, decoding: list[Request]) -> int:
+        """Prompt tokens of the tenant that was served no more than any other whose streams run, if there is one.
+
+        Nobody promised those streams a pace: the tenant may have its share in one piece, and pays for it.
+        """
+        if not self.policy.by_tenant:
+            return 0
+        prompts: dict[str, int] = {}
+        for lane in self.waiting.lanes:
+            head = self.waiting.head(lane)
+            prompts[lane] = head.num_tokens if head is not None else 0
+        for request in self.running:
+            if request.remaining > 1:
+                tenant = request.group.tenant
+                prompts[tenant] = prompts.get(tenant, 0) + request.remaining
+        if not prompts:
+            return 0
+        tenant = min(prompts, key=self.service.seconds)
+        others = {request.group.tenant for request in decoding} - {tenant}
+        owed = all(self.service.seconds(tenant) <= self.service.seconds(other) for other in others)
+        return prompts[tenant] if others and owed else 0
 
     def _spend(self, plan: StepPlan, rows: dict[Request, Row], budget: Budget, now: float, *, admit: bool) -> None:
         """Give the budget to prompts in progress and, if `admit`, to waiting ones; then let forks in."""

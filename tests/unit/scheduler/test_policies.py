@@ -133,6 +133,25 @@ def test_a_flood_leaves_the_other_tenant_its_share():
     assert waits["fair"] <= 8 < waits["fcfs"]
 
 
+def test_who_is_owed_may_have_its_share_in_one_piece():
+    taken = {}
+    for policy in ("fcfs", "fair"):
+        s = scheduler(policy, max_num_seqs=5)
+        for i in range(3):
+            s.add(f"flood{i}", prompt(i, 60), answer(100), tenant="flood")
+        for _ in range(12):
+            step(s, 0.0)
+        s.add("quiet", prompt(99, 40), answer(3), arrival=0.1, tenant="quiet")
+        plan = step(s, 0.1)
+        assert plan is not None
+        taken[policy] = max(row.num_tokens for row in plan.rows)
+    assert taken == {"fcfs": 16, "fair": 40}
+    s.add("more", prompt(98, 60), answer(3), arrival=0.1, tenant="flood")
+    plan = step(s, 0.1)
+    assert plan is not None
+    assert max(row.num_tokens for row in plan.rows) == 16, "nobody owes the flood anything"
+
+
 @pytest.mark.parametrize("policy", ["fcfs", "priority", "fair", "deadline"])
 def test_further_samples_are_not_starved_by_a_stream_of_prompts(policy: str):
     s = scheduler(policy, max_num_seqs=2)

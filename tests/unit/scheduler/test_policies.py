@@ -146,6 +146,7 @@ def test_who_is_owed_may_have_its_share_in_one_piece():
         assert plan is not None
         taken[policy] = max(row.num_tokens for row in plan.rows)
     assert taken == {"fcfs": 16, "fair": 40}
+    s.service.charge("flood", 10.0)
     s.add("more", prompt(98, 60), answer(3), arrival=0.1, tenant="flood")
     plan = step(s, 0.1)
     assert plan is not None

@@ -28,7 +28,7 @@ class EngineConfig:
     scheduling_policy       who runs first (scheduler/policy.py): "fcfs", "priority", "fair" between tenants, "deadline"
     overtaking              a prompt stands behind those that come within so many times its own prefill time: short ones
                             may overtake long ones for so long, and no longer. 0 = strictly in order of arrival. Under
-                            overload this decides who carries it; docs/scheduling.md measures 0, 100 and 300
+                            overload this decides who carries it; docs/scheduling.md measures several
     tenant_weights          {tenant: share} for `fair`; when given, requests must name one of them
     slo_itl_ms              promised gap between two tokens of every stream: a step takes as many prompt tokens as its
                             predicted time allows. It replaces max_num_prefill_tokens
@@ -54,7 +54,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     max_num_prefill_tokens: int = 64
     scheduling_policy: str = "fcfs"
-    overtaking: float = 300.0
+    overtaking: float = 200.0
     tenant_weights: dict[str, float] = field(default_factory=dict)
     slo_itl_ms: float | None = None
     prefill_chunking: str = "tokens"

@@ -23,7 +23,7 @@ class SchedulerConfig:
     cache_context: tuple[str, ...] = ()  # what else K/V depends on: model, KV format, RoPE
     policy: str = "fcfs"
     tenant_weights: dict[str, float] = field(default_factory=dict)
-    overtaking: float = 300.0
+    overtaking: float = 200.0
     slo_itl: float | None = None
     chunking: str = "tokens"
     eviction: str = "lru"

@@ -5,9 +5,10 @@
 A step is filled in this order:
     1. every running request that only lacks its next token: streams never wait for a prompt (Sarathi-Serve,
        arXiv 2403.02310, algorithm 3);
-    2. within the budget that they leave (budget.py), prompts in progress and waiting ones in the policy's order
-       (policy.py), packed (packing.py); one that enters is given blocks for all its known tokens, above a watermark;
-    3. further samples of prompts that have been computed: they need no budget, only a slot and blocks.
+    2. within the budget that they leave (budget.py), prompts in progress and waiting requests in the policy's order
+       (policy.py), packed (packing.py); one that enters is given blocks for all its known tokens, above a watermark.
+       A further sample of a computed prompt needs a slot, a block or two, and one token of the budget;
+    3. more such samples, while slots are free.
 Out of blocks, the running request that has computed least is preempted and recomputed later, never the first in order.
 """
 
@@ -247,7 +248,7 @@ class Scheduler:
         return prompts[tenant] if others and owed else 0
 
     def _spend(self, plan: StepPlan, rows: dict[Request, Row], budget: Budget, now: float, *, admit: bool) -> None:
-        """Give the budget to prompts in progress and, if `admit`, to waiting ones; then let forks in."""
+        """Give the budget to prompts in progress and, if `admit`, to who waits; then free slots to further samples."""
         admit = admit and (bool(self.residency.free_slots) or self.policy.displaces is not never)
         asking = self._asking(budget, admit)
         entering = {request for request in asking if request.slot < 0}

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import accumulate, count
 from typing import Any, NamedTuple
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ..scheduler.block_pool import BlockContent, BlockPool
@@ -273,8 +274,18 @@ def run(config: EvictionConfig) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """Hit tokens; for the predicted orders also the gain on LRU, and the share of the gap to Belady that it closes."""
-    shown = Table("trace", "cache", "blocks", *ORDERS, "discard", "phase", title="Hit tokens by eviction order")
+    """Hit tokens in thousands; of the predicted orders also the share of the gap from LRU to Belady that they close."""
+    shown = Table(
+        "trace",
+        "cache",
+        "blocks",
+        *ORDERS,
+        *(f"gap: {order}" for order in ("discard", "phase")),
+        title="hit tokens by eviction order, thousands",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     for column in shown.columns[1:]:
         column.justify = "right"
     for row in result["rows"]:
@@ -283,13 +294,12 @@ def table(result: dict[str, Any]) -> Table:
             row["trace"],
             f"{row['cache_fraction']:.0%}",
             str(row["cache_blocks"]),
-            *(str(hits[order]) for order in ORDERS),
-            *(_gain(hits, order) for order in ("discard", "phase")),
+            *(f"{hits[order] / 1e3:.1f}" for order in ORDERS),
+            *(_closed(hits, order) for order in ("discard", "phase")),
         )
     return shown
 
 
-def _gain(hits: dict[str, int], order: str) -> str:
-    gap, gained = hits["belady"] - hits["lru"], hits[order] - hits["lru"]
-    change = f"{gained / hits['lru']:+.1%}" if hits["lru"] else "-"
-    return f"{change}, {gained / gap:.0%} of the gap" if gap > 0 else change
+def _closed(hits: dict[str, int], order: str) -> str:
+    gap = hits["belady"] - hits["lru"]
+    return f"{(hits[order] - hits['lru']) / gap:.0%}" if gap else "-"

@@ -98,7 +98,7 @@ def layouts(config: PrefillConfig, lengths: Sequence[int]) -> dict[str, Layout]:
     return {
         "packed": [list(lengths)],
         "padded": padded(lengths, config.batch_size),
-        "sorted": padded(sorted(lengths), config.sorted_batch_size),
+        "sorted": padded(sorted(lengths, reverse=True), config.sorted_batch_size),
         "rows": in_rows(lengths),
     }
 

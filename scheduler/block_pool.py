@@ -59,11 +59,6 @@ class BlockPool:
     def num_used(self) -> int:
         return self.num_blocks - 1 - self.num_free
 
-    @property
-    def trusts_predictions(self) -> bool:
-        """False while the order is plain LRU: always with "lru", else because LRU would do better at present."""
-        return self._foresight is not None and self._foresight.trusted
-
     def take(self, count: int) -> list[int] | None:
         """`count` blocks to write into, each with one holder; None, and no change, when there are not as many."""
         if count > self.num_free:

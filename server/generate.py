@@ -108,7 +108,6 @@ class Generation:
             # Made here and unrelated to any id the caller sent: nobody can guess, reuse or abort another's.
             self._parts[uuid.uuid4().hex] = _Part(prompt, first_choice, tokenizer, request.text_options)
             first_choice += prompt.params.n
-        self.num_choices = first_choice
         self._ordered = list(self._parts.values())
         self._open_parts = len(self._parts)
         self._open_samples = first_choice

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..kernels.batch import KVSpec, LayerKV
+from ..kernels.batch import KVSpec, LayerKV, allocate_layer
 from .model_config import DecoderConfig
 
 FORMAT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -16,14 +16,10 @@ def kv_spec(config: DecoderConfig, block_size: int, dtype: torch.dtype) -> KVSpe
 
 
 def block_bytes(spec: KVSpec, num_layers: int) -> int:
-    """Bytes of one block: keys and values of block_size tokens in every layer."""
-    return 2 * num_layers * spec.block_size * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize
+    """Bytes of one block: keys and values of block_size tokens in every layer, with their scales."""
+    return num_layers * spec.block_bytes
 
 
 def allocate(spec: KVSpec, num_layers: int, num_blocks: int, device: torch.device) -> list[LayerKV]:
-    """Empty caches, one per layer. Zeroed pages are mapped on first use, so unused blocks cost no memory on the CPU."""
-    shape = (num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
-    return [
-        LayerKV(spec, *(torch.zeros(shape, dtype=spec.dtype, device=device) for _ in range(2)))
-        for _ in range(num_layers)
-    ]
+    """Empty caches, one per layer."""
+    return [allocate_layer(spec, num_blocks, device) for _ in range(num_layers)]

@@ -5,13 +5,34 @@ Importing the package registers everything: a module is in one of these lists, o
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
+
+import torch
 
 from .registry import Implementation, Kernels, Target, implementations, ops, resolve
 
-REFERENCE = ("activation", "attention", "kv", "linear", "moe", "norm", "rope", "sampling", "verify")
+REFERENCE = (
+    "activation",
+    "attention",
+    "fp8",
+    "hadamard",
+    "int4",
+    "int8",
+    "kv",
+    "kv_formats",
+    "linear",
+    "low_rank",
+    "moe",
+    "norm",
+    "rope",
+    "rows",
+    "sampling",
+    "verify",
+)
 CPU = ("activation", "attention", "kv", "linear", "moe", "norm", "rope", "sampling")
 NATIVE = ("attention", "linear", "rowwise")
+TRITON: tuple[str, ...] = ()
 
 for _module in REFERENCE:
     import_module(f".reference.{_module}", __name__)
@@ -19,5 +40,8 @@ for _module in CPU:
     import_module(f".cpu.{_module}", __name__)
 for _module in NATIVE:
     import_module(f".cpu.native.{_module}", __name__)
+if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+    for _module in TRITON:
+        import_module(f".triton.{_module}", __name__)
 
 __all__ = ["Implementation", "Kernels", "Target", "implementations", "ops", "resolve"]

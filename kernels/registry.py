@@ -17,17 +17,22 @@ import torch
 
 Fn = TypeVar("Fn", bound=Callable[..., Any])
 
-PREFERENCE = ("triton", "native", "cpu", "reference")  # the first usable one is taken
+# By device, the first usable one is taken. On a CPU, Triton is an interpreter: a check by name, never a choice.
+PREFERENCE = {"cuda": ("triton", "reference"), "cpu": ("native", "cpu", "reference", "triton")}
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What an implementation may depend on: the device type, the activations' dtype, the head size, the KV format."""
+    """What an implementation may depend on: the device type, the activations' dtype, the head size, the KV format.
+
+    capability: of the GPU, as (9, 0) for an H100; (0, 0) where there is none.
+    """
 
     device: str
     dtype: torch.dtype
     head_dim: int
     kv_format: str
+    capability: tuple[int, int] = (0, 0)
 
 
 When = Callable[[Target], str | None]  # None = usable, else the reason why not
@@ -89,8 +94,8 @@ def implements(op_name: str, name: str, *, when: When, prepare: Callable[..., An
         reference = known["reference"]
         if name in known:
             raise ValueError(f"op {op_name!r} has two implementations named {name!r}")
-        if name not in PREFERENCE:
-            raise ValueError(f"{op_name}/{name}: no rank among {', '.join(PREFERENCE)}")
+        if name not in PREFERENCE["cpu"]:
+            raise ValueError(f"{op_name}/{name}: no rank among {', '.join(PREFERENCE['cpu'])}")
         _check_signature(f"{op_name}/{name}", function, reference.run)
         if (prepare is None) != (reference.prepare is None):
             raise ValueError(f"{op_name}/{name}: prepare must be given exactly where the reference has one")
@@ -171,6 +176,6 @@ def _choose(name: str, target: Target, wish: str | None) -> tuple[Implementation
     refusals = {c.name: why for c in candidates.values() if (why := c.when(target)) is not None}
     if wish in refusals:
         raise ValueError(f"implementation {wish!r} of op {name!r} cannot be used: {refusals[wish]}")
-    taken = wish or next(n for n in PREFERENCE if n in candidates and n not in refusals)
+    taken = wish or next(n for n in PREFERENCE[target.device] if n in candidates and n not in refusals)
     passed_over = f"{'overridden by' if wish else 'less preferred than'} {taken}"
     return candidates[taken], {n: refusals.get(n, passed_over) for n in candidates if n != taken}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .batch import KVSpec, LayerKV, RaggedBatch
+from .batch import KVSpec, LayerKV, RaggedBatch, allocate_layer
 from .registry import Implementation, Target, implementations
 
 # Relative and absolute: a few roundings of values of order one. bf16 keeps 8 bits, fp16 11, fp32 24 and is summed
@@ -106,14 +106,27 @@ def grow_tree(batch: RaggedBatch, seq: int, parents: Sequence[int]) -> None:
 def make_cache(batch: RaggedBatch, spec: KVSpec, seed: int = 0) -> LayerKV:
     """Keys and values for every sequence of the batch; the null block and every slot that nobody owns are NaN."""
     num_blocks = max([0, *batch.block_table.flatten().tolist()]) + 2
-    shape = (num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
-    cache = LayerKV(spec, torch.full(shape, NAN, dtype=spec.dtype), torch.full(shape, NAN, dtype=spec.dtype))
+    cache = allocate_layer(spec, num_blocks, "cpu")
+    for tensor in cache.per_slot:
+        poison(tensor)
+    if spec.coding.scale == "static":
+        cache.k_scale = torch.linspace(0.5, 2.0, spec.num_kv_heads)
+        cache.v_scale = torch.linspace(1.5, 0.25, spec.num_kv_heads)
     owned = torch.cat(
         [torch.zeros(0, dtype=torch.int64), *(context_slots(batch, s, spec) for s in range(batch.num_seqs))]
     )
-    cache.k.flatten(0, 1)[owned] = normal((len(owned), *shape[2:]), spec.dtype, seed + 1)
-    cache.v.flatten(0, 1)[owned] = normal((len(owned), *shape[2:]), spec.dtype, seed + 2)
+    heads = (len(owned), spec.num_kv_heads, spec.head_dim)
+    k, v = (normal(heads, torch.float32, seed + i) for i in (1, 2))
+    implementations("kv_write")["reference"].run(k, v, cache, owned)
     return cache
+
+
+def poison(tensor: Tensor) -> None:
+    """Fill with NaN where the dtype has one, else with the codes furthest from zero."""
+    if tensor.dtype.is_floating_point:
+        tensor.copy_(torch.full(tensor.shape, NAN))
+    else:
+        tensor.fill_(torch.iinfo(tensor.dtype).max)
 
 
 def context_slots(batch: RaggedBatch, seq: int, spec: KVSpec) -> Tensor:

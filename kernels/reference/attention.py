@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..batch import LayerKV, RaggedBatch
 from ..registry import op
+from .hadamard import hadamard
 
 
 class AttentionPlan(NamedTuple):
@@ -33,13 +34,15 @@ def attention(
     """softmax(score(q · k) over the visible keys) · v for every row of the batch, in fp32.
 
     q [T, Hq, D] with Hq a multiple of the cache's heads (grouped queries: head h reads KV head h // (Hq / Hk));
-    this step's keys and values are in the cache already. score(s) = scale · s, then softcap · tanh(· / softcap) unless
-    softcap is 0 (Gemma 2). sinks: None or [Hq], a logit per head that only the denominator sees (gpt-oss).
+    this step's keys and values are in the cache already, in any format of kv_formats.py.
+    score(s) = scale · s, then softcap · tanh(· / softcap) unless softcap is 0 (Gemma 2). sinks: None or [Hq], a logit
+    per head that only the denominator sees (gpt-oss).
 
     -> o [T, Hq, D] in q's dtype, lse [T, Hq] fp32 = log of the denominator, the sink included: of the sources that
     are to be merged, one is given the sinks. A row that sees nothing has o = 0 and lse = -inf (or the sink).
     """
     batch = plan.batch
+    turned = hadamard(q.float()) if cache.spec.coding.rotates_keys else q.float()
     out = torch.zeros_like(q)
     lse = torch.full(q.shape[:2], float("-inf"), dtype=torch.float32, device=q.device)
     if sinks is not None:
@@ -55,11 +58,19 @@ def attention(
         first = 0 if plan.window is None else max(0, context - plan.window + 1)
         key_index = torch.arange(first, seq_len, device=q.device)
         blocks = batch.block_table[s].long()[key_index // plan.block_size]
-        keys = cache.k[blocks, key_index % plan.block_size].float()  # [n, Hk, D]
-        values = cache.v[blocks, key_index % plan.block_size].float()
+        keys = _gather(cache.k, cache.k_scale, cache, blocks, key_index % plan.block_size)  # [n, Hk, D]
+        values = _gather(cache.v, cache.v_scale, cache, blocks, key_index % plan.block_size)
         visible = _visible(batch, rows, context, key_index, plan.window)  # [q, n]
-        out[rows], lse[rows] = _dense(q[rows].float(), keys, values, visible, scale, softcap, sinks)
+        out[rows], lse[rows] = _dense(turned[rows], keys, values, visible, scale, softcap, sinks)
     return out, lse
+
+
+def _gather(pages: Tensor, scale: Tensor | None, cache: LayerKV, blocks: Tensor, offsets: Tensor) -> Tensor:
+    """Decoded keys or values at (block, offset) pairs [n]: [n, Hk, D] fp32."""
+    coding = cache.spec.coding
+    if coding.scale == "token" and scale is not None:
+        scale = scale[blocks, offsets]
+    return coding.decode(pages[blocks, offsets], scale)
 
 
 def _visible(batch: RaggedBatch, rows: slice, context: int, key_index: Tensor, window: int | None) -> Tensor:

@@ -9,14 +9,23 @@ from torch import Tensor
 
 from ..batch import LayerKV
 from ..registry import op
+from .hadamard import hadamard
 
 
 @op
 def kv_write(k: Tensor, v: Tensor, cache: LayerKV, slot_mapping: Tensor) -> None:
-    """Store this step's keys and values [T, Hk, D] at slot_mapping [T]. Only null-block slots may repeat."""
-    slots = slot_mapping.long()
-    for new, pages in ((k, cache.k), (v, cache.v)):
-        pages.flatten(0, 1)[slots] = new.to(pages.dtype)
+    """Store this step's keys and values [T, Hk, D] at slot_mapping [T], in the cache's format.
+
+    Keys are rotated first where the format says so. Only null-block slots may repeat.
+    """
+    coding, slots = cache.spec.coding, slot_mapping.long()
+    if coding.rotates_keys:
+        k = hadamard(k.float())
+    for new, pages, scale in ((k, cache.k, cache.k_scale), (v, cache.v, cache.v_scale)):
+        codes, token_scale = coding.encode(new.float(), scale if coding.scale == "static" else None)
+        pages.flatten(0, 1)[slots] = codes
+        if scale is not None and token_scale is not None:
+            scale.flatten(0, 1)[slots] = token_scale
 
 
 @op
@@ -25,7 +34,7 @@ def kv_compact(cache: LayerKV, src_slots: Tensor, dst_slots: Tensor) -> None:
 
     All sources are read before any destination is written, so the two sets may overlap.
     """
-    for pages in (cache.k, cache.v):
+    for pages in cache.per_slot:
         flat = pages.flatten(0, 1)
         flat[dst_slots.long()] = flat[src_slots.long()]
 
@@ -33,5 +42,5 @@ def kv_compact(cache: LayerKV, src_slots: Tensor, dst_slots: Tensor) -> None:
 @op
 def kv_copy_blocks(cache: LayerKV, src_blocks: Tensor, dst_blocks: Tensor) -> None:
     """Copy whole blocks, as before a write to a shared one: block dst[i] = old block src[i], for [N] blocks."""
-    for pages in (cache.k, cache.v):
+    for pages in cache.per_slot:
         pages[dst_blocks.long()] = pages[src_blocks.long()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -30,11 +31,30 @@ def moe(x: Tensor, packed: Any, topk_weights: Tensor, topk_ids: Tensor, activati
     x [T, d], topk_weights [T, k], topk_ids [T, k] in 0 .. E-1 and distinct within a row,
     activation "silu" or "gelu" -> [T, d] in x's dtype.
     """
+    return gated_experts(
+        x,
+        topk_weights,
+        topk_ids,
+        activation,
+        lambda h, e: h.to(x.dtype) @ packed.gate_up[e].T,
+        lambda h, e: h.to(x.dtype) @ packed.down[e].T,
+    )
+
+
+def gated_experts(
+    x: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    activation: str,
+    gate_up: Callable[[Tensor, int], Tensor],
+    down: Callable[[Tensor, int], Tensor],
+) -> Tensor:
+    """The mixture, given the two products of an expert: (rows [t, d] or [t, f] fp32, expert) -> [t, 2f] or [t, d]."""
     gate = GATES[activation]
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in topk_ids.unique().tolist():
         rows, choice = (topk_ids == expert).nonzero(as_tuple=True)
-        hidden = gate(x[rows] @ packed.gate_up[expert].T)
+        hidden = gate(gate_up(x[rows].float(), expert)).float()
         share = topk_weights[rows, choice, None].float()
-        out[rows] += share * (hidden @ packed.down[expert].T).float()
+        out[rows] += share * down(hidden, expert).float()
     return out.to(x.dtype)

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..batch import LayerKV
 from ..registry import op
+from .kv import kv_write
 
 STRETCHED = ("dynamic", "yarn", "llama3", "longrope")  # the scalings that know the length a model was trained on
 
@@ -27,6 +29,23 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor, interleaved: bo
     """
     cos, sin = table[positions.long(), None].chunk(2, dim=-1)  # [T, 1, rotary_dim / 2]
     return _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
+
+
+@op
+def rope_kv_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    interleaved: bool,
+    cache: LayerKV,
+    slot_mapping: Tensor,
+) -> Tensor:
+    """`rope` of q and k, then `kv_write` of the rotated k and of v: the rotated q."""
+    q, k = rope(q, k, positions, table, interleaved)
+    kv_write(k, v, cache, slot_mapping)
+    return q
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

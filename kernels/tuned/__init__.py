@@ -1,0 +1,1 @@
+"""Launch parameters measured on real cards, one JSON file per device and op."""

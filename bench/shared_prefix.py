@@ -52,7 +52,7 @@ def measure(
     spec = KVSpec(16, kv_heads, dim, dtype)
     batch = decodes(group, prefix, suffix, spec.block_size)
     shape = (int(batch.block_table.max()) + 1, spec.block_size, kv_heads, dim)
-    caches = [LayerKV(spec, *torch.randn(2, *shape).to(spec.dtype).unbind()) for _ in range(layers)]
+    caches = [LayerKV(spec, *torch.randn(2, *shape).to(DTYPES[dtype]).unbind()) for _ in range(layers)]
     q = torch.randn(group, q_heads, dim).to(DTYPES[dtype])
     attention = resolve(Target("cpu", DTYPES[dtype], dim, dtype)).attention
     plans = [attention.prepare(b, spec.block_size, None) for b in (replace(batch, shared=()), batch)]

@@ -30,17 +30,20 @@ PATIENCE_SECONDS = 3.0
 def calibrate(runner: ModelRunner, settings: Resolved) -> StepCost:
     """The fitted cost of a step, in seconds."""
     model = StepTimeModel(StepCost(TILE[settings.device.type], 1e-3, 1e-4, 1e-8, 1e-9))
-    started = time.perf_counter()
+    spent = 0.0
     for rows in _shapes(settings):
         shape = shape_of((row.start, row.num_tokens) for row in rows)
+        if settings.device.type == "cuda":
+            runner.rehearse(rows)  # kernels are compiled and graphs captured when they are first needed
         for _ in range(REPEATS):
             before = time.perf_counter()
             runner.rehearse(rows)
-            now = time.perf_counter()
-            model.observe(shape, now - before)
-            if now - started > PATIENCE_SECONDS:
+            seconds = time.perf_counter() - before
+            model.observe(shape, seconds)
+            spent += seconds
+            if spent > PATIENCE_SECONDS:
                 break
-        if time.perf_counter() - started > PATIENCE_SECONDS:
+        if spent > PATIENCE_SECONDS:
             log.info("calibration stopped after %d tokens in a step", shape.num_tokens)
             break
     model.fit()

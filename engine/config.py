@@ -17,6 +17,8 @@ class EngineConfig:
     model                   "bundled", a folder in Hugging Face layout, or a hub id
     revision                of a hub id
     dtype                   "bfloat16", "float16", "float32", or "auto": bf16 where that is fast, else fp32
+    quantization            what the layers' matrices become while they are loaded: "int4", "int8", "w8a8", "fp8",
+                            "fp8_block", a group size behind a colon ("int4:32"); None = as the checkpoint has them
     device                  "auto", "cpu", "cuda"
     threads                 intra-op threads on the CPU; None = the cores this process may use
     max_model_len           prompt and output together; None = the model's own context
@@ -36,17 +38,26 @@ class EngineConfig:
     max_n                   samples of one prompt that a request may ask for
     block_size              tokens per KV block
     num_blocks              KV blocks; None = from kv_cache_bytes
-    kv_cache_bytes          memory for the KV cache; None = a share of what is free after the weights are loaded
+    kv_cache_bytes          memory for the KV cache; None = on a GPU what gpu_memory_utilization leaves, on the CPU a
+                            share of what is free after the weights are loaded
+    gpu_memory_utilization  share of the GPU's memory that may be used, by all that runs on it: what weights,
+                            activations and graphs turn out to leave of it is the KV cache's; None = 0.9
+    kv_cache_dtype          of keys and values: "auto" = what the checkpoint was made for, else dtype; "bfloat16",
+                            "float16", "float32", "fp8", "int8", "int4". Eight and four bits change what is computed
     prefix_caching          share full blocks between prompts with equal beginnings
     prefix_eviction         which cached block makes room: "lru", "discard", "phase" (predicted; scheduler/eviction.py)
     max_logprobs            rivals per token that a request may ask for; -1 = up to the whole vocabulary
     kernels                 {op: implementation}, to override the choice of the registry
+    graphs                  replay steps of decodes as CUDA graphs; None = on a GPU
+    overlap                 launch a step before the one before it is collected; None = on a GPU. On the CPU the model
+                            takes the cores that planning would use, and the launch is the whole step
     check                   verify every block count after every step (tests; too slow to serve with)
     """
 
     model: str = BUNDLED_MODEL
     revision: str | None = None
     dtype: str = "auto"
+    quantization: str | None = None
     device: str = "auto"
     threads: int | None = None
     max_model_len: int | None = None
@@ -62,8 +73,12 @@ class EngineConfig:
     block_size: int = 32
     num_blocks: int | None = None
     kv_cache_bytes: int | None = None
+    gpu_memory_utilization: float | None = None
+    kv_cache_dtype: str = "auto"
     prefix_caching: bool = True
     prefix_eviction: str = "lru"
     max_logprobs: int = 20
     kernels: dict[str, str] = field(default_factory=dict)
+    graphs: bool | None = None
+    overlap: bool | None = None
     check: bool = False

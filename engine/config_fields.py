@@ -121,6 +121,15 @@ class ConfigFields:
             self.refuse(key, f"must be a list of {length} entries, each one of {', '.join(allowed)}")
         return value
 
+    def texts(self, key: str) -> list[str]:
+        """A list of strings; empty when the key is absent."""
+        value = self.values.get(key)
+        if value is None:
+            return []
+        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
+            self.refuse(key, "must be a list of strings")
+        return value
+
     def child(self, key: str) -> ConfigFields:
         value = self._get(key, None)
         if not isinstance(value, dict):

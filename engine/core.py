@@ -1,35 +1,46 @@
 """The engine: a plain loop on one thread.
 
-receive() ──▶ add / abort ──▶ schedule() ──▶ runner.execute() ──▶ update() ──▶ send(StepOutputs)
+receive() ──▶ add / abort ──▶ schedule() ──▶ runner.launch() ──▶ runner.collect() ──▶ update() ──▶ send(StepOutputs)
+
+With overlap a step is launched before the one before it is collected, so that the device goes on while the host plans.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from .. import kernels as kernel_table
 from ..kernels.batch import LayerKV
+from ..kernels.kv_formats import kv_format
 from ..scheduler.config import SchedulerConfig
-from ..scheduler.plan import Chunk
+from ..scheduler.plan import Chunk, StepPlan
 from ..scheduler.roster import Refused
 from ..scheduler.scheduler import Scheduler
 from .calibrate import calibrate
 from .config import EngineConfig
+from .decoder import Decoder
 from .errors import EngineStartError, RequestError
 from .families import load_config
+from .graphs import CudaCapture
 from .kv_cache import allocate, kv_spec
+from .kv_scales import load_kv_scales
 from .layout import count_parameters
 from .loader import load_decoder, locate_model
+from .memory import CudaMeter, describe, measure
 from .messages import Abort, AddRequest, Down, EngineReady, Shutdown, StepOutputs, StepStats, Up
 from .model_config import DecoderConfig
-from .resolve import Resolved, look_at_machine, resolve
-from .runner import ModelRunner
+from .resolve import Resolved, look_at_machine, resolve, with_kv_cache
+from .runner import Launched, ModelRunner
 from .sampler import Sampler
 from .slots import SlotTable
 from .validation import Limits, check_request
@@ -38,6 +49,16 @@ log = logging.getLogger(__name__)
 
 # An idle engine says this often that it turns: the API side's watchdog and gauges live on it.
 HEARTBEAT_SECONDS = 1.0
+
+
+class Step(NamedTuple):
+    """A step that is out."""
+
+    plan: StepPlan
+    launched: Launched
+    predicted: float  # seconds
+    started: float  # on the clock of perf_counter
+    scheduling: float  # seconds
 
 
 class EngineCore:
@@ -52,12 +73,30 @@ class EngineCore:
         torch.set_num_threads(settings.threads)
         with self._phase("load weights"):
             kernels = self._kernels(model, settings)
-            decoder = load_decoder(path, model, kernels, settings.dtype, settings.device, settings.max_model_len)
+            decoder = load_decoder(
+                path,
+                model,
+                kernels,
+                settings.dtype,
+                settings.device,
+                settings.max_model_len,
+                rounding=settings.rounding,
+                turn_values=kv_format(settings.kv_cache_dtype).rotates_keys,
+            )
+        memory = {"weights": settings.weight_bytes}
+        if settings.memory_share is not None:
+            with self._phase("measure memory"):
+                # Graphs hold on to the cache that they were captured over: this runner goes, with its own.
+                trial = self._runner(path, model, replace(settings, num_blocks=2), kernels, decoder)
+                measured = measure(trial, settings, meter := CudaMeter())
+                del trial
+                meter.settle()
+                settings = with_kv_cache(config, model, settings, measured.kv_cache(settings.memory_share))
+            memory = measured.table(settings.kv_cache_bytes)
+            log.info("memory of the GPU:\n%s", describe(memory))
+        memory["kv_cache"] = settings.kv_cache_bytes
         with self._phase("allocate KV cache"):
-            cache = self._allocate(model, settings)
-        slots = SlotTable(settings.max_num_seqs, settings.max_model_len, settings.block_size, settings.device)
-        sampler = Sampler(kernels, model.vocab_size, settings.max_num_seqs, tuple(model.eos_token_ids), settings.device)
-        self.runner = ModelRunner(decoder, kernels, cache, slots, sampler)
+            self.runner = self._runner(path, model, settings, kernels, decoder)
         with self._phase("warm up"):
             self.runner.warm_up(min(settings.max_num_batched_tokens, settings.max_model_len))
         with self._phase("time steps"):
@@ -72,7 +111,7 @@ class EngineCore:
                 max_model_len=settings.max_model_len,
                 eos_token_ids=frozenset(model.eos_token_ids),
                 prefix_caching=config.prefix_caching,
-                cache_context=(str(path), cache[0].spec.format),
+                cache_context=(str(path), settings.quantization, settings.kv_cache_dtype),
                 policy=config.scheduling_policy,
                 overtaking=config.overtaking,
                 tenant_weights=config.tenant_weights,
@@ -90,6 +129,9 @@ class EngineCore:
             config.scheduling_policy,
             frozenset(config.tenant_weights),
         )
+        self._ahead = int(settings.overlap)  # steps launched before one is collected
+        self._out: deque[Step] = deque()
+        self._collected = 0.0  # when the last step was, on the clock of perf_counter
         self._update_seconds = 0.0
         self.stats = StepStats(kv_blocks_total=settings.num_blocks - 1)
         self.ready = EngineReady(
@@ -97,6 +139,8 @@ class EngineCore:
             model_type=model.model_type,
             num_parameters=count_parameters(model),
             dtype=str(settings.dtype).removeprefix("torch."),
+            quantization=settings.quantization,
+            kv_cache_dtype=settings.kv_cache_dtype,
             device=str(settings.device),
             vocab_size=model.vocab_size,
             max_model_len=settings.max_model_len,
@@ -113,7 +157,7 @@ class EngineCore:
             kernels=kernels.describe(),
             reasons=settings.reasons,
             startup_seconds=self._phases,
-            memory_bytes={"weights": settings.weight_bytes, "kv_cache": settings.kv_cache_bytes},
+            memory_bytes=memory,
             tenant_weights=dict(config.tenant_weights),
         )
         for name, reason in settings.reasons.items():
@@ -130,28 +174,38 @@ class EngineCore:
         self._phases[name] = round(time.perf_counter() - started, 3)
 
     def _kernels(self, model: DecoderConfig, settings: Resolved) -> kernel_table.Kernels:
-        spec = kv_spec(model, settings.block_size, settings.dtype)
-        target = kernel_table.Target(settings.device.type, settings.dtype, model.head_dim, spec.format)
+        target = kernel_table.Target(
+            settings.device.type, settings.dtype, model.head_dim, settings.kv_cache_dtype, settings.capability
+        )
         try:
             return kernel_table.resolve(target, self.config.kernels)
         except ValueError as error:
             raise EngineStartError(f"kernels: {error}") from None
 
-    def _allocate(self, model: DecoderConfig, settings: Resolved) -> list[LayerKV]:
-        spec = kv_spec(model, settings.block_size, settings.dtype)
+    def _runner(
+        self, path: Path, model: DecoderConfig, settings: Resolved, kernels: kernel_table.Kernels, decoder: Decoder
+    ) -> ModelRunner:
+        cache = self._allocate(path, model, settings)
+        slots = SlotTable(settings.max_num_seqs, settings.max_model_len, settings.block_size, settings.device)
+        sampler = Sampler(kernels, model.vocab_size, settings.max_num_seqs, tuple(model.eos_token_ids), settings.device)
+        return ModelRunner(decoder, kernels, cache, slots, sampler, CudaCapture() if settings.graphs else None)
+
+    def _allocate(self, path: Path, model: DecoderConfig, settings: Resolved) -> list[LayerKV]:
+        spec = kv_spec(model, settings.block_size, settings.kv_cache_dtype)
+        scales = load_kv_scales(path, model, settings.device) if spec.coding.scale == "static" else None
         try:
-            return allocate(spec, model.num_layers, settings.num_blocks, settings.device)
+            return allocate(spec, model.num_layers, settings.num_blocks, settings.device, scales)
         except (RuntimeError, MemoryError) as error:
             raise EngineStartError(
                 f"the KV cache of {settings.kv_cache_bytes} bytes cannot be allocated ({type(error).__name__}); "
-                "lower kv_cache_bytes, num_blocks or max_num_seqs"
+                "lower kv_cache_bytes, num_blocks, gpu_memory_utilization or max_num_seqs"
             ) from None
 
     # ---------------------------------------------------------------- requests and steps
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or bool(self._out)
 
     def handle(self, message: AddRequest | Abort) -> list[Chunk]:
         """Take one message in; what it ends at once is answered by the chunks."""
@@ -186,30 +240,46 @@ class EngineCore:
         ]
 
     def step(self) -> list[Chunk]:
-        """One step over all requests; nothing to do is an empty list."""
+        """Finish one step over all requests; nothing to do is an empty list."""
+        expired = self.scheduler.expire(time.monotonic())
+        while len(self._out) <= self._ahead and (not self._out or self.scheduler.may_plan_ahead()):
+            if not self._launch():
+                break
+        return expired + self._collect() if self._out else expired
+
+    def _launch(self) -> bool:
+        """Plan the next step and set it going; False when there is nothing to run."""
         started = time.perf_counter()
-        now = time.monotonic()
-        expired = self.scheduler.expire(now)
-        plan = self.scheduler.schedule(now)
+        plan = self.scheduler.schedule(time.monotonic())
         if plan is None:
-            return expired
-        steps, shape = self.scheduler.steps, self.scheduler.shape
-        self.stats.predicted_seconds = steps.cost.seconds(shape)
+            return False
+        predicted = self.scheduler.steps.cost.seconds(self.scheduler.shape)
         scheduled = time.perf_counter()
-        result = self.runner.execute(plan)
-        executed = time.perf_counter()
-        # What a stream feels is the whole cycle: the update that follows counts as long as the last one was.
-        chunks = self.scheduler.update(plan, result, executed - started + self._update_seconds)
-        self._update_seconds = time.perf_counter() - executed
+        self._out.append(Step(plan, self.runner.launch(plan), predicted, started, scheduled - started))
+        return True
+
+    def _collect(self) -> list[Chunk]:
+        """Wait for the step that was launched first, and take in what it gave."""
+        step = self._out.popleft()
+        result = self.runner.collect(step.launched)
+        now = time.perf_counter()
+        # The device began with it when it was launched, or was done with the one before.
+        seconds = now - max(step.started, self._collected)
+        self._collected = now
+        # What a stream feels is the whole cycle: an update that nothing overlaps counts as long as the last one was.
+        cycle = seconds if self._out else seconds + self._update_seconds
+        chunks = self.scheduler.update(step.plan, result, cycle)
+        self._update_seconds = time.perf_counter() - now
         if self.config.check:
             self.scheduler.check()
-        self.stats.step_tokens = plan.num_tokens
-        self.stats.launched_tokens = steps.cost.launched(plan.num_tokens)
-        self.stats.step_seqs = len(plan.rows)
-        self.stats.forward_seconds = executed - scheduled
-        self.stats.schedule_seconds = scheduled - started + self._update_seconds
+        self.stats.step_tokens = step.plan.num_tokens
+        self.stats.launched_tokens = self.scheduler.steps.cost.launched(step.plan.num_tokens)
+        self.stats.step_seqs = len(step.plan.rows)
+        self.stats.predicted_seconds = step.predicted
+        self.stats.forward_seconds = seconds if self._out else seconds - step.scheduling
+        self.stats.schedule_seconds = step.scheduling + self._update_seconds
         self.stats.steps_total += 1
-        return expired + chunks
+        return chunks
 
     def outputs(self, chunks: list[Chunk]) -> StepOutputs:
         """The chunks with the figures of now."""
@@ -226,6 +296,8 @@ class EngineCore:
         stats.recomputed_tokens_total = counters.recomputed_tokens
         stats.evicted_blocks_total, stats.expired_total = scheduler.pool.num_evicted, counters.expired
         stats.aborted_total, stats.failed_total = counters.aborted, counters.failed
+        stats.discarded_tokens_total = counters.discarded
+        stats.graph_steps_total, stats.eager_steps_total = self.runner.graph_steps, self.runner.eager_steps
         return StepOutputs(chunks, copy(stats))  # the message lives on, on another thread
 
 

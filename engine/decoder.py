@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,19 @@ from torch import Tensor
 
 from ..kernels import Kernels
 from ..kernels.batch import LayerKV, RaggedBatch
+from ..kernels.packed import RowFormat
+from .linear import Experts, Linear, Rows
 from .model_config import DecoderConfig
 
-Block = Callable[[Tensor, "Step"], Tensor]
-Join = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (delta, residual) [T, d] -> (the next block's x, residual)
+Join = Callable[[Tensor, Tensor], tuple[Rows, Tensor]]  # (delta, residual) [T, d] -> (the next block's x, residual)
+
+
+class Block(Protocol):
+    """x [T, d] -> what it adds to the residual [T, d]. rows: as it wants x, for the norm before it; None = plain."""
+
+    rows: RowFormat | None
+
+    def __call__(self, x: Any, step: Step) -> Tensor: ...
 
 
 @dataclass(slots=True)
@@ -45,33 +54,39 @@ class Attention:
         kernels: Kernels,
         layer: int,
         plan: int,
-        qkv: Any,
-        o: Any,
+        qkv: Linear,
+        o: Linear,
         rope_table: Tensor | None,
         qk_norms: tuple[Tensor, Tensor] | None,
+        turn_values: bool = False,
     ) -> None:
-        """plan: index into Step.plans; qkv, o: prepared linears; rope_table: None = a layer without positions."""
+        """plan: index into Step.plans; rope_table: None = a layer without positions; turn_values: the cache holds
+        values times the Hadamard matrix, and the weights of v and o do not have it in them."""
         self.layer, self.plan = layer, plan
-        self.qkv, self.o, self.rope_table = qkv, o, rope_table
+        self.qkv, self.o, self.rows, self.rope_table = qkv, o, qkv.rows, rope_table
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        self.head_dim = config.head_dim
+        self.shape = (-1, sum(self.heads), config.head_dim)
         self.scale, self.softcap = config.attention_scale, config.attention_softcap
         self.norm_qk = _qk_norm(config, kernels, qk_norms)
-        self.linear, self.rope = kernels.linear.run, kernels.rope.run
-        self.kv_write, self.attention = kernels.kv_write.run, kernels.attention.run
+        self.turn = kernels.hadamard.run if turn_values else None
+        self.kv_write, self.rope_kv_write = kernels.kv_write.run, kernels.rope_kv_write.run
+        self.attention = kernels.attention.run
 
-    def __call__(self, x: Tensor, step: Step) -> Tensor:
-        rows = x.shape[0]
-        qkv = self.linear(x, self.qkv).view(rows, -1, self.head_dim)
-        q, k, v = torch.split_with_sizes(qkv, self.heads, 1)
+    def __call__(self, x: Rows, step: Step) -> Tensor:
+        q, k, v = torch.split_with_sizes(self.qkv(x).view(self.shape), self.heads, 1)
         if self.norm_qk is not None:
             q, k = self.norm_qk(q, k)
-        if self.rope_table is not None:
-            q, k = self.rope(q, k, step.positions, self.rope_table, False)
+        if self.turn is not None:
+            v = self.turn(v)
         cache = step.cache[self.layer]
-        self.kv_write(k, v, cache, step.slot_mapping)
+        if self.rope_table is None:
+            self.kv_write(k, v, cache, step.slot_mapping)
+        else:
+            q = self.rope_kv_write(q, k, v, step.positions, self.rope_table, False, cache, step.slot_mapping)
         out, _ = self.attention(q, cache, step.plans[self.plan], self.scale, self.softcap, None)
-        return self.linear(out.reshape(rows, -1), self.o)
+        if self.turn is not None:
+            out = self.turn(out)
+        return self.o(out.flatten(1))
 
 
 def _qk_norm(
@@ -97,13 +112,20 @@ def _qk_norm(
 class FeedForward:
     """down(activation(gate(x)) * up(x)), gate and up joined: [T, d] -> [T, d]."""
 
-    def __init__(self, config: DecoderConfig, kernels: Kernels, gate_up: Any, down: Any) -> None:
-        self.gate_up, self.down = gate_up, down
-        self.linear = kernels.linear.run
-        self.activate = (kernels.silu_and_mul if config.activation == "silu" else kernels.gelu_and_mul).run
+    def __init__(self, config: DecoderConfig, kernels: Kernels, gate_up: Linear, down: Linear) -> None:
+        self.gate_up, self.down, self.rows = gate_up, down, gate_up.rows
+        self.activate = _activation(config, kernels, down.rows)
 
-    def __call__(self, x: Tensor, step: Step) -> Tensor:
-        return self.linear(self.activate(self.linear(x, self.gate_up)), self.down)
+    def __call__(self, x: Rows, step: Step) -> Tensor:
+        return self.down(self.activate(self.gate_up(x)))
+
+
+def _activation(config: DecoderConfig, kernels: Kernels, rows: RowFormat | None) -> Callable[[Tensor], Rows]:
+    silu = config.activation == "silu"
+    if rows is None:
+        return (kernels.silu_and_mul if silu else kernels.gelu_and_mul).run
+    run = (kernels.silu_and_mul_rows if silu else kernels.gelu_and_mul_rows).run
+    return lambda x: run(x, rows)
 
 
 class MixtureOfExperts:
@@ -112,55 +134,76 @@ class MixtureOfExperts:
     The softmax runs over all experts in fp32; `renormalize` then scales the chosen ones to sum to 1.
     """
 
+    rows: RowFormat | None = None  # the router wants plain activations; the experts quantize the rows they gather
+
     def __init__(
         self,
         config: DecoderConfig,
         kernels: Kernels,
-        router: Any,
-        experts: Any,
-        shared: tuple[FeedForward, Any] | None,
+        router: Linear,
+        experts: Experts,
+        shared: tuple[FeedForward, Linear] | None,
     ) -> None:
-        """router: prepared linear [E, d]; experts: prepared moe; shared: its feed-forward and prepared gate [1, d]."""
+        """router: [E, d]; shared: the feed-forward that every token passes, and its gate [1, d]."""
         moe = config.moe
         if moe is None:
             raise ValueError("the configuration has no mixture of experts")
         self.router, self.experts, self.shared = router, experts, shared
         self.top_k, self.renormalize, self.activation = moe.top_k, moe.renormalize, config.activation
-        self.linear, self.moe = kernels.linear.run, kernels.moe.run
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
-        probabilities = torch.softmax(self.linear(x, self.router), dim=-1, dtype=torch.float32)
+        probabilities = torch.softmax(self.router(x), dim=-1, dtype=torch.float32)
         weights, ids = torch.topk(probabilities, self.top_k, dim=-1)
         if self.renormalize:
             weights = weights / weights.sum(-1, keepdim=True)
-        out = self.moe(x, self.experts, weights, ids, self.activation)
+        out = self.experts.run(x, self.experts.packed, weights, ids, self.activation)
         if self.shared is not None:
             expert, gate = self.shared
-            out = out + torch.sigmoid(self.linear(x, gate)) * expert(x, step)
+            out = out + torch.sigmoid(gate(x)) * expert(x, step)
         return out
 
 
-def make_join(config: DecoderConfig, kernels: Kernels, leave: Tensor | None, enter: Tensor | None) -> Join:
+def make_norm(
+    config: DecoderConfig, kernels: Kernels, weight: Tensor, rows: RowFormat | None
+) -> Callable[[Tensor], Rows]:
+    """x [T, d] -> its norm by weight [d], quantized where the next block wants rows."""
+    eps, offset = config.eps, config.norm_offset
+    if rows is None:
+        norm = kernels.rms_norm.run
+        return lambda x: norm(x, weight, eps, offset)
+    norm_rows = kernels.rms_norm_rows.run
+    return lambda x: norm_rows(x, weight, eps, offset, rows)
+
+
+def make_join(
+    config: DecoderConfig, kernels: Kernels, leave: Tensor | None, enter: Tensor | None, rows: RowFormat | None
+) -> Join:
     """The join between two blocks: norm the delta by `leave`, add it to the residual, norm the sum by `enter`.
 
     Either weight [d] may be None. Llama has only `enter`, OLMo 2 only `leave` (but for the final norm), Gemma both.
+    rows: as the next block wants the norm.
     """
-    norm, add_norm = kernels.rms_norm.run, kernels.add_rms_norm.run
-    eps, offset = config.eps, config.norm_offset
+    norm, eps, offset = kernels.rms_norm.run, config.eps, config.norm_offset
 
-    def pre(delta: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return add_norm(delta, residual, enter, eps, offset)
-
-    def post(delta: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def post(delta: Tensor, residual: Tensor) -> tuple[Rows, Tensor]:
         total = residual + norm(delta, leave, eps, offset)
         return total, total
 
-    def both(delta: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return add_norm(norm(delta, leave, eps, offset), residual, enter, eps, offset)
-
     if enter is None:
         return post
-    return pre if leave is None else both
+    pre = _add_norm(config, kernels, enter, rows)
+    if leave is None:
+        return pre
+    return lambda delta, residual: pre(norm(delta, leave, eps, offset), residual)
+
+
+def _add_norm(config: DecoderConfig, kernels: Kernels, weight: Tensor, rows: RowFormat | None) -> Join:
+    eps, offset = config.eps, config.norm_offset
+    if rows is None:
+        add_norm = kernels.add_rms_norm.run
+        return lambda delta, residual: add_norm(delta, residual, weight, eps, offset)
+    add_norm_rows = kernels.add_rms_norm_rows.run
+    return lambda delta, residual: add_norm_rows(delta, residual, weight, eps, offset, rows)
 
 
 class Decoder:
@@ -171,31 +214,33 @@ class Decoder:
         config: DecoderConfig,
         kernels: Kernels,
         embedding: Tensor,
-        first_norm: Tensor | None,
+        first_norm: Callable[[Tensor], Rows] | None,
         blocks: list[tuple[Block, Join]],
-        lm_head: Any,
+        lm_head: Linear,
         windows: tuple[int | None, ...],
     ) -> None:
-        """embedding [V, d]; first_norm [d] or None; lm_head: prepared linear [V, d]; windows: the distinct ones."""
+        """embedding, lm_head [V, d]; first_norm: what stands before the first block; windows: the distinct ones."""
         self.config = config
         self.embedding, self.first_norm, self.blocks, self.lm_head = embedding, first_norm, blocks, lm_head
         self.windows = windows
         # Rounded as the weights are: Gemma was trained with sqrt(hidden) in the checkpoint's precision.
         self.embedding_scale = torch.tensor(config.embedding_scale, dtype=embedding.dtype).item()
-        self.linear, self.norm = kernels.linear.run, kernels.rms_norm.run
         self.prepare_attention = kernels.attention.prepare
 
     def forward(self, batch: RaggedBatch, cache: Sequence[LayerKV]) -> Tensor:
         """Hidden rows [T, d] after the final norm; this step's keys and values go into the cache (one per layer)."""
-        block_size = cache[0].spec.block_size
-        plans = [self.prepare_attention(batch, block_size, window) for window in self.windows]
-        step = Step(batch.positions, batch.slot_mapping, cache, plans)
-        x = residual = self._embed(batch.input_ids)
-        if self.first_norm is not None:
-            x = self.norm(residual, self.first_norm, self.config.eps, self.config.norm_offset)
+        step, x, residual = self.begin(batch, cache)
         for block, join in self.blocks:
             x, residual = join(block(x, step), residual)
         return x
+
+    def begin(self, batch: RaggedBatch, cache: Sequence[LayerKV]) -> tuple[Step, Rows, Tensor]:
+        """What the first block is given: what all layers share, x and the residual [T, d]."""
+        block_size = cache[0].spec.block_size
+        plans = [self.prepare_attention(batch, block_size, window) for window in self.windows]
+        residual = self._embed(batch.input_ids)
+        x = residual if self.first_norm is None else self.first_norm(residual)
+        return Step(batch.positions, batch.slot_mapping, cache, plans), x, residual
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         rows = F.embedding(input_ids, self.embedding)
@@ -203,6 +248,6 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of hidden rows [L, d]: [L, V] fp32, soft-capped where the model is."""
-        logits = self.linear(hidden, self.lm_head).float()
+        logits = self.lm_head(hidden).float()
         cap = self.config.logit_softcap
         return logits if cap == 0 else torch.tanh(logits / cap) * cap

@@ -26,6 +26,7 @@ from .config_fields import (
     read_json,
 )
 from .model_config import Activation, DecoderConfig, MoeConfig, Norms, QkNorm
+from .quant.methods import read_scheme
 from .rope_fields import Ropes, gemma3_ropes, same_rope, smollm3_ropes, smollm3_rotates
 
 log = logging.getLogger(__name__)
@@ -42,8 +43,6 @@ def load_config(folder: Path) -> DecoderConfig:
         log.warning(
             "%s: auto_map names code of the model's own; it is ignored, nothing in the folder is executed", folder
         )
-    if fields.has("quantization_config"):
-        fields.refuse("quantization_config", "quantized checkpoints are not supported; use the unquantized model")
     family = _family(fields)
     layers = fields.integer("num_hidden_layers", 1, MAX_LAYERS)
     hidden = fields.integer("hidden_size", 1, MAX_HIDDEN)
@@ -83,6 +82,7 @@ def load_config(folder: Path) -> DecoderConfig:
         windows=tuple(None if width is None or width >= max_position else width for width in windows),
         moe=moe,
         eos_token_ids=_eos_token_ids(folder, fields, vocab_size),
+        quantization=read_scheme(folder, fields),
     )
 
 

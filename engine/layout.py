@@ -1,7 +1,8 @@
 """Which tensors a decoder is made of, where a checkpoint keeps them, and how they are joined.
 
 One description serves the loader (what to read), its checks (what is missing, surplus or misshapen) and the planning
-of memory (how much it will be). Names are without the leading `model.`.
+of memory (how much it will be). Names are without the leading `model.`. A linear goes by the name of its floats; what a
+quantized checkpoint has in their place, `quant/` knows.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from .model_config import DecoderConfig, MoeConfig
+from .quant.scheme import Packing
 
 
 class Part(NamedTuple):
@@ -21,15 +23,23 @@ class Part(NamedTuple):
     name: str
     shape: tuple[int, ...]
 
+    @property
+    def linear(self) -> str:
+        """The name of the module whose weight this is, as configurations have it."""
+        name = self.name.removesuffix(".weight")
+        return name if name == "lm_head" else f"model.{name}"
+
 
 class Weight(NamedTuple):
     """A parameter: its parts laid end to end in memory, which for row-major matrices is a join of rows.
 
     layouts: the ways in which checkpoints store it, the usual one last.
+    linear: a matrix that checkpoints may have quantized. Norms, biases, embeddings and routers stay floats.
     """
 
     shape: tuple[int, ...]
     layouts: tuple[tuple[Part, ...], ...]
+    linear: bool = False
 
     @property
     def size(self) -> int:
@@ -84,7 +94,7 @@ def model_weights(config: DecoderConfig) -> ModelWeights:
         embedding=_plain("embed_tokens.weight", vocab, hidden),
         layers=tuple(_layer(config, layer) for layer in range(config.num_layers)),
         norm=_plain("norm.weight", hidden),
-        lm_head=None if config.tied else _plain("lm_head.weight", vocab, hidden),
+        lm_head=None if config.tied else _linear("lm_head.weight", vocab, hidden),
     )
 
 
@@ -102,9 +112,31 @@ def count_parameters(config: DecoderConfig) -> int:
     return sum(weight.size for weight in iter_weights(model_weights(config)))
 
 
-def weight_bytes(config: DecoderConfig, dtype: torch.dtype) -> int:
-    """Bytes of the parameters in a dtype. A kernel that packs a tied logits matrix holds that one a second time."""
-    return count_parameters(config) * dtype.itemsize
+def weight_bytes(config: DecoderConfig, dtype: torch.dtype, rounding: Packing | None = None) -> int:
+    """Bytes of the parameters: floats in a dtype, linears as the checkpoint or `rounding` packs them.
+
+    rounding: what the linears of the layers become while they are loaded; None = they stay.
+    A kernel that packs a tied logits matrix holds that one a second time.
+    """
+    weights = model_weights(config)
+    return sum(_bytes(config, weight, dtype, rounding) for weight in iter_weights(weights._replace(lm_head=None))) + (
+        0 if weights.lm_head is None else _bytes(config, weights.lm_head, dtype, None)
+    )
+
+
+def _bytes(config: DecoderConfig, weight: Weight, dtype: torch.dtype, rounding: Packing | None) -> int:
+    if not weight.linear:
+        return weight.size * dtype.itemsize
+    total = 0
+    for part in weight.layouts[-1]:
+        storage = config.quantization and config.quantization.storage(part.linear)
+        packing = storage.packing if storage else rounding
+        total += packing.nbytes(*part.shape) if packing else math.prod(part.shape) * dtype.itemsize
+    return total
+
+
+def _linear(name: str, outputs: int, inputs: int) -> Weight:
+    return _plain(name, outputs, inputs)._replace(linear=True)
 
 
 def _plain(name: str, *shape: int) -> Weight:
@@ -115,7 +147,7 @@ def _rows(prefix: str, whole: str, parts: dict[str, int], suffix: str, *columns:
     """A matrix stored whole (Phi-3) or as several that are joined by rows; with no columns, their biases."""
     shape = (sum(parts.values()), *columns)
     joined = tuple(Part(f"{prefix}{name}.{suffix}", (rows, *columns)) for name, rows in parts.items())
-    return Weight(shape, ((Part(f"{prefix}{whole}.{suffix}", shape),), joined))
+    return Weight(shape, ((Part(f"{prefix}{whole}.{suffix}", shape),), joined), linear=bool(columns))
 
 
 def _layer(config: DecoderConfig, layer: int) -> LayerWeights:
@@ -145,7 +177,7 @@ def _attention(config: DecoderConfig, prefix: str) -> AttentionWeights:
     return AttentionWeights(
         qkv=_rows(prefix, "qkv_proj", parts, "weight", hidden),
         qkv_bias=_rows(prefix, "qkv_proj", parts, "bias") if config.qkv_bias else None,
-        o=_plain(f"{prefix}o_proj.weight", hidden, q),
+        o=_linear(f"{prefix}o_proj.weight", hidden, q),
         o_bias=_plain(f"{prefix}o_proj.bias", hidden) if config.o_bias else None,
         q_norm=_plain(f"{prefix}q_norm.weight", norms[0]) if config.qk_norm else None,
         k_norm=_plain(f"{prefix}k_norm.weight", norms[1]) if config.qk_norm else None,
@@ -157,25 +189,25 @@ def _feed_forward(config: DecoderConfig, prefix: str, ffn: int) -> FeedForwardWe
     return FeedForwardWeights(
         gate_up=_rows(prefix, "gate_up_proj", parts, "weight", config.hidden),
         gate_up_bias=_rows(prefix, "gate_up_proj", parts, "bias") if config.mlp_bias else None,
-        down=_plain(f"{prefix}down_proj.weight", config.hidden, ffn),
+        down=_linear(f"{prefix}down_proj.weight", config.hidden, ffn),
         down_bias=_plain(f"{prefix}down_proj.bias", config.hidden) if config.mlp_bias else None,
     )
 
 
-# One expert's gate, up and down matrices in checkpoints that store every expert by itself.
-EXPERT_NAMES = {
-    "mlp.": ("gate_proj", "up_proj", "down_proj"),
-    "block_sparse_moe.": ("w1", "w3", "w2"),  # Mixtral
-}
+# One expert's gate, up and down matrices in checkpoints that store every expert by itself; a family's own come last.
+QWEN_EXPERTS = {"mlp.": ("gate_proj", "up_proj", "down_proj")}
+MIXTRAL_EXPERTS = {"block_sparse_moe.": ("w1", "w3", "w2")}
 
 
 def _moe(config: DecoderConfig, moe: MoeConfig, prefix: str) -> MoeWeights:
     hidden, experts, ffn = config.hidden, moe.num_experts, moe.ffn
+    mixtral = config.model_type == "mixtral"
+    all_names = QWEN_EXPERTS | MIXTRAL_EXPERTS if mixtral else MIXTRAL_EXPERTS | QWEN_EXPERTS
 
     def stack(name: str, which: slice, rows: int, columns: int) -> Weight:
         shape = (experts, rows, columns)
-        layouts: list[tuple[Part, ...]] = [(Part(f"{prefix}{block}experts.{name}", shape),) for block in EXPERT_NAMES]
-        for block, names in EXPERT_NAMES.items():
+        layouts: list[tuple[Part, ...]] = [(Part(f"{prefix}{block}experts.{name}", shape),) for block in all_names]
+        for block, names in all_names.items():
             part = (rows // len(names[which]), columns)
             layouts.append(
                 tuple(
@@ -184,13 +216,13 @@ def _moe(config: DecoderConfig, moe: MoeConfig, prefix: str) -> MoeWeights:
                     for matrix in names[which]
                 )
             )
-        return Weight(shape, tuple(layouts))
+        return Weight(shape, tuple(layouts), linear=True)
 
     shared = _feed_forward(config, f"{prefix}mlp.shared_expert.", moe.shared_ffn) if moe.shared_ffn else None
     return MoeWeights(
         router=Weight(
             (experts, hidden),
-            tuple((Part(f"{prefix}{block}gate.weight", (experts, hidden)),) for block in EXPERT_NAMES),
+            tuple((Part(f"{prefix}{block}gate.weight", (experts, hidden)),) for block in all_names),
         ),
         gate_up=stack("gate_up_proj", slice(0, 2), 2 * ffn, hidden),
         down=stack("down_proj", slice(2, 3), hidden, ffn),

@@ -2,8 +2,8 @@
 
     locate_model ──▶ folder ──load_config──▶ DecoderConfig ──load_decoder──▶ Decoder
 
-Weights are read, cast and handed to the kernels' `prepare` one block at a time, so that the peak of memory is the
-model and one block.
+Weights are read, cast or rounded, and handed to the kernels' `prepare` one matrix at a time, so that the peak of memory
+is the model as it will be and one matrix (one layer's experts).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import torch
@@ -20,12 +20,25 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
 from ..kernels import Kernels
+from ..kernels.packed import RowFormat
 from ..kernels.reference.rope import rope_table
 from .config import BUNDLED_MODEL
-from .decoder import Attention, Block, Decoder, FeedForward, Join, MixtureOfExperts, make_join
+from .decoder import Attention, Block, Decoder, FeedForward, Join, MixtureOfExperts, make_join, make_norm
 from .errors import EngineStartError
-from .layout import AttentionWeights, FeedForwardWeights, MoeWeights, Weight, iter_weights, model_weights
-from .model_config import DecoderConfig
+from .kv_scales import all_kv_scale_names
+from .layout import (
+    AttentionWeights,
+    FeedForwardWeights,
+    ModelWeights,
+    MoeWeights,
+    iter_weights,
+    model_weights,
+)
+from .linear import Rows, make_linear
+from .model_config import DecoderConfig, RopeConfig
+from .quant.scheme import Packing
+from .reader import Reader
+from .rotation import turn_columns, turn_rows
 from .weights import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -73,107 +86,121 @@ def load_decoder(
     dtype: torch.dtype,
     device: torch.device,
     max_positions: int | None = None,
+    *,
+    rounding: Packing | None = None,
+    turn_values: bool = False,
 ) -> Decoder:
     """Read the weights of the folder into a decoder.
 
     max_positions: the length of the tables of rotary angles; None = the model's context.
+    rounding: what float matrices of the layers become; None = they stay.
+    turn_values: the cache holds values rotated (its format `rotates_keys`).
     Raises EngineStartError naming the tensor, its shape and the expected one.
     """
     started = time.perf_counter()
     weights = model_weights(config)
-    with Checkpoint(path) as checkpoint:
-        checkpoint.check(iter_weights(weights), spare=("lm_head.weight",) if config.tied else ())
-        decoder = _Builder(config, kernels, dtype, device, checkpoint, max_positions or config.max_position).decoder()
+    with Checkpoint(path, config.quantization) as checkpoint:
+        spare = [*all_kv_scale_names(config), *(["lm_head.weight"] if config.tied else [])]
+        checkpoint.check(iter_weights(weights), spare=spare)
+        reader = Reader(checkpoint, kernels, dtype, device, rounding)
+        decoder = _Builder(config, kernels, reader, max_positions or config.max_position, turn_values).decoder()
     log.info("loading %s took %.1f s", path, time.perf_counter() - started)
     return decoder
 
 
 class _Builder:
-    """Reads weights and makes the decoder's parts of them."""
+    """Makes the decoder's parts of what the reader gives."""
 
     def __init__(
-        self,
-        config: DecoderConfig,
-        kernels: Kernels,
-        dtype: torch.dtype,
-        device: torch.device,
-        checkpoint: Checkpoint,
-        max_positions: int,
+        self, config: DecoderConfig, kernels: Kernels, reader: Reader, max_positions: int, turn_values: bool
     ) -> None:
-        self.config, self.kernels, self.checkpoint = config, kernels, checkpoint
-        self.dtype, self.device = dtype, device
+        self.config, self.kernels, self.reader, self.turn_values = config, kernels, reader, turn_values
         self.windows = tuple(dict.fromkeys(config.windows))
-        self.rope_tables = [self._rope_table(index, max_positions) for index in range(len(config.ropes))]
+        self.rope_tables = [self._rope_table(rope, max_positions) for rope in config.ropes]
 
-    def _rope_table(self, index: int, max_positions: int) -> Tensor:
-        rope = self.config.ropes[index]
+    def _rope_table(self, rope: RopeConfig, max_positions: int) -> Tensor:
         table = rope_table(rope.rotary_dim, max_positions, rope.base, rope.scaling, self.config.max_position)
-        return table.to(self.device)
+        return table.to(self.reader.device)
 
     def decoder(self) -> Decoder:
         weights = model_weights(self.config)
-        embedding = self._read(weights.embedding)
-        blocks: list[tuple[Block, Join]] = []
-        enters = [layer.enter_attention for layer in weights.layers[1:]] + [weights.norm]
-        for index, (layer, next_enter) in enumerate(zip(weights.layers, enters, strict=True)):
-            attention = self._attention(index, layer.attention)
-            blocks.append((attention, self._join(layer.leave_attention, layer.enter_ffn)))
-            ffn = self._moe(layer.ffn) if isinstance(layer.ffn, MoeWeights) else self._feed_forward(layer.ffn)
-            blocks.append((ffn, self._join(layer.leave_ffn, next_enter)))
+        embedding = self.reader.floats(weights.embedding)
+        blocks: list[Block] = []
+        for index, layer in enumerate(weights.layers):
+            blocks.append(self._attention(index, layer.attention))
+            blocks.append(self._moe(layer.ffn) if isinstance(layer.ffn, MoeWeights) else self._feed_forward(layer.ffn))
+        if weights.lm_head is None:
+            lm_head = make_linear(self.kernels, embedding, None)
+        else:
+            lm_head = self.reader.as_stored(weights.lm_head)
+        first, joins = self._norms(weights, [block.rows for block in blocks])
         return Decoder(
-            self.config,
-            self.kernels,
-            embedding,
-            self._optional(weights.layers[0].enter_attention),
-            blocks,
-            self.kernels.linear.prepare(embedding if weights.lm_head is None else self._read(weights.lm_head), None),
-            self.windows,
+            self.config, self.kernels, embedding, first, list(zip(blocks, joins, strict=True)), lm_head, self.windows
         )
 
-    def _read(self, weight: Weight) -> Tensor:
-        return self.checkpoint.read(weight, self.dtype, self.device)
-
-    def _optional(self, weight: Weight | None) -> Tensor | None:
-        return None if weight is None else self._read(weight)
-
-    def _linear(self, weight: Weight, bias: Weight | None) -> Any:
-        return self.kernels.linear.prepare(self._read(weight), self._optional(bias))
-
-    def _join(self, leave: Weight | None, enter: Weight | None) -> Join:
-        return make_join(self.config, self.kernels, self._optional(leave), self._optional(enter))
+    def _norms(
+        self, weights: ModelWeights, rows: list[RowFormat | None]
+    ) -> tuple[Callable[[Tensor], Rows] | None, list[Join]]:
+        """What stands before the first block and between each and the next; rows: as each block wants its input."""
+        enters = [norm for layer in weights.layers for norm in (layer.enter_attention, layer.enter_ffn)]
+        leaves = [norm for layer in weights.layers for norm in (layer.leave_attention, layer.leave_ffn)]
+        first = self.reader.optional(enters[0])
+        joins = [
+            make_join(self.config, self.kernels, self.reader.optional(leave), self.reader.optional(enter), wanted)
+            for leave, enter, wanted in zip(leaves, [*enters[1:], weights.norm], [*rows[1:], None], strict=True)
+        ]
+        return None if first is None else make_norm(self.config, self.kernels, first, rows[0]), joins
 
     def _attention(self, layer: int, weights: AttentionWeights) -> Attention:
         rope = self.config.layer_ropes[layer]
         norms = None
         if weights.q_norm is not None and weights.k_norm is not None:
-            norms = self._read(weights.q_norm), self._read(weights.k_norm)
+            norms = self.reader.floats(weights.q_norm), self.reader.floats(weights.k_norm)
+        folds = self.turn_values and self.reader.is_plain(weights.qkv) and self.reader.is_plain(weights.o)
+        bias = self.reader.optional(weights.qkv_bias)
+        if folds and bias is not None:
+            bias = self._turn_values(bias, 0).to(self.reader.dtype)
         return Attention(
             self.config,
             self.kernels,
             layer=layer,
             plan=self.windows.index(self.config.windows[layer]),
-            qkv=self._linear(weights.qkv, weights.qkv_bias),
-            o=self._linear(weights.o, weights.o_bias),
+            qkv=self.reader.linear(weights.qkv, bias, self._turn_values if folds else None),
+            o=self.reader.linear(
+                weights.o, self.reader.optional(weights.o_bias), self._turn_outputs if folds else None
+            ),
             rope_table=None if rope is None else self.rope_tables[rope],
             qk_norms=norms,
+            turn_values=self.turn_values and not folds,
         )
+
+    def _turn_values(self, rows: Tensor, first: int) -> Tensor:
+        """Rows [.., d] (or entries of the bias) of the joined q, k and v: those of v are turned."""
+        values = (self.config.num_heads + self.config.num_kv_heads) * self.config.head_dim
+        kept, turned = rows[: max(values - first, 0)], rows[max(values - first, 0) :]
+        if not len(turned):
+            return rows
+        return torch.cat([kept.float(), turn_rows(turned, self.config.head_dim, self.kernels.hadamard.run)])
+
+    def _turn_outputs(self, rows: Tensor, first: int) -> Tensor:
+        return turn_columns(rows, self.config.head_dim, self.kernels.hadamard.run)
 
     def _feed_forward(self, weights: FeedForwardWeights) -> FeedForward:
         return FeedForward(
             self.config,
             self.kernels,
-            gate_up=self._linear(weights.gate_up, weights.gate_up_bias),
-            down=self._linear(weights.down, weights.down_bias),
+            gate_up=self.reader.linear(weights.gate_up, self.reader.optional(weights.gate_up_bias)),
+            down=self.reader.linear(weights.down, self.reader.optional(weights.down_bias)),
         )
 
     def _moe(self, weights: MoeWeights) -> MixtureOfExperts:
         shared = None
         if weights.shared is not None and weights.shared_gate is not None:
-            shared = self._feed_forward(weights.shared), self._linear(weights.shared_gate, None)
+            shared = self._feed_forward(weights.shared), self.reader.as_stored(weights.shared_gate)
         return MixtureOfExperts(
             self.config,
             self.kernels,
-            router=self._linear(weights.router, None),
-            experts=self.kernels.moe.prepare(self._read(weights.gate_up), self._read(weights.down)),
+            router=self.reader.as_stored(weights.router),
+            experts=self.reader.experts(weights.gate_up, weights.down),
             shared=shared,
         )

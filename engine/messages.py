@@ -62,6 +62,9 @@ class StepStats(msgspec.Struct, array_like=True, gc=False):
     expired_total: int = 0  # samples that ran out of time, waiting or running
     aborted_total: int = 0
     failed_total: int = 0
+    discarded_tokens_total: int = 0  # drawn for samples that had ended while the step was out
+    graph_steps_total: int = 0  # forward passes that replayed a CUDA graph
+    eager_steps_total: int = 0  # forward passes launched kernel by kernel
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag="step"):
@@ -93,6 +96,8 @@ class EngineReady(msgspec.Struct, frozen=True, tag="ready"):
     reasons: dict[str, str]  # resolved setting -> where it came from
     startup_seconds: dict[str, float]  # phase -> seconds
     memory_bytes: dict[str, int]  # weights, kv_cache, ...
+    quantization: str = "none"  # of the weights: the checkpoint's method, or the format they were rounded to
+    kv_cache_dtype: str = ""  # a name in kernels/kv_formats.py
     tenant_weights: dict[str, float] = {}  # of `tenants`, for the API side's share of the queue
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from .quant.scheme import Scheme
+
 Norms = Literal["pre", "post", "both"]
 QkNorm = Literal["head", "full"]
 Activation = Literal["silu", "gelu"]
@@ -62,6 +64,7 @@ class DecoderConfig:
     ropes            the distinct sets of angles; layer_ropes: per layer an index into them, None = no positions (NoPE)
     windows          per layer: None, or w = a query sees the last w positions, itself included
     max_position     the context it was trained (and stretched) for, in tokens
+    quantization     how the checkpoint stores its linears; None = as floats
     """
 
     model_type: str
@@ -91,3 +94,4 @@ class DecoderConfig:
     windows: tuple[int | None, ...]
     moe: MoeConfig | None
     eos_token_ids: tuple[int, ...]
+    quantization: Scheme | None = None

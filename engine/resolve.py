@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -11,9 +11,11 @@ import torch
 from ..scheduler.policy import POLICIES
 from .config import EngineConfig
 from .errors import EngineStartError
-from .kv_cache import block_bytes, kv_spec
+from .kv_cache import block_bytes, choose_kv_format, kv_spec
 from .layout import weight_bytes
 from .model_config import DecoderConfig
+from .quant.rounding import choose_rounding, refuses_gpu
+from .quant.scheme import Packing
 from .validation import MAX_N, MAX_TENANT_BYTES
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -22,23 +24,38 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 # nothing until used, so this bounds growth, not the start.
 KV_SHARE = 0.4
 
+# Share of a GPU that is used when nobody says how much. The rest is for what cannot be measured at the start: memory
+# that torch holds in pieces of the wrong size, logits kept for samples to come.
+GPU_SHARE = 0.9
+
 
 MAX_WEIGHT = 1e6  # of a tenant: shares beyond that starve everybody else
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What the machine offers. bytes of free memory: of the device that holds the model."""
+    """What the machine offers. bytes of free memory: of the device that holds the model.
+
+    capability: of the GPU, as (9, 0) for an H100; (0, 0) where there is none.
+    """
 
     cuda: bool
     fast_bf16: bool
     cores: int
     free_bytes: int
+    capability: tuple[int, int] = (0, 0)
+    total_bytes: int = 0  # of the GPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """Every setting with its value. `reasons`: setting -> where the value came from."""
+    """Every setting with its value. `reasons`: setting -> where the value came from.
+
+    quantization    the checkpoint's method, or the format that floats become on the way in, or "none"
+    rounding        how they become that; None = they stay
+    kv_cache_dtype  a name in kernels/kv_formats.py
+    memory_share    of the GPU, to be used; num_blocks is then a guess, until it has been measured. None = it is settled
+    """
 
     dtype: torch.dtype
     device: torch.device
@@ -51,6 +68,13 @@ class Resolved:
     num_blocks: int
     kv_cache_bytes: int
     weight_bytes: int
+    quantization: str
+    rounding: Packing | None
+    kv_cache_dtype: str
+    capability: tuple[int, int]
+    memory_share: float | None
+    graphs: bool
+    overlap: bool
     reasons: dict[str, str] = field(default_factory=dict)
 
 
@@ -58,12 +82,13 @@ def look_at_machine(device: str) -> Machine:
     """Facts that `resolve` needs, read from the system."""
     cuda = torch.cuda.is_available() and device != "cpu"
     if cuda:
-        free = torch.cuda.mem_get_info()[0]
+        free, total = torch.cuda.mem_get_info()
         fast = torch.cuda.is_bf16_supported()
     else:
-        free = _free_memory()
+        free, total = _free_memory(), 0
         fast = torch.cpu._is_avx512_bf16_supported()
-    return Machine(cuda=cuda, fast_bf16=fast, cores=_cores(), free_bytes=free)
+    capability = torch.cuda.get_device_capability() if cuda else (0, 0)
+    return Machine(cuda=cuda, fast_bf16=fast, cores=_cores(), free_bytes=free, capability=capability, total_bytes=total)
 
 
 def _cores() -> int:
@@ -97,6 +122,8 @@ def resolve(config: EngineConfig, model: DecoderConfig, machine: Machine) -> Res
     _check_ranges(config)
     reasons: dict[str, str] = {}
     device = _device(config, machine, reasons)
+    if config.graphs and device.type == "cpu":
+        raise EngineStartError("graphs is on, but the device is the CPU, which has none: leave graphs out")
     dtype = _dtype(config, machine, reasons)
 
     threads = config.threads or machine.cores
@@ -109,24 +136,18 @@ def resolve(config: EngineConfig, model: DecoderConfig, machine: Machine) -> Res
         )
     reasons["max_model_len"] = "given" if config.max_model_len else "the model's own context"
 
-    weights = weight_bytes(model, dtype)
-    spec = kv_spec(model, config.block_size, dtype)
+    quantization, rounding = _quantization(config, model, machine, reasons)
+    kv_cache_dtype, reasons["kv_cache_dtype"] = choose_kv_format(config.kv_cache_dtype, model, dtype)
+    weights = weight_bytes(model, dtype, rounding)
+    spec = kv_spec(model, config.block_size, kv_cache_dtype)
     per_block = block_bytes(spec, model.num_layers)
-    num_blocks, reasons["num_blocks"] = _num_blocks(config, machine, wanted, weights, per_block)
-    capacity = (num_blocks - 1) * config.block_size
-    if capacity < wanted:
-        if config.max_model_len or capacity < 2:
-            raise EngineStartError(
-                f"max_model_len is {wanted}, but the KV cache of {num_blocks} blocks holds {capacity} tokens; give it "
-                f"{(-(-wanted // config.block_size) + 1) * per_block} bytes (kv_cache_bytes) or lower max_model_len"
-            )
-        wanted = capacity
-        reasons["max_model_len"] = f"what the KV cache holds (the model's own is {model.max_position})"
+    memory_share = _memory_share(config, device)
+    num_blocks, reasons["num_blocks"] = _num_blocks(config, machine, wanted, weights, per_block, memory_share)
     return Resolved(
         dtype=dtype,
         device=device,
         threads=threads,
-        max_model_len=wanted,
+        max_model_len=_held(config, wanted, num_blocks, per_block, reasons),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_num_prefill_tokens=config.max_num_prefill_tokens,
@@ -134,8 +155,63 @@ def resolve(config: EngineConfig, model: DecoderConfig, machine: Machine) -> Res
         num_blocks=num_blocks,
         kv_cache_bytes=num_blocks * per_block,
         weight_bytes=weights,
+        quantization=quantization,
+        rounding=rounding,
+        kv_cache_dtype=kv_cache_dtype,
+        capability=machine.capability,
+        memory_share=memory_share,
+        graphs=_on_a_gpu("graphs", config.graphs, device, reasons),
+        overlap=_on_a_gpu("overlap", config.overlap, device, reasons),
         reasons=reasons,
     )
+
+
+def with_kv_cache(config: EngineConfig, model: DecoderConfig, settings: Resolved, kv_cache_bytes: int) -> Resolved:
+    """The settings with a KV cache of a measured size. Raises EngineStartError when it is too small to serve."""
+    per_block = block_bytes(kv_spec(model, settings.block_size, settings.kv_cache_dtype), model.num_layers)
+    num_blocks = kv_cache_bytes // per_block
+    if num_blocks < 2:
+        raise EngineStartError(
+            f"gpu_memory_utilization is {settings.memory_share}, which leaves {kv_cache_bytes} bytes for the KV cache, "
+            f"and a block takes {per_block}; raise it, lower max_num_batched_tokens or max_num_seqs, or take a smaller "
+            "model"
+        )
+    reasons = settings.reasons | {"num_blocks": f"measured: what {settings.memory_share:.0%} of the GPU leaves"}
+    return replace(
+        settings,
+        max_model_len=_held(config, settings.max_model_len, num_blocks, per_block, reasons),
+        num_blocks=num_blocks,
+        kv_cache_bytes=num_blocks * per_block,
+        memory_share=None,
+        reasons=reasons,
+    )
+
+
+def _held(config: EngineConfig, wanted: int, num_blocks: int, per_block: int, reasons: dict[str, str]) -> int:
+    """The longest sequence up to `wanted` tokens that the KV cache holds."""
+    capacity = (num_blocks - 1) * config.block_size
+    if capacity >= wanted:
+        return wanted
+    if config.max_model_len or capacity < 2:
+        raise EngineStartError(
+            f"max_model_len is {wanted}, but the KV cache of {num_blocks} blocks holds {capacity} tokens; give it "
+            f"{(-(-wanted // config.block_size) + 1) * per_block} bytes (kv_cache_bytes) or lower max_model_len"
+        )
+    reasons["max_model_len"] = "what the KV cache holds; the model's own is longer"
+    return capacity
+
+
+def _memory_share(config: EngineConfig, device: torch.device) -> float | None:
+    """Of the GPU, when that is what decides the size of the KV cache."""
+    wish = config.gpu_memory_utilization
+    settled = "num_blocks" if config.num_blocks else "kv_cache_bytes" if config.kv_cache_bytes else None
+    if wish is not None and device.type == "cpu":
+        raise EngineStartError(f"gpu_memory_utilization is {wish}, but the device is the CPU; give kv_cache_bytes")
+    if wish is not None and settled is not None:
+        raise EngineStartError(f"gpu_memory_utilization and {settled} both say how large the KV cache is; give one")
+    if device.type == "cpu" or settled is not None:
+        return None
+    return GPU_SHARE if wish is None else wish
 
 
 def _check_ranges(config: EngineConfig) -> None:
@@ -151,6 +227,7 @@ def _check_ranges(config: EngineConfig) -> None:
         "block_size": (1, 1024),
         "num_blocks": (2, 1 << 31),
         "kv_cache_bytes": (1, 1 << 50),
+        "gpu_memory_utilization": (0.01, 1.0),
     }
     for name, (low, high) in bounds.items():
         value = getattr(config, name)
@@ -189,6 +266,12 @@ def _device(config: EngineConfig, machine: Machine, reasons: dict[str, str]) -> 
     return torch.device("cuda" if machine.cuda else "cpu")
 
 
+def _on_a_gpu(name: str, wish: bool | None, device: torch.device, reasons: dict[str, str]) -> bool:
+    """A setting that is on for a GPU unless somebody says otherwise."""
+    reasons[name] = "given" if wish is not None else f"the device is {device.type}"
+    return device.type == "cuda" if wish is None else wish
+
+
 def _dtype(config: EngineConfig, machine: Machine, reasons: dict[str, str]) -> torch.dtype:
     if config.dtype == "auto":
         reasons["dtype"] = "the machine multiplies bf16 fast" if machine.fast_bf16 else "no fast bf16 on this machine"
@@ -199,8 +282,29 @@ def _dtype(config: EngineConfig, machine: Machine, reasons: dict[str, str]) -> t
     return DTYPES[config.dtype]
 
 
+def _quantization(
+    config: EngineConfig, model: DecoderConfig, machine: Machine, reasons: dict[str, str]
+) -> tuple[str, Packing | None]:
+    rounding = choose_rounding(config.quantization, model.quantization)
+    formats = model.quantization.formats if model.quantization else (rounding.format,) if rounding else ()
+    for name in formats:
+        why = refuses_gpu(name, machine.capability)
+        if why is not None:
+            raise EngineStartError(f"quantization: {why}")
+    if model.quantization is not None:
+        reasons["quantization"] = "the checkpoint's"
+        return model.quantization.method, None
+    reasons["quantization"] = "given" if rounding else "the checkpoint's weights are floats"
+    return config.quantization or "none", rounding
+
+
 def _num_blocks(
-    config: EngineConfig, machine: Machine, max_model_len: int, weights: int, per_block: int
+    config: EngineConfig,
+    machine: Machine,
+    max_model_len: int,
+    weights: int,
+    per_block: int,
+    memory_share: float | None,
 ) -> tuple[int, str]:
     if config.num_blocks:
         return config.num_blocks, "given"
@@ -214,6 +318,9 @@ def _num_blocks(
         raise EngineStartError(
             f"the weights take {weights} bytes and {machine.free_bytes} are free; use a smaller model or dtype"
         )
+    if memory_share is not None:
+        taken = machine.total_bytes - machine.free_bytes + weights
+        return max(2, (int(memory_share * machine.total_bytes) - taken) // per_block), "before measuring"
     enough = config.max_num_seqs * -(-max_model_len // config.block_size) + 1
     share = int((machine.free_bytes - weights) * KV_SHARE) // per_block
     if enough <= share:

@@ -1,8 +1,10 @@
 """Runs a step: a plan becomes one ragged batch, one forward pass, and the tokens drawn from its last rows.
 
-    StepPlan ──▶ slots ──▶ RaggedBatch ──▶ Decoder ──hidden──▶ logits of the rows that draw ──▶ Sampler ──▶ StepResult
+    launch:   StepPlan ──▶ slots ──▶ RaggedBatch ──▶ Decoder ──hidden──▶ logits of the rows that draw ──▶ Sampler
+    collect:  what was drawn, when the device is done ──▶ StepResult
 
-A request's fault ends that request: what touches one sequence is tried alone, and a forward pass that raises is run
+Steps run on the device in the order of their launch, and the next one may be launched before one is collected. A
+request's fault ends that request: what touches one sequence is tried alone, and a forward pass that raises is run
 again sequence by sequence.
 """
 
@@ -11,21 +13,39 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..kernels import Kernels
-from ..kernels.batch import LayerKV, RaggedBatch
-from ..scheduler.plan import Draw, NewSeq, Row, RowResult, StepPlan, StepResult, TokenLogprob
+from ..kernels.batch import LayerKV
+from ..scheduler.plan import Draw, NewSeq, Row, RowResult, StepPlan, StepResult
 from .decoder import Decoder
-from .sampler import Sampler
+from .graphs import Capture, Graphs
+from .sampler import Drawn, Rated, Sampler
 from .slots import SlotTable
+from .transfer import upload
 
 log = logging.getLogger(__name__)
 
 # Logits of this many prompt rows are made at once for prompt logprobs: at a vocabulary of 150,000 they take 38 MB.
 PROMPT_LOGPROB_ROWS = 64
+
+
+Placed = tuple[Row, RowResult]  # a row, and where its result goes
+
+
+@dataclass(slots=True)
+class Launched:
+    """A step under way: its results, and what will fill them."""
+
+    step_id: int
+    rows: list[RowResult]  # beside StepPlan.rows
+    draws: list[RowResult]  # beside StepPlan.draws
+    drawn: list[tuple[list[RowResult], Drawn]] = field(default_factory=list)
+    rated: list[tuple[RowResult, list[Rated]]] = field(default_factory=list)
 
 
 class ModelRunner:
@@ -36,12 +56,18 @@ class ModelRunner:
         cache: list[LayerKV],
         slots: SlotTable,
         sampler: Sampler,
+        capture: Capture | None = None,
     ) -> None:
+        """capture: how steps of decodes become graphs; None = they do not."""
         self.decoder = decoder
         self.cache = cache
         self.slots = slots
         self.sampler = sampler
         self.copy_blocks = kernels.kv_copy_blocks.run
+        self.graphs: Graphs | None = None
+        if capture is not None:
+            self.graphs = Graphs(lambda batch: self.decoder.forward(batch, self.cache), slots, capture)
+        self.graph_steps = self.eager_steps = 0  # forward passes by replay, and kernel by kernel
         self._entered: dict[int, NewSeq] = {}  # slot -> what entered it
         self._failed: dict[int, str] = {}  # slot -> why its sequence cannot run
         self._kept: dict[int, Tensor] = {}  # key -> [V] logits behind a prompt that further samples begin from
@@ -49,18 +75,23 @@ class ModelRunner:
     @torch.inference_mode()
     def warm_up(self, max_tokens: int) -> None:
         """The smallest and the largest step, on the null block, so that no request pays for first times."""
+        if self.graphs is not None:
+            self.graphs.capture_now(self.graphs.shapes.at_start())
         for count in (1, max_tokens):
             self.rehearse([Row(0, 0, count)])
 
     @torch.inference_mode()
     def rehearse(self, rows: list[Row]) -> None:
         """The forward pass of these rows, whose slots are free: they read and write the null block only."""
-        batch, hidden = self._forward(rows)
-        self.decoder.logits(hidden[batch.logit_rows]).sum().item()  # waits for the device
+        _, last = self._forward(rows)
+        self.decoder.logits(last).sum().item()  # waits for the device
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run the step; an error of one row is in its RowResult. Raises only if the engine itself is broken."""
+    def launch(self, plan: StepPlan) -> Launched:
+        """Set the step going, behind those that were launched before it. Nothing waits for the device.
+
+        An error of one row will be in its RowResult. Raises only if the engine itself is broken.
+        """
         for key in plan.forgotten:
             self._kept.pop(key, None)
         for slot in plan.freed:
@@ -68,16 +99,25 @@ class ModelRunner:
         for new in plan.new:
             self._enter(new)
         self._copy(plan.copies)
-        draws = self._draw_kept(plan.draws)
+        step = Launched(plan.step_id, [RowResult() for _ in plan.rows], [RowResult() for _ in plan.draws])
+        self._draw_kept(step, plan.draws)
         for row in plan.rows:
             self.slots.add_blocks(row.slot, row.new_block_ids)
         # Short rows first: kernels treat the decodes and the chunks of a step as two contiguous ranges.
-        order = sorted(range(len(plan.rows)), key=lambda i: plan.rows[i].num_tokens)
-        results = self._run([plan.rows[i] for i in order])
-        placed = [RowResult()] * len(order)
-        for i, result in zip(order, results, strict=True):
-            placed[i] = result
-        return StepResult(plan.step_id, placed, draws)
+        places = sorted(range(len(plan.rows)), key=lambda i: plan.rows[i].num_tokens)
+        self._run(step, [(plan.rows[i], step.rows[i]) for i in places])
+        return step
+
+    def collect(self, step: Launched) -> StepResult:
+        """Wait for a step's results. Slots may be somebody else's by now: all that is needed was launched with it."""
+        for results, drawn in step.drawn:
+            self.sampler.finish(drawn, results)
+        for result, ratings in step.rated:
+            try:
+                result.prompt_logprobs = [logprob for rated in ratings for logprob in rated.wait()] or None
+            except Exception as error:
+                _without_prompt_logprobs(result, error)
+        return StepResult(step.step_id, step.rows, step.draws)
 
     def _enter(self, new: NewSeq) -> None:
         self._entered[new.slot] = new
@@ -95,79 +135,99 @@ class ModelRunner:
 
     def _copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         if pairs:
-            sources, targets = torch.tensor(pairs, device=self.slots.device).T
+            sources, targets = upload([np.array(pairs, np.int64).T.copy()], self.slots.device)[0]
             for layer in self.cache:
                 self.copy_blocks(layer, sources, targets)
 
-    def _run(self, rows: list[Row]) -> list[RowResult]:
-        healthy = [row for row in rows if row.slot not in self._failed]
-        results = dict(zip((row.slot for row in healthy), self._try(healthy), strict=True)) if healthy else {}
-        return [results.get(row.slot) or RowResult(error=self._failed[row.slot]) for row in rows]
+    def _run(self, step: Launched, rows: list[Placed]) -> None:
+        healthy = []
+        for row, result in rows:
+            result.error = self._failed.get(row.slot)
+            if result.error is None:
+                healthy.append((row, result))
+        if healthy:
+            self._try(step, healthy)
 
-    def _try(self, rows: list[Row]) -> list[RowResult]:
+    def _try(self, step: Launched, rows: list[Placed]) -> None:
         """The rows together; if that raises, each alone, to find the one at fault. Writing K/V twice does no harm."""
         try:
-            batch, hidden = self._forward(rows)
+            hidden, last = self._forward([row for row, _ in rows])
         except Exception as error:
             log.exception("a step of %d sequences failed", len(rows))
             if len(rows) == 1:
-                return [RowResult(error=f"the model failed: {type(error).__name__}")]
-            return [result for row in rows for result in self._try([row])]
-        return self._draw(rows, batch, hidden)
+                rows[0][1].error = f"the model failed: {type(error).__name__}"
+            else:
+                for placed in rows:
+                    self._try(step, [placed])
+            return
+        self._draw(step, rows, hidden, last)
 
-    def _forward(self, rows: list[Row]) -> tuple[RaggedBatch, Tensor]:
+    def _forward(self, rows: list[Row]) -> tuple[Tensor, Tensor]:
+        """Hidden states of all tokens [T, d], and of the last one of each row that draws."""
         ends = itertools.accumulate(row.num_tokens for row in rows)
         drawing = [end - 1 for row, end in zip(rows, ends, strict=True) if row.samples]
+        if self.graphs is not None and all(row.num_tokens == 1 for row in rows):
+            hidden = self.graphs.run(rows)
+            if hidden is not None:
+                self.graph_steps += 1
+                return hidden, hidden[upload([np.array(drawing, np.int64)], self.slots.device)[0]]
         batch = self.slots.gather(rows, drawing)
-        return batch, self.decoder.forward(batch, self.cache)
+        hidden = self.decoder.forward(batch, self.cache)
+        self.eager_steps += 1
+        return hidden, hidden[batch.logit_rows]
 
-    def _draw(self, rows: list[Row], batch: RaggedBatch, hidden: Tensor) -> list[RowResult]:
-        results = {row.slot: RowResult() for row in rows}
-        drawing = [row for row in rows if row.samples]
+    def _draw(self, step: Launched, rows: list[Placed], hidden: Tensor, last: Tensor) -> None:
+        drawing = [(row, result) for row, result in rows if row.samples]
         if drawing:
-            logits = self.decoder.logits(hidden[batch.logit_rows])
-            for i, row in enumerate(drawing):
+            logits = self.decoder.logits(last)
+            for i, (row, _) in enumerate(drawing):
                 if row.keeps is not None:
                     self._kept[row.keeps] = logits[i].clone()  # the sampler may edit its rows in place
-            slots = [row.slot for row in drawing]
-            drawn = self._sample(logits, slots, [row.start + row.num_tokens for row in drawing])
-            results |= zip(slots, drawn, strict=True)
+            positions = [row.start + row.num_tokens for row, _ in drawing]
+            self._sample(step, logits, [row.slot for row, _ in drawing], positions, [result for _, result in drawing])
         first = 0
-        for row in rows:
-            result, new = results[row.slot], self._entered[row.slot]
+        for row, result in rows:
+            new = self._entered[row.slot]
             k = new.params.prompt_logprobs
-            if k is not None and new.sample_index == 0 and result.error is None:
+            if k is not None and new.sample_index == 0:
                 try:
-                    result.prompt_logprobs = self._prompt_logprobs(row, hidden[first : first + row.num_tokens], k)
+                    ratings = self._rate_prompt(row, hidden[first : first + row.num_tokens], k)
+                    step.rated.append((result, ratings))
                 except Exception as error:
-                    log.exception("no prompt logprobs for one sequence")
-                    results[row.slot] = RowResult(error=f"the prompt's logprobs failed: {error}")
+                    _without_prompt_logprobs(result, error)
             first += row.num_tokens
-        return list(results.values())
 
-    def _draw_kept(self, draws: Sequence[Draw]) -> list[RowResult]:
+    def _draw_kept(self, step: Launched, draws: Sequence[Draw]) -> None:
         """The first tokens of samples whose prompt was computed for another: by the same logits."""
-        slots = [draw.slot for draw in draws if draw.slot not in self._failed]
-        results = {draw.slot: RowResult(error=self._failed.get(draw.slot)) for draw in draws}
-        if slots:
-            logits = torch.stack([self._kept[draw.kept] for draw in draws if draw.slot in slots])
-            drawn = self._sample(logits, slots, [self._entered[slot].num_prompt for slot in slots])
-            results |= zip(slots, drawn, strict=True)
-        return list(results.values())
+        healthy = []
+        for draw, result in zip(draws, step.draws, strict=True):
+            result.error = self._failed.get(draw.slot)
+            if result.error is None:
+                healthy.append((draw, result))
+        if healthy:
+            slots = [draw.slot for draw, _ in healthy]
+            logits = torch.stack([self._kept[draw.kept] for draw, _ in healthy])
+            positions = [self._entered[slot].num_prompt for slot in slots]
+            self._sample(step, logits, slots, positions, [result for _, result in healthy])
 
-    def _sample(self, logits: Tensor, slots: list[int], positions: list[int]) -> list[RowResult]:
-        drawn = self.sampler.sample(logits, slots, positions)
-        for slot, result in zip(slots, drawn, strict=True):
-            for token_id in result.token_ids:
-                self.slots.append(slot, token_id)
-        return drawn
+    def _sample(
+        self, step: Launched, logits: Tensor, slots: list[int], positions: list[int], results: list[RowResult]
+    ) -> None:
+        drawn = self.sampler.draw(logits, slots, positions)
+        self.slots.remember(slots, drawn.ids)
+        step.drawn.append((results, drawn))
 
-    def _prompt_logprobs(self, row: Row, hidden: Tensor, k: int) -> list[TokenLogprob] | None:
-        """Of the prompt tokens that follow this row's; None when the row is past the prompt."""
+    def _rate_prompt(self, row: Row, hidden: Tensor, k: int) -> list[Rated]:
+        """Of the prompt tokens that follow this row's; nothing when the row is past the prompt."""
         last = min(row.start + row.num_tokens, int(self.slots.num_prompt[row.slot]) - 1)
         targets = self.slots.token_ids[row.slot, row.start + 1 : last + 1].tolist()
-        logprobs: list[TokenLogprob] = []
+        ratings = []
         for i in range(0, len(targets), PROMPT_LOGPROB_ROWS):
             some = targets[i : i + PROMPT_LOGPROB_ROWS]
-            logprobs += self.sampler.prompt_logprobs(self.decoder.logits(hidden[i : i + len(some)]), some, k)
-        return logprobs or None
+            ratings.append(self.sampler.rate(self.decoder.logits(hidden[i : i + len(some)]), some, k))
+        return ratings
+
+
+def _without_prompt_logprobs(result: RowResult, error: Exception) -> None:
+    log.error("no prompt logprobs for one sequence", exc_info=error)
+    result.error = result.error or f"the prompt's logprobs failed: {error}"

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.reference.sampling import Bias, LogitEdits, Marks, Penalties
+from ..kernels.reference.sampling import Bias, LogitEdits, Logprobs, Marks, Penalties
 from ..kernels.registry import Kernels
 from ..scheduler.params import SamplingParams
 from ..scheduler.plan import RowResult, TokenLogprob
 from .errors import RequestError
+from .transfer import Download, upload
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class SequenceState:
         p = self.params = params
         self.sample_index = sample_index
         self.seed = (p.seed + 2**63) % 2**64 - 2**63  # 64 bits in two's complement
-        self.num_drawn = len(token_ids) - num_prompt
+        self.num_drawn = len(token_ids) - num_prompt  # known or not
 
         penalised = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
         ids(token_ids if penalised else (), "prompt")
@@ -135,7 +136,7 @@ class SequenceState:
         return np.array(last, np.int64)
 
     def append(self, token: int) -> None:
-        self.num_drawn += 1
+        """What was drawn becomes known: for a sequence that looks back, before its next draw."""
         self._tail.append(token)
         if self._counts is not None:
             self._counts.add(token)
@@ -148,6 +149,30 @@ def _checked(values: Iterable[int], field: str, vocab_size: int) -> np.ndarray:
     if len(wrong):
         raise RequestError(f"{field} holds {wrong[0]}; token ids go from 0 to {vocab_size - 1}", field)
     return ids
+
+
+class Drawn(NamedTuple):
+    """What a step draws, under way on the device. ids [L]: always ids, even where a row has an error."""
+
+    states: list[SequenceState]
+    ids: Tensor  # [L] int64, on the device
+    errors: dict[int, str]  # row -> why nothing was drawn for it
+    logprobs: list[list[int]]  # rows that want any, per number of rivals
+    download: Download  # ids, largest logit, largest that edits left [L]; the fields of `Logprobs`, list by list
+
+
+class Rated(NamedTuple):
+    """Log-probabilities of given tokens, under way on the device."""
+
+    target_ids: Sequence[int]
+    download: Download
+
+    def wait(self) -> list[TokenLogprob]:
+        """Row by row. Raises ValueError when a row is not sound: the request cannot be answered, others can."""
+        sound, *columns = self.download.wait()
+        if not sound:
+            raise ValueError(NAN_LOGITS)
+        return _listed(torch.tensor(self.target_ids), columns)
 
 
 class Sampler:
@@ -166,7 +191,7 @@ class Sampler:
         device: torch.device | str,
     ) -> None:
         self._kernels = kernels
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         # An end token past the logits' width can never be drawn; some model configs name one.
         self._eos_token_ids = tuple(token for token in eos_token_ids if token < vocab_size)
         self._device = torch.device(device)
@@ -181,36 +206,61 @@ class Sampler:
         """
         self._slots[slot] = None
         self._slots[slot] = SequenceState(
-            params, sample_index, token_ids, num_prompt, self._eos_token_ids, self._vocab_size
+            params, sample_index, token_ids, num_prompt, self._eos_token_ids, self.vocab_size
         )
 
     def remove(self, slot: int) -> None:
         self._slots[slot] = None
 
     def sample(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int]) -> list[RowResult]:
-        """One token per row, appended to its sequence's state.
+        """`draw`, and wait for it."""
+        results = [RowResult() for _ in slots]
+        self.finish(self.draw(logits, slots, positions), results)
+        return results
+
+    def draw(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int]) -> Drawn:
+        """Draw one token per row; nothing waits for the device.
 
         logits [L, V] float32, beside slots; positions[i] = the index in its sequence of the token being drawn
-        A row that no token can be drawn from carries an error, and no other row notices.
+        A row that no token can be drawn from will carry an error, and no other row notices.
         """
         states = [self._state(slot) for slot in slots]
-        values, greedy_ids = self._kernels.greedy.run(logits)
-        results = [
-            RowResult([token]) if math.isfinite(value) else RowResult(error=NAN_LOGITS)
-            for value, token in zip(values.tolist(), greedy_ids.tolist(), strict=True)
-        ]
-        busy = [
-            i
-            for i, state in enumerate(states)
-            if results[i].error is None and (state.edited or state.params.temperature > 0)
-        ]
+        best, ids = self._kernels.greedy.run(logits)
+        left = best
+        errors: dict[int, str] = {}
+        busy = [i for i, state in enumerate(states) if state.edited or state.params.temperature > 0]
         if busy:
-            self._draw(logits, states, positions, results, busy)
-        for state, result in zip(states, results, strict=True):
-            for token in result.token_ids:
+            ids, left = self._draw(logits, states, positions, busy, ids, best, errors)
+        for state in states:
+            state.num_drawn += 1
+        wanted: dict[int, list[int]] = {}  # k -> rows
+        for row, state in enumerate(states):
+            if state.params.logprobs is not None:
+                wanted.setdefault(state.params.logprobs, []).append(row)
+        found = [self._logprobs(self._select(logits, rows), self._select(ids, rows), k) for k, rows in wanted.items()]
+        download = Download([ids, best, left, *(tensor for logprobs in found for tensor in logprobs)])
+        return Drawn(states, ids, errors, list(wanted.values()), download)
+
+    def finish(self, drawn: Drawn, results: Sequence[RowResult]) -> None:
+        """Wait for what was drawn, one token per row: it goes into its result, and into its sequence's state."""
+        ids, best, left, *found = drawn.download.wait()
+        rows = zip(drawn.states, results, ids.tolist(), best.tolist(), left.tolist(), strict=True)
+        for row, (state, result, token, largest, largest_left) in enumerate(rows):
+            if not math.isfinite(largest):
+                result.error = NAN_LOGITS
+            elif largest_left == -math.inf:
+                result.error = NO_TOKEN_LEFT
+            else:
+                result.error = result.error or drawn.errors.get(row)
+            if result.error is None:
+                result.token_ids = [token]
                 state.append(token)
-        self._attach_logprobs(logits, states, results)
-        return results
+        width = len(Logprobs._fields)
+        for i, rows in enumerate(drawn.logprobs):
+            columns = found[i * width : (i + 1) * width]
+            for row, logprob in zip(rows, _listed(ids[rows], columns), strict=True):
+                if results[row].error is None:
+                    results[row].logprobs = [logprob]
 
     def _state(self, slot: int) -> SequenceState:
         state = self._slots[slot]
@@ -223,36 +273,41 @@ class Sampler:
         logits: Tensor,
         states: Sequence[SequenceState],
         positions: Sequence[int],
-        results: list[RowResult],
         busy: list[int],
-    ) -> None:
-        """Replace the results of the rows `busy` by draws from their edited logits."""
+        ids: Tensor,
+        best: Tensor,
+        errors: dict[int, str],
+    ) -> tuple[Tensor, Tensor]:
+        """The greedy ids and largest logits [L] with those of the rows `busy` replaced: drawn from edited logits."""
         edits = {}
         for i in busy:
             try:
                 edits[i] = states[i].edits() if states[i].edited else RowEdits()
             except Exception as error:
                 log.exception("the logit edits of one sequence failed")
-                results[i] = RowResult(error=f"the request cannot be run: {type(error).__name__}")
+                errors[i] = f"the request cannot be run: {type(error).__name__}"
         rows = list(edits)
-        x = self._select(logits, rows)
-        step = self._gather(list(edits.values()), [states[i].params.repetition_penalty for i in rows])
+        chosen = [states[i] for i in rows]
+        numbers = np.array([(s.params.temperature, s.params.top_p, s.params.min_p) for s in chosen], np.float32)
+        integers = np.array(
+            [(s.params.top_k, s.seed, s.sample_index, positions[i], i) for i, s in zip(rows, chosen, strict=True)],
+            np.int64,
+        )
+        columns = upload([numbers.reshape(-1, 3), integers.reshape(-1, 5)], self._device)
+        temperature, top_p, min_p = columns[0].unbind(1)
+        top_k, seeds, sample_index, place, index = columns[1].unbind(1)
+        everybody = len(rows) == len(logits)
+        x, left = (logits, best) if everybody else (logits[index], best[index])
+        step = self._gather(list(edits.values()), [s.params.repetition_penalty for s in chosen])
         if any(kind is not None for kind in step):
             x = self._kernels.process_logits.run(x, step)
-        chosen = [states[i] for i in rows]
-        numbers = np.array(
-            [(s.params.temperature, s.params.top_p, s.params.min_p) for s in chosen], np.float32
-        ).reshape(-1, 3)
-        integers = np.array(
-            [(s.params.top_k, s.seed, s.sample_index, positions[i]) for i, s in zip(rows, chosen, strict=True)],
-            np.int64,
-        ).reshape(-1, 4)
-        temperature, top_p, min_p = self._tensor(numbers).unbind(1)
-        top_k, seeds, sample_index, place = self._tensor(integers).unbind(1)
-        ids = self._kernels.sample.run(x, temperature, top_k, top_p, min_p, seeds, sample_index, place)
-        left = x.gather(1, ids[:, None]).squeeze(1)
-        for i, token, value in zip(rows, ids.tolist(), left.tolist(), strict=True):
-            results[i] = RowResult([token]) if value > -math.inf else RowResult(error=NO_TOKEN_LEFT)
+            left, _ = self._kernels.greedy.run(x)
+        # A row without a token to draw is drawn greedily, which any logits permit; `finish` tells what it was.
+        temperature = torch.where(left.abs() < torch.inf, temperature, 0.0)
+        drawn = self._kernels.sample.run(x, temperature, top_k, top_p, min_p, seeds, sample_index, place)
+        if everybody:
+            return drawn, left
+        return ids.index_copy(0, index, drawn), best.index_copy(0, index, left)
 
     def _gather(self, edits: Sequence[RowEdits], repetition: Sequence[float]) -> LogitEdits:
         """The rows' edits as one set of tensors."""
@@ -283,38 +338,33 @@ class Sampler:
     def _values(self, values: Sequence[np.ndarray | None]) -> Tensor:
         return self._tensor(np.concatenate([v for v in values if v is not None]).astype(np.float32))
 
-    def _select(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
-        return logits if len(rows) == len(logits) else logits.index_select(0, self._tensor(np.array(rows, np.int64)))
+    def _select(self, rows_of: Tensor, rows: Sequence[int]) -> Tensor:
+        """Some rows of [L, ...], in order."""
+        return rows_of if len(rows) == len(rows_of) else rows_of[self._tensor(np.array(rows, np.int64))]
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
-
-    def _attach_logprobs(self, logits: Tensor, states: Sequence[SequenceState], results: list[RowResult]) -> None:
-        wanted: dict[int, list[int]] = {}  # k -> rows
-        for row, (state, result) in enumerate(zip(states, results, strict=True)):
-            if state.params.logprobs is not None and result.error is None:
-                wanted.setdefault(state.params.logprobs, []).append(row)
-        for k, rows in wanted.items():
-            chosen = self._select(logits, rows)
-            for row, logprob in zip(
-                rows, self._logprobs(chosen, [results[r].token_ids[0] for r in rows], k), strict=True
-            ):
-                results[row].logprobs = [logprob]
+        return upload([array], self._device)[0]
 
     def prompt_logprobs(self, logits: Tensor, target_ids: Sequence[int], k: int) -> list[TokenLogprob]:
-        """Of target_ids [n] under logits [n, V] float32, row by row; k = -1 for the whole vocabulary.
+        """`rate`, and wait for it."""
+        return self.rate(logits, target_ids, k).wait()
 
-        Raises ValueError when a row is not sound: the request cannot be answered, others can.
-        """
-        if not bool(self._kernels.greedy.run(logits)[0].isfinite().all()):
-            raise ValueError(NAN_LOGITS)
-        return self._logprobs(logits, target_ids, k)
+    def rate(self, logits: Tensor, target_ids: Sequence[int], k: int) -> Rated:
+        """target_ids [n] under logits [n, V] float32, row by row; k = -1 for the whole vocabulary."""
+        (targets,) = upload([np.array(target_ids, np.int64)], self._device)
+        sound = self._kernels.greedy.run(logits)[0].isfinite().all()
+        return Rated(target_ids, Download([sound, *self._logprobs(logits, targets, k)]))
 
-    def _logprobs(self, logits: Tensor, ids: Sequence[int], k: int) -> list[TokenLogprob]:
-        width = self._vocab_size if k < 0 else min(k, self._vocab_size)
-        found = self._kernels.token_logprobs.run(logits, self._tensor(np.array(ids, np.int64)), width)
-        columns = (found.logprob, found.rank, found.top_ids, found.top_logprobs)
-        return [
-            TokenLogprob(token, logprob, rank, tuple(zip(top_ids, top_logprobs, strict=True)))
-            for token, logprob, rank, top_ids, top_logprobs in zip(ids, *(c.tolist() for c in columns), strict=True)
-        ]
+    def _logprobs(self, logits: Tensor, ids: Tensor, k: int) -> Logprobs:
+        width = self.vocab_size if k < 0 else min(k, self.vocab_size)
+        return self._kernels.token_logprobs.run(logits, ids, width)
+
+
+def _listed(ids: Tensor, columns: Sequence[Tensor]) -> list[TokenLogprob]:
+    """ids [n] with the fields of their `Logprobs`, on the host."""
+    return [
+        TokenLogprob(token, logprob, rank, tuple(zip(top_ids, top_logprobs, strict=True)))
+        for token, logprob, rank, top_ids, top_logprobs in zip(
+            ids.tolist(), *(column.tolist() for column in columns), strict=True
+        )
+    ]

@@ -5,7 +5,7 @@ No other format is ever opened: pickled weights (.bin, .pt, …) can run code wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -15,12 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..kernels.packed import PackedWeight
 from .config_fields import read_json
 from .errors import EngineStartError
 from .layout import Part, Weight
+from .quant.scheme import FLOATS, Entry, Scheme, Storage
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Stored(NamedTuple):
@@ -31,14 +32,22 @@ class Stored(NamedTuple):
     name: str
 
 
+class Source(NamedTuple):
+    """A part of a parameter, and how it is stored; None = as floats."""
+
+    part: Part
+    storage: Storage | None
+
+
 class Checkpoint:
     """The tensors of a folder by name, without the leading `model.`. A context manager: it holds the files mapped.
 
+    scheme: how its linears are quantized, None = not.
     Raises EngineStartError for a folder without safetensors and for a corrupt or truncated file.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, scheme: Scheme | None = None) -> None:
+        self.folder, self.scheme = folder, scheme
         self._files = ExitStack()
         self._tensors: dict[str, Stored] = {}
         try:
@@ -56,6 +65,13 @@ class Checkpoint:
     ) -> None:
         self._files.close()
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def items(self) -> Iterator[tuple[str, str]]:
+        """(name without the leading `model.`, name in the file) of every tensor."""
+        return ((name, stored.name) for name, stored in self._tensors.items())
+
     def _map(self, path: Path) -> None:
         try:
             file = self._files.enter_context(safe_open(path, framework="pt"))
@@ -64,15 +80,47 @@ class Checkpoint:
         for name in file.keys():  # noqa: SIM118  (not a dict)
             self._tensors[name.removeprefix("model.")] = Stored(file, path, name)
 
+    # ---------------------------------------------------------------- what lies where
+
+    def sources(self, weight: Weight) -> tuple[Source, ...]:
+        """The first layout of which the checkpoint has a tensor, else the usual one."""
+        layouts = [tuple(self._source(weight, part) for part in layout) for layout in weight.layouts]
+        return next((sources for sources in layouts if any(map(self._has_any, sources))), layouts[-1])
+
+    def _source(self, weight: Weight, part: Part) -> Source:
+        """A linear that lies there under its float name alone is one of floats, whatever the configuration says:
+        several writers do not list what they leave out."""
+        storage = self.scheme.storage(part.linear) if self.scheme is not None and weight.linear else None
+        if storage is None or len(part.shape) != 2:
+            return Source(part, None)
+        packed = Source(part, storage)
+        return Source(part, None) if part.name in self._tensors and not self._has_any(packed) else packed
+
+    def _has_any(self, source: Source) -> bool:
+        return any(name in self._tensors for name in self._names(source))
+
+    def _names(self, source: Source) -> dict[str, Entry]:
+        """The tensors of a part by name."""
+        part, storage = source
+        if storage is None:
+            return {part.name: Entry("weight", (part.shape,), FLOATS)}
+        stem = part.name.removesuffix("weight")
+        return {stem + entry.suffix: entry for entry in storage.tensors(*part.shape)}
+
+    # ---------------------------------------------------------------- checks of headers
+
     def check(self, weights: Iterable[Weight], spare: Iterable[str] = ()) -> None:
         """Compare headers with what the model needs, before a byte of data is read.
 
         spare: names that may be there and are not needed. Raises EngineStartError for a missing, misshapen,
-        non-float or surplus tensor.
+        mistyped or surplus tensor, and for a shape that its format cannot have.
         """
-        needed = {part.name for weight in weights for part in self._parts(weight)}
-        surplus = [name for name in self._tensors if name not in needed and not name.endswith("rotary_emb.inv_freq")]
-        surplus = sorted(set(surplus) - set(spare))
+        needed = set(spare)
+        for weight in weights:
+            for source in self.sources(weight):
+                self._check_source(source)
+                needed.update(self._names(source))
+        surplus = sorted(name for name in self._tensors if name not in needed and not self._means_nothing(name))
         if surplus:
             shown = ", ".join(surplus[:5]) + (f" and {len(surplus) - 5} more" if len(surplus) > 5 else "")
             raise EngineStartError(
@@ -80,43 +128,71 @@ class Checkpoint:
                 "the configuration belongs to another model, or the model has parts that are not supported"
             )
 
-    def _parts(self, weight: Weight) -> tuple[Part, ...]:
-        """The first layout of which the checkpoint has a part; all its parts must be there and in shape."""
-        present = (layout for layout in weight.layouts if any(part.name in self._tensors for part in layout))
-        parts = next(present, weight.layouts[-1])
-        for part in parts:
-            self._check_part(part)
-        return parts
+    def _means_nothing(self, name: str) -> bool:
+        """Old buffers of angles; biases of zeros, which writers of quantized linears add where the model has none."""
+        if self.scheme is not None and name.endswith(".bias"):
+            return not self.tensor(name).any()
+        return name.endswith("rotary_emb.inv_freq")
 
-    def _check_part(self, part: Part) -> None:
-        stored = self._tensors.get(part.name)
+    def _check_source(self, source: Source) -> None:
+        part, storage = source
+        why = None if storage is None else storage.refuses(*part.shape)
+        if why is not None:
+            raise EngineStartError(f"{self.folder}: tensor {part.name} {list(part.shape)} cannot be packed: {why}")
+        for name, entry in self._names(source).items():
+            if name in self._tensors or not entry.optional:
+                self.check_entry(name, entry)
+
+    def check_entry(self, name: str, entry: Entry) -> None:
+        """Raises EngineStartError for a tensor that is missing, misshapen or of another dtype."""
+        stored = self._tensors.get(name)
+        shapes = " or ".join(str(list(shape)) for shape in entry.shapes)
         if stored is None:
             raise EngineStartError(
-                f"{self.folder}: tensor {part.name} {list(part.shape)} is missing; "
+                f"{self.folder}: tensor {name} {shapes} is missing; "
                 "the download is incomplete or config.json belongs to another model"
             )
         header = stored.file.get_slice(stored.name)
-        if tuple(header.get_shape()) != part.shape:
+        if tuple(header.get_shape()) not in entry.shapes:
             raise EngineStartError(
                 f"{stored.path}: tensor {stored.name} has shape {header.get_shape()}, config.json asks for "
-                f"{list(part.shape)}; the two belong to different models"
+                f"{shapes}; the two belong to different models"
             )
-        if header.get_dtype() not in FLOATS:
+        if header.get_dtype() not in entry.dtypes:
             raise EngineStartError(
-                f"{stored.path}: tensor {stored.name} is stored as {header.get_dtype()}, supported are "
-                f"{', '.join(FLOATS)}; use the unquantized model"
+                f"{stored.path}: tensor {stored.name} is stored as {header.get_dtype()}, config.json asks for "
+                f"{' or '.join(entry.dtypes)}; use the unquantized model or one in a supported format"
             )
 
+    # ---------------------------------------------------------------- values
+
+    def tensor(self, name: str) -> Tensor:
+        """The values as they are mapped: whoever keeps them copies them."""
+        stored = self._tensors[name]
+        return stored.file.get_tensor(stored.name)
+
     def read(self, weight: Weight, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A copy of the parameter in its joined shape, cast and placed. The mapped file is not referred to by it."""
+        """A copy of a parameter of floats in its joined shape, cast and placed."""
         out = torch.empty(weight.shape, dtype=dtype, device=device)
         flat, end = out.view(-1), 0
-        for part in self._parts(weight):
-            stored = self._tensors[part.name]
-            values = stored.file.get_tensor(stored.name)
+        for part, _ in self.sources(weight):
+            values = self.tensor(part.name)
             flat[end : end + values.numel()].copy_(values.view(-1))
             end += values.numel()
         return out
+
+    def packed(self, part: Part, storage: Storage, device: torch.device) -> PackedWeight:
+        """A quantized linear, placed. Raises EngineStartError naming the tensor whose values no weight has."""
+        outputs, inputs = part.shape
+        tensors = {
+            entry.suffix: self.tensor(name).to(device, copy=True)
+            for name, entry in self._names(Source(part, storage)).items()
+            if name in self._tensors
+        }
+        try:
+            return storage.pack(tensors, outputs, inputs)
+        except ValueError as error:
+            raise EngineStartError(f"{self.folder}: tensor {part.name.removesuffix('weight')}{error}") from None
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -32,7 +32,27 @@ REFERENCE = (
 )
 CPU = ("activation", "attention", "kv", "linear", "moe", "norm", "rope", "sampling")
 NATIVE = ("attention", "linear", "rowwise")
-TRITON: tuple[str, ...] = ()
+TRITON: tuple[str, ...] = (
+    "activation",
+    "attention",
+    "edits",
+    "greedy",
+    "hadamard",
+    "kv",
+    "linear_codes",
+    "linear_int4",
+    "linear_int8",
+    "logprobs",
+    "low_rank",
+    "merge_states",
+    "moe",
+    "norm",
+    "rope",
+    "rope_kv_write",
+    "rows",
+    "sampling",
+    "verify",
+)
 
 for _module in REFERENCE:
     import_module(f".reference.{_module}", __name__)

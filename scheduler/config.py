@@ -67,4 +67,5 @@ class Counters:
     recomputed_tokens: int = 0
     aborted: int = 0
     expired: int = 0
+    discarded: int = 0  # tokens drawn for samples that had ended while the step was out: one each at most
     failed: int = 0

@@ -60,3 +60,13 @@ class SamplingParams:
     bad_words: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether a draw depends on which tokens were drawn before it, beyond what the model makes of them."""
+        return bool(
+            self.repetition_penalty != 1
+            or self.presence_penalty
+            or self.frequency_penalty
+            or any(len(word) > 1 for word in self.bad_words)
+        )

@@ -1,8 +1,8 @@
 """One step, as plain data: what the scheduler orders and what the runner answers.
 
-    schedule() ──StepPlan──▶ runner.execute() ──StepResult──▶ update()
+    schedule() ──StepPlan──▶ runner.launch() ─ ─ ─▶ runner.collect() ──StepResult──▶ update()
 
-Everything here could cross a process boundary.
+Another step may be planned and launched in between. Everything here could cross a process boundary.
 """
 
 from __future__ import annotations

@@ -67,12 +67,15 @@ class PrefixCache:
             if not self._promised[key]:
                 del self._promised[key]
 
-    def publish(self, request: Request) -> None:
-        """Offer the blocks that have become full since the last call."""
+    def publish(self, request: Request, num_computed: int) -> None:
+        """Offer the blocks that have become full since the last call: the first num_computed tokens are in them.
+
+        Fewer than request.num_computed while a step is out: what it computes is not certain, or even known, yet.
+        """
         if not self.enabled:
             return
         size = self.block_size
-        full = request.num_computed // size
+        full = num_computed // size
         if full == request.num_published:
             return
         keys = request.keys(size, full)

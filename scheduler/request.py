@@ -20,6 +20,7 @@ class Group:
     request does not grow with n.
 
     key     unique; names the logits that the runner keeps for it
+    max_len tokens, prompt and output, at which a sample has its full length
     due     when its first token is due by its promises, on the clock of the arrivals; inf = none
     prefix  the blocks of the computed prompt, pinned for the samples that are to fork it; empty before, and when the
             memory was needed
@@ -29,6 +30,7 @@ class Group:
     prompt: list[int]
     params: SamplingParams
     key: int
+    max_len: int
     arrival: float  # seconds
     priority: int = 0
     tenant: str = ""
@@ -71,7 +73,8 @@ class Request:
 
     token_ids      prompt, then output
     order          place in the queue, unique: lower is earlier
-    num_computed   tokens whose K/V is in the blocks, or will be when the running step ends
+    num_computed   tokens whose K/V is in the blocks, or will be when the steps that are out have ended
+    num_pending    tokens drawn by steps that are out: they have a place, and nobody knows them yet
     block_ids      append-only while running; empty otherwise
     num_published  leading blocks already offered to the prefix cache
     num_promised   leading blocks that others may wait for while this one computes them
@@ -90,6 +93,7 @@ class Request:
     num_prompt: int
 
     num_computed: int = 0
+    num_pending: int = 0
     block_ids: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
     num_published: int = 0
@@ -111,15 +115,19 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        return len(self.token_ids) + self.num_pending
 
     @property
     def num_output(self) -> int:
-        return len(self.token_ids) - self.num_prompt
+        return self.num_tokens - self.num_prompt
 
     @property
     def remaining(self) -> int:
-        return len(self.token_ids) - self.num_computed
+        """Tokens to compute. The last of its length is drawn and never computed."""
+        num_tokens = len(self.token_ids) + self.num_pending
+        if self.num_pending and num_tokens >= self.group.max_len:
+            return 0
+        return num_tokens - self.num_computed
 
     @property
     def draws(self) -> bool:

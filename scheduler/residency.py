@@ -80,13 +80,17 @@ class Residency:
 
     def grow(self, request: Request) -> tuple[int, ...] | None:
         """The block that the request's newest token needs, if it needs one; None if there is none to be had."""
-        if request.num_tokens <= len(request.block_ids) * self._size:
+        if not self.is_full(request):
             return ()
         blocks = self.pool.take(1)
         if blocks is None:
             return None
         request.block_ids += blocks
         return tuple(blocks)
+
+    def is_full(self, request: Request) -> bool:
+        """Whether its newest token needs one more block."""
+        return request.num_tokens > len(request.block_ids) * self._size
 
     def leave(self, request: Request) -> None:
         """Give back slot and blocks. The blocks are free but stay findable."""

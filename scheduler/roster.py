@@ -61,6 +61,7 @@ class Roster:
             list(prompt_ids),
             params,
             self._next_serial(),
+            min(len(prompt_ids) + params.max_tokens, self._config.max_model_len),
             arrival,
             priority,
             tenant,

@@ -10,6 +10,10 @@ A step is filled in this order:
        A further sample of a computed prompt needs a slot, a block or two, and one token of the budget;
     3. more such samples, while slots are free.
 Out of blocks, the running request that has computed least is preempted and recomputed later, never the first in order.
+
+A step may be planned while one is out (`may_plan_ahead`): tokens that are drawn but not known have their place already.
+Whoever turns out to have ended by such a token has a row too many, whose result is dropped. Nobody is preempted while a
+step is out, and what a finished request held is handed on in a later plan than its last row.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from collections import deque
 from collections.abc import Iterator
 from copy import copy
 from operator import attrgetter
+from typing import NamedTuple
 
 from .block_pool import BlockPool
 from .budget import Budget, equal_time_seconds
@@ -29,7 +34,7 @@ from .packing import Want, pack
 from .params import SamplingParams, Slo
 from .plan import Chunk, Draw, Row, RowResult, StepPlan, StepResult
 from .policy import PATIENCE, POLICIES, never
-from .request import Request
+from .request import Group, Request
 from .roster import Roster
 from .step_time import StepCost, StepShape, StepTimeModel, shape_of
 
@@ -54,6 +59,15 @@ def _want(request: Request) -> Want:
     return Want(start, request.num_tokens - start, request.passed_over)
 
 
+class _Out(NamedTuple):
+    """A plan whose result is not known yet."""
+
+    plan: StepPlan
+    shape: StepShape
+    in_step: list[Request]  # beside plan.rows
+    drawing: list[Request]  # beside plan.draws
+
+
 class Scheduler:
     def __init__(self, config: SchedulerConfig, cost: StepCost) -> None:
         """cost: what a step is believed to take at first; it is refined by the steps that `update` is told of."""
@@ -63,11 +77,12 @@ class Scheduler:
         self.counters = Counters()
         self.roster = Roster(config, self.policy, self.steps)
         self.residency, self.waiting, self.service = self.roster.residency, self.roster.waiting, self.roster.service
-        self.shape = StepShape()  # of the plan that is out
+        self.shape = StepShape()  # of the latest plan
         self._entered: set[Request] = set()  # in the plan that is being made
         self._rows: dict[Request, Row] = {}  # of the plan that is being made
-        self._in_step: list[Request] = []  # beside the rows of the plan that is out
         self._drawing: list[Request] = []  # beside its draws
+        self._out: deque[_Out] = deque()
+        self._held_up = False  # somebody was not let in because a step was out
         self._taken: list[Request] = []  # out of the queue while a plan is made
         self._mean_output = 0.0  # tokens of a finished sample
         self._step_id = 0
@@ -104,10 +119,7 @@ class Scheduler:
         )
 
     def abort(self, request_id: str, index: int | None = None) -> list[Chunk]:
-        """End one sample of a request, or all, now; blocks return at once. What is unknown has ended already.
-
-        Call between steps.
-        """
+        """End one sample of a request, or all, now; blocks return at once. What is unknown has ended already."""
         group = self.roster.groups.get(request_id)
         if group is None:
             return []
@@ -161,15 +173,31 @@ class Scheduler:
 
     # ---------------------------------------------------------------- a step
 
+    def may_plan_ahead(self) -> bool:
+        """Whether the next step can be planned without the result of the one that is out.
+
+        Not when a stream's next draw depends on a token that is not known: leaving that stream out instead would halve
+        its pace, while waiting costs everybody no more than the host's part of a step. Nor when somebody would have to
+        be preempted: what a step that is out computes for him would be lost.
+        """
+        decoding = [request for request in self.running if request.remaining == 1]
+        if self._held_up or any(request.num_pending and request.params.looks_back for request in decoding):
+            return False
+        return sum(map(self.residency.is_full, decoding)) <= self.pool.num_free
+
     def schedule(self, now: float) -> StepPlan | None:
-        """The next step; None when there is nothing to run. `now` in seconds, on the clock of the arrivals."""
+        """The next step; None when there is nothing to run. `now` in seconds, on the clock of the arrivals.
+
+        While a plan is out only if `may_plan_ahead`; one at most. None may then mean: not before its result is known.
+        """
         plan = StepPlan(self._step_id)
         rows = self._rows = {}
         self.pool.now = now
         self._entered.clear()
         self._drawing = []
+        self._held_up = False
         self._fill(plan, rows, now)
-        while not rows and not plan.draws and self.residency.unpin_one(()):
+        while not rows and not plan.draws and not self._out and self.residency.unpin_one(()):
             self._fill(plan, rows, now)
         if not rows and not plan.draws:
             return None
@@ -177,25 +205,40 @@ class Scheduler:
         plan.freed, self.residency.freed = self.residency.freed, []
         plan.forgotten, self.residency.forgotten = self.residency.forgotten, []
         plan.rows = list(rows.values())
-        self._in_step = list(rows)
         self.shape = shape_of((row.start, row.num_tokens) for row in plan.rows)
+        self._out.append(_Out(plan, self.shape, list(rows), self._drawing))
+        for request in self._drawing:
+            request.num_pending += 1
+        for request, row in rows.items():
+            request.num_computed = row.start + row.num_tokens
+            request.num_pending += row.samples
         return plan
 
     def update(self, plan: StepPlan, result: StepResult, seconds: float | None = None) -> list[Chunk]:
         """Take in what a step gave: append tokens, publish full blocks, end what is finished.
 
-        seconds: what the step took, for the step-time model.
+        seconds: what the step took, for the step-time model. Plans are answered in their order; ValueError else.
         """
+        if not self._out or plan is not self._out[0].plan or result.step_id != plan.step_id:
+            raise ValueError(f"step {result.step_id} was answered out of turn")
+        out = self._out.popleft()
         if seconds is not None:
-            self.steps.observe(self.shape, seconds)
+            self.steps.observe(out.shape, seconds)
         if self.policy.by_tenant:
-            self._charge(plan)
+            self._charge(out)
         chunks = []
-        for request, got in zip(self._drawing, result.draws, strict=True):
-            chunks.append(self._take(request, got))
-        for request, row, got in zip(self._in_step, plan.rows, result.rows, strict=True):
-            chunks.append(self._advance(request, row, got))
-        self._in_step, self._drawing = [], []
+        for request, got in zip(out.drawing, result.draws, strict=True):
+            request.num_pending -= 1
+            if request.finished:
+                self.counters.discarded += 1
+            else:
+                chunks.append(self._take(request, got, request.num_prompt))
+        for request, row, got in zip(out.in_step, plan.rows, result.rows, strict=True):
+            request.num_pending -= row.samples
+            if request.finished:
+                self._discard(request, row, out)
+            else:
+                chunks.append(self._advance(request, row, got))
         return [chunk for chunk in chunks if chunk is not None]
 
     # ---------------------------------------------------------------- filling a step
@@ -372,13 +415,19 @@ class Scheduler:
         return True
 
     def _make_room(self, request: Request, num_blocks: int) -> bool:
-        """Whether there is a slot and `num_blocks` free, if need be by taking the place of who matters less."""
+        """Whether there is a slot and `num_blocks` free, if need be by taking the place of who matters less.
+
+        While a step is out nobody's place is taken; the next one is then planned with nothing out.
+        """
         while not self.residency.has_room(num_blocks):
             spared = {request.group, *(other.group for other in self.running)}
             if self.residency.free_slots and self.residency.unpin_one(spared):
                 continue
             displaced = self._displaced_by(request)
             if displaced is None:
+                return False
+            if self._out:
+                self._held_up = True
                 return False
             self._preempt(displaced)
         return True
@@ -411,6 +460,8 @@ class Scheduler:
 
     def _go_on(self, request: Request, budget: Budget) -> None:
         """A row for the first token of a sample that has just forked: it is drawn before the rows of the step run."""
+        if request.params.looks_back:  # nobody knows that token when the row's is drawn
+            return
         if request.params.max_tokens > 1 and budget.chunk(request.num_prompt, 1):
             self._rows[request] = Row(request.slot, request.num_prompt, 1)
             budget.spend(request.num_prompt, 1)
@@ -425,6 +476,10 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         """Back to the waiting; its blocks are free but stay findable, so much of it may be a cache hit on return."""
+        if self._out:
+            raise RuntimeError(
+                "a request would be preempted while a step is out; may_plan_ahead() was to be asked first"
+            )
         self.roster.leave(request)
         self._rows.pop(request, None)
         request.num_computed = 0
@@ -435,25 +490,36 @@ class Scheduler:
     # ---------------------------------------------------------------- after a step
 
     def _advance(self, request: Request, row: Row, got: RowResult) -> Chunk | None:
-        if request.finished:  # by the token that it drew before the rows ran
-            return None
+        end = row.start + row.num_tokens
         if got.error is None:
-            end = row.start + row.num_tokens
             if row.start < request.num_prompt:
                 self.counters.prompt_tokens += min(end, request.num_prompt) - row.start
             if row.start < request.max_computed:
                 known = min(end, request.max_computed) - row.start
                 self.counters.recomputed_tokens += known
                 got.prompt_logprobs = got.prompt_logprobs and got.prompt_logprobs[known:]
-            request.num_computed = end
             request.max_computed = max(request.max_computed, end)
             if row.keeps is not None:
                 self.residency.pin(request)
                 self.roster.offer(request.group, request.group.arrival)
-        return self._take(request, got)
+        elif row.keeps is not None:
+            self._forget(request.group)
+        return self._take(request, got, end)
 
-    def _take(self, request: Request, got: RowResult) -> Chunk | None:
-        """Append what was drawn; the news, if there are any."""
+    def _discard(self, request: Request, row: Row, out: _Out) -> None:
+        """The row of a sample that has ended; one that forked in this very step has been counted, or ended by it."""
+        if row.samples and request not in out.drawing:
+            self.counters.discarded += 1
+        if row.keeps is not None:
+            self._forget(request.group)
+
+    def _forget(self, group: Group) -> None:
+        """The logits that a row kept for `group` will not be used, unless a later plan keeps them anew."""
+        if not any(row.keeps == group.key for out in self._out for row in out.plan.rows):
+            self.residency.forgotten.append(group.key)
+
+    def _take(self, request: Request, got: RowResult, num_computed: int) -> Chunk | None:
+        """Append what was drawn when `num_computed` tokens were computed; the news, if there are any."""
         if got.error is not None:
             self.pool.retract(request.block_ids)
             self.roster.finish(request)
@@ -468,13 +534,14 @@ class Scheduler:
             finish, stop = self._stop(request, token)
             if finish:
                 break
-        if not request.draws and request.remaining == 0:
+        if not request.draws and num_computed == len(request.token_ids):
             finish = "length"
         self.counters.generated_tokens += drawn
-        if request.num_computed // self.config.block_size != request.num_published:
-            self.residency.prefix.publish(request)
+        if num_computed // self.config.block_size != request.num_published:
+            self.residency.prefix.publish(request, num_computed)
         if finish:
-            self._mean_output += (request.num_output - self._mean_output) * (OUTPUT_MEMORY if self._mean_output else 1)
+            num_output = len(request.token_ids) - request.num_prompt
+            self._mean_output += (num_output - self._mean_output) * (OUTPUT_MEMORY if self._mean_output else 1)
             self.roster.finish(request)
         if not drawn and not finish and not got.prompt_logprobs:
             return None
@@ -487,21 +554,20 @@ class Scheduler:
 
     def _stop(self, request: Request, token: int) -> tuple[str | None, int | None]:
         params, num_tokens = request.params, len(request.token_ids)
-        num_output = num_tokens - request.num_prompt
-        if num_output >= params.min_tokens:
+        if num_tokens - request.num_prompt >= params.min_tokens:
             if token in self.config.eos_token_ids and not params.ignore_eos:
                 return "stop", None
             if token in params.stop_token_ids:
                 return "stop", token
-        if num_output >= params.max_tokens or num_tokens >= self.config.max_model_len:
+        if num_tokens >= request.group.max_len:
             return "length", None
         return None, None
 
-    def _charge(self, plan: StepPlan) -> None:
+    def _charge(self, out: _Out) -> None:
         """Each tenant pays for its rows, and its part of what every step costs."""
-        cost = self.steps.cost
-        for request, row in zip(self._in_step, plan.rows, strict=True):
-            seconds = cost.base / len(plan.rows)
+        cost, rows = self.steps.cost, out.plan.rows
+        for request, row in zip(out.in_step, rows, strict=True):
+            seconds = cost.base / len(rows)
             if row.num_tokens == 1:
                 seconds += cost.per_tile / cost.tile + cost.per_context * row.start
             else:

@@ -17,7 +17,9 @@ from .cli_chat import chat
 from .cli_doctor import doctor
 from .cli_options import err, out
 from .cli_plan import plan
+from .cli_quantize import quantize
 from .cli_serve import CONTEXT, serve
+from .cli_tune import tune
 
 app = typer.Typer(
     name="quire",
@@ -46,7 +48,9 @@ app.command(context_settings=CONTEXT)(serve)
 app.command()(chat)
 app.add_typer(bench_app, name="bench")
 app.command()(plan)
+app.command()(quantize)
 app.command()(doctor)
+app.command()(tune)
 
 
 def main() -> None:

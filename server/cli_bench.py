@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli_bench_engine import bench_idealized, bench_prefill, bench_samples, bench_slo
+from .cli_bench_engine import bench_idealized, bench_prefill, bench_quality, bench_samples, bench_slo
 from .cli_bench_scheduling import bench_capacity, bench_eviction, bench_fairness
 from .cli_options import err, option, out
 
@@ -160,6 +160,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "samples": bench_samples,
     "eviction": bench_eviction,
     "idealized": bench_idealized,
+    "quality": bench_quality,
 }
 for name, command in COMMANDS.items():
     bench_app.command(name)(command)

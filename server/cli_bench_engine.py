@@ -1,7 +1,8 @@
-"""`quire bench prefill | slo | samples | idealized`: an engine in this process, measured without a server."""
+"""`quire bench prefill | slo | samples | idealized | quality`: an engine in this process, measured without a server."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from .cli_bench_report import JsonFile, Seed, measuring, show
@@ -153,3 +154,35 @@ def bench_idealized(
             )
         )
     show(idealized.table(result), result, json_file)
+
+
+def bench_quality(
+    model: Model = "bundled",
+    weights: Annotated[
+        str, option(ENGINE, "Formats of weights, or folders with the model quantized, each with plain KV; by commas.")
+    ] = "int8,w8a8,fp8,fp8_block,int4",
+    kv: Annotated[
+        str, option(ENGINE, "Formats of keys and values, each with plain weights; by commas.")
+    ] = "fp8_e4m3,int8_per_token_head,int4_per_token_head",
+    text: Annotated[
+        Path | None, option(LOAD, "A text to read; nothing = the modules that the bundled model never saw.")
+    ] = None,
+    tokens: Annotated[int, option(LOAD, "Tokens to score.", min=1)] = 40_000,
+    window: Annotated[int, option(LOAD, "Tokens that the model reads at once.", min=2)] = 1024,
+    json_file: JsonFile = None,
+) -> None:
+    """What formats cost in bits per byte and KL divergence against bf16, and what they save in memory."""
+    with measuring():
+        from ..bench import quality
+
+        result = quality.measure(
+            quality.QualityConfig(
+                model=model,
+                weights=tuple(filter(None, weights.split(","))),
+                kv=tuple(filter(None, kv.split(","))),
+                text=text,
+                tokens=tokens,
+                window=window,
+            )
+        )
+    show(quality.table(result), result, json_file)

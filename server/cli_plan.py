@@ -27,6 +27,9 @@ def plan(
     ] = DEFAULTS.model,
     revision: Annotated[str | None, typer.Option(help="Revision of a hub id.")] = DEFAULTS.revision,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = DEFAULTS.dtype,
+    quantization: Annotated[
+        str | None, typer.Option(help="int4, int8, w8a8, fp8, fp8_block: quantize while loading.")
+    ] = DEFAULTS.quantization,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = DEFAULTS.device,
     max_model_len: Annotated[
         int | None, typer.Option(help="Prompt and output together; nothing = the model's own context.", min=1)
@@ -36,6 +39,9 @@ def plan(
     kv_cache_bytes: Annotated[
         Any, option(BUDGET, "Memory for the KV cache, such as 2GiB.", parser=parse_bytes, metavar="SIZE")
     ] = DEFAULTS.kv_cache_bytes,
+    kv_cache_dtype: Annotated[
+        str, option(BUDGET, "auto, bfloat16, float16, float32, fp8, int8 or int4.")
+    ] = DEFAULTS.kv_cache_dtype,
     memory: Annotated[
         Any,
         option(
@@ -56,12 +62,14 @@ def plan(
         model=model,
         revision=revision,
         dtype=dtype,
+        quantization=quantization,
         device=device,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max(max_num_seqs, DEFAULTS.max_num_batched_tokens),
         block_size=block_size,
         kv_cache_bytes=kv_cache_bytes,
+        kv_cache_dtype=kv_cache_dtype,
     )
     if kv_cache_bytes is not None and memory is not None:
         raise typer.BadParameter("give --kv-cache-bytes or --memory, not both", param_hint="--memory")
@@ -89,12 +97,14 @@ def memory_report(config: DecoderConfig, resolved: Resolved) -> dict[str, Any]:
     from ..engine.kv_cache import block_bytes, kv_spec
     from ..engine.layout import count_parameters
 
-    block = block_bytes(kv_spec(config, resolved.block_size, resolved.dtype), config.num_layers)
+    block = block_bytes(kv_spec(config, resolved.block_size, resolved.kv_cache_dtype), config.num_layers)
     tokens = (resolved.num_blocks - 1) * resolved.block_size  # the null block holds none
     return {
         "model_type": config.model_type,
         "parameters": count_parameters(config),
         "dtype": str(resolved.dtype).removeprefix("torch."),
+        "quantization": resolved.quantization,
+        "kv_cache_dtype": resolved.kv_cache_dtype,
         "device": str(resolved.device),
         "weight_bytes": resolved.weight_bytes,
         "kv_bytes_per_token": block // resolved.block_size,
@@ -137,7 +147,8 @@ def _show(model: str, report: dict[str, Any]) -> None:
     table.add_column(style="dim")
     table.add_row("Parameters", f"{report['parameters']:,}")
     table.add_row("Weights", format_bytes(report["weight_bytes"]), f"{report['dtype']}: {why['dtype']}")
-    table.add_row("KV cache per token", format_bytes(report["kv_bytes_per_token"]))
+    table.add_row("", f"quantization: {report['quantization']}", why["quantization"])
+    table.add_row("KV cache per token", format_bytes(report["kv_bytes_per_token"]), why["kv_cache_dtype"])
     table.add_row("KV block", format_bytes(report["block_bytes"]), f"{report['block_size']} tokens")
     table.add_row("KV cache", format_bytes(report["kv_cache_bytes"]), f"{report['num_blocks']:,} blocks")
     table.add_row("", "", why["num_blocks"])

@@ -81,11 +81,22 @@ def serve(
         Any,
         option(
             MEMORY,
-            "Memory for the KV cache, such as 2GiB; nothing = a share of what is free.",
+            "Memory for the KV cache, such as 2GiB; nothing = a share of what is free, on a GPU what is left.",
             parser=parse_bytes,
             metavar="SIZE",
         ),
     ] = ENGINE.kv_cache_bytes,
+    kv_cache_dtype: Annotated[
+        str,
+        option(
+            MEMORY,
+            "Keys and values as auto, bfloat16, float16, float32, fp8, int8 or int4 (the last three approximate).",
+        ),
+    ] = ENGINE.kv_cache_dtype,
+    gpu_memory_utilization: Annotated[
+        float | None,
+        option(MEMORY, "Share of the GPU's memory to use, all in all; nothing = 0.9.", min=0.01, max=1.0),
+    ] = ENGINE.gpu_memory_utilization,
     num_blocks: Annotated[int | None, option(MEMORY, "KV blocks, instead of a size.", min=2)] = ENGINE.num_blocks,
     block_size: Annotated[int, option(MEMORY, "Tokens of a KV block.", min=1)] = ENGINE.block_size,
     prefix_caching: Annotated[
@@ -137,6 +148,13 @@ def serve(
         ),
     ] = None,
     dtype: Annotated[str, option(COMPUTE, "auto, bfloat16, float16 or float32.")] = ENGINE.dtype,
+    quantization: Annotated[
+        str | None,
+        option(
+            COMPUTE,
+            "Quantize the layers' matrices while loading: int4, int8, w8a8, fp8, fp8_block, or with a group, int4:32.",
+        ),
+    ] = ENGINE.quantization,
     device: Annotated[str, option(COMPUTE, "auto, cpu or cuda.")] = ENGINE.device,
     threads: Annotated[
         int | None, option(COMPUTE, "CPU threads; nothing = the cores that this process may use.", min=1)
@@ -145,6 +163,13 @@ def serve(
         list[str] | None,
         option(COMPUTE, "Choose an implementation, such as attention=reference (repeatable).", metavar="OP=NAME"),
     ] = None,
+    graphs: Annotated[
+        bool | None, option(COMPUTE, "Replay steps of decodes as CUDA graphs; nothing = on a GPU.")
+    ] = ENGINE.graphs,
+    overlap: Annotated[
+        bool | None,
+        option(COMPUTE, "Launch a step before the last one's tokens are known; nothing = on a GPU."),
+    ] = ENGINE.overlap,
     check: Annotated[
         bool, option(COMPUTE, "Verify every KV block after every step; for tests, slow.", "--check/--no-check")
     ] = ENGINE.check,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..batch import LayerKV
 from ..registry import implements, on
+from .kv import kv_write, plain
 
 
 @implements("rope", "cpu", when=on("cpu"))
@@ -19,6 +21,23 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor, interleaved: bo
         a.copy_(new_a)
         b.copy_(new_b)
     return q, k
+
+
+@implements("rope_kv_write", "cpu", when=plain)
+def rope_kv_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    interleaved: bool,
+    cache: LayerKV,
+    slot_mapping: Tensor,
+) -> Tensor:
+    """See the reference. Overwrites q and k."""
+    q, k = rope(q, k, positions, table, interleaved)
+    kv_write(k, v, cache, slot_mapping)
+    return q
 
 
 def _joined(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:

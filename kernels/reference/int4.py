@@ -47,32 +47,47 @@ def unpack_int4(packed: Tensor, group: int) -> Tensor:
 
 
 def quantize_int4(weight: Tensor, group: int | None) -> PackedWeight:
-    """With zero points; of several ranges for each group, the one of least squared error."""
+    """With zero points; to nearest in the range that `choose_range` finds for each group."""
     outputs, inputs = weight.shape
     group = all_of(inputs, FORMAT.group if group is None else group)
     w = weight.float().reshape(outputs, inputs // group, group)
+    scale, zero = choose_range(w)
+    codes = (w / scale + zero).round().clamp(0, 15).reshape(outputs, inputs)
+    return from_codes(codes, scale.squeeze(-1).T, zero.squeeze(-1).T, group)
+
+
+def choose_range(w: Tensor, importance: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """Scale and zero of each group, w [..., group]: of several ranges the one of least squared error.
+
+    importance: weighs the errors, in w's shape or one that spreads to it -> scale, zero [..., 1] fp32. The scale is
+    rounded to fp16 first, so that codes are made with the very number that reads them.
+    """
     low, high = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
-    best = torch.full_like(low, torch.inf)
+    least = torch.full_like(low, torch.inf)
     scale, zero = torch.ones_like(low), torch.zeros_like(low)
     for shrink in SHRINKS:
-        # The scale is rounded first, so that codes are made with the very number that reads them.
         step = ((high - low) * (shrink / 15)).half().float()
         step = torch.where(step > 0, step, 1.0)
         middle = (-low * shrink / step).round().clamp(0, 15)
-        error = (((w / step + middle).round().clamp(0, 15) - middle) * step - w).square().sum(-1, keepdim=True)
-        better = error < best
-        best, scale, zero = (
-            torch.where(better, new, old) for new, old in ((error, best), (step, scale), (middle, zero))
+        errors = ((w / step + middle).round().clamp(0, 15) - middle) * step - w
+        error = (errors.square() * importance).sum(-1, keepdim=True)
+        better = error < least
+        least, scale, zero = (
+            torch.where(better, new, old) for new, old in ((error, least), (step, scale), (middle, zero))
         )
-    codes = (w / scale + zero).round().clamp(0, 15).reshape(outputs, inputs)
+    return scale, zero
+
+
+def from_codes(codes: Tensor, scales: Tensor, zeros: Tensor, group: int) -> PackedWeight:
+    """codes [N, K] and zeros [G, N] in 0 .. 15, scales [G, N]."""
     return PackedWeight(
         format="int4",
-        outputs=outputs,
-        inputs=inputs,
+        outputs=codes.shape[0],
+        inputs=codes.shape[1],
         group=group,
         codes=pack_int4(codes, group),
-        scales=scale.squeeze(-1).T.half().contiguous(),
-        zeros=zero.squeeze(-1).T.to(torch.uint8).contiguous(),
+        scales=scales.half().contiguous(),
+        zeros=zeros.to(torch.uint8).contiguous(),
     )
 
 

@@ -37,7 +37,7 @@ def _decode_fp8(codes: Tensor, scale: Tensor | None) -> Tensor:
     return codes.float() if scale is None else codes.float() * scale[..., None]
 
 
-# 3 mantissa bits whatever the size: values are divided by the head's scale (1, or the checkpoint's) and clamped to ±448.
+# 3 mantissa bits whatever the size: values are divided by the head's scale (1, or the checkpoint's), clamped to ±448.
 register(KVFormat(name="fp8_e4m3", storage=torch.float8_e4m3fn, encode=_encode_fp8, decode=_decode_fp8, scale="static"))
 
 
@@ -77,8 +77,8 @@ def _decode_int4(codes: Tensor, scale: Tensor | None) -> Tensor:
     return (nibbles.float() - 7.5) * scale[..., None].float()
 
 
-# 16 levels at ±0.5, ±1.5 … ±7.5 times s = max |x| / 7.5: all are used and none is beyond the largest entry, which a grid
-# with a zero in the middle cannot have. Byte i holds the entries i (low nibble) and i + D/2 (high).
+# 16 levels at ±0.5, ±1.5 … ±7.5 times s = max |x| / 7.5: all are used and none is beyond the largest entry, which a
+# grid with a zero in the middle cannot have. Byte i holds the entries i (low nibble) and i + D/2 (high).
 register(
     KVFormat(
         name="int4_per_token_head",

@@ -22,7 +22,7 @@ def quantize_rows(x: Tensor, to: RowFormat) -> QuantizedRows:
     tokens, inputs = x.shape
     group = to.group or inputs
     largest = LARGEST[to.codes]
-    wide = torch.nn.functional.pad(x.float(), (0, -inputs % group)).reshape(tokens, -1, group)
+    wide = torch.nn.functional.pad(x.float(), (0, -inputs % group)).unflatten(-1, (-1, group))
     if to.scale is not None:
         scales = to.scale.float().expand(tokens, wide.shape[1])
     else:
@@ -31,7 +31,7 @@ def quantize_rows(x: Tensor, to: RowFormat) -> QuantizedRows:
     scaled = (wide / scales[..., None]).clamp(-largest, largest)
     if to.codes == torch.int8:
         scaled = scaled.round()
-    return QuantizedRows(scaled.to(to.codes).reshape(tokens, -1)[:, :inputs], scales, x.dtype)
+    return QuantizedRows(scaled.to(to.codes).flatten(1)[:, :inputs], scales, x.dtype)
 
 
 def dequantize_rows(rows: QuantizedRows) -> Tensor:

@@ -16,9 +16,9 @@ GOOD = [AddRequest(f"good{i}", [i + 1] * (5 + 9 * i), SamplingParams(max_tokens=
 BAD = AddRequest("bad", [7, 8, CURSED, 9], SamplingParams(max_tokens=6, seed=99, ignore_eos=True))
 
 
-def engine(model: Path) -> EngineCore:
-    settings = EngineConfig(model=str(model), dtype="float32", threads=1, check=True, max_model_len=96, max_num_seqs=8)
-    return EngineCore(settings)
+def engine(model: Path, *, overlap: bool = False) -> EngineCore:
+    sizes = {"max_model_len": 96, "max_num_seqs": 8}
+    return EngineCore(EngineConfig(model=str(model), dtype="float32", threads=1, check=True, overlap=overlap, **sizes))
 
 
 def drive(core: EngineCore, requests: list[AddRequest]) -> tuple[dict[str, list[int]], dict[str, str]]:
@@ -78,11 +78,12 @@ def break_queueing(core: EngineCore) -> None:
     core.scheduler.add = faulty
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("fault", [break_forward, break_logits, break_entering, break_queueing])
-def test_only_the_request_at_fault_ends(tiny_model: Path, fault):
+def test_only_the_request_at_fault_ends(tiny_model: Path, fault, overlap):
     expected, errors = drive(engine(tiny_model), GOOD)
     assert errors == {}
-    core = engine(tiny_model)
+    core = engine(tiny_model, overlap=overlap)
     fault(core)
     tokens, errors = drive(core, [GOOD[0], BAD, *GOOD[1:]])
     assert set(errors) == {"bad"}
@@ -105,3 +106,22 @@ def test_what_the_api_side_forgot_to_check_is_refused_by_the_engine(tiny_model: 
     ):
         _, errors = drive(core, [AddRequest("bad", prompt, params)])
         assert set(errors) == {"bad"}
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("when", ["launched", "collected"])
+def test_prompt_logprobs_that_fail_end_one_request(tiny_model: Path, monkeypatch, overlap, when):
+    expected, _ = drive(engine(tiny_model), GOOD)
+    core = engine(tiny_model, overlap=overlap)
+    rate = core.runner.sampler.rate
+
+    def faulty(logits, target_ids, k):
+        if when == "launched":
+            raise MemoryError("cursed")
+        return rate(logits * float("nan"), target_ids, k)
+
+    monkeypatch.setattr(core.runner.sampler, "rate", faulty)
+    bad = AddRequest("bad", [7, 8, 9], SamplingParams(max_tokens=6, prompt_logprobs=1))
+    tokens, errors = drive(core, [*GOOD, bad])
+    assert set(errors) == {"bad"}
+    assert {name: tokens[name] for name in expected} == expected

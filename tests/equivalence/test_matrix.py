@@ -1,7 +1,7 @@
 """Exact where it says exact: a request's tokens are those of its solo run, whatever path its tokens took.
 
-Paths: any chunking, any batch-mates and arrivals, prefix hits, preemption, sibling samples, every kernel
-implementation; and each pair of them. fp32, greedy and seeded sampling alike.
+Paths: any chunking, any batch-mates and arrivals, prefix hits, preemption, sibling samples, steps planned ahead, CUDA
+graphs, every kernel implementation; and each pair of them. fp32, greedy and seeded sampling alike.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pytest
 
 from quire.engine.config import EngineConfig
 from quire.engine.core import EngineCore
+from quire.engine.graphs import Graphs
 from quire.engine.messages import Abort, AddRequest
 from quire.scheduler.params import SamplingParams, Slo
 
@@ -74,7 +75,13 @@ def engine(model: Path, **settings: object) -> EngineCore:
         "max_num_seqs": 16,
         "max_model_len": 96,
     }
-    return EngineCore(EngineConfig(model=str(model), **(defaults | settings)))
+    settings = defaults | settings
+    replayed = settings.pop("replayed", False)
+    core = EngineCore(EngineConfig(model=str(model), **settings))
+    if replayed:  # as CUDA graphs are: filled up to a shape, on persistent inputs
+        runner = core.runner
+        runner.graphs = Graphs(lambda batch: runner.decoder.forward(batch, runner.cache), runner.slots, lambda f: f)
+    return core
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +106,8 @@ PATHS: dict[str, dict[str, object]] = {
     "equal_time": {"prefill_chunking": "time", "max_num_batched_tokens": 64},
     "fair": {"scheduling_policy": "fair", "tenant_weights": {"t0": 1.0, "t1": 5.0, "t2": 1.0}},
     "deadline": {"scheduling_policy": "deadline"},
+    "overlap": {"overlap": True},
+    "graphs": {"replayed": True},
     "predicted_eviction": {"prefix_eviction": "discard", "num_blocks": 15},
     "torch_kernels": {"kernels": dict.fromkeys(("attention", "rope", "rms_norm", "add_rms_norm", "kv_write"), "cpu")},
     "reference_kernels": {"kernels": {"attention": "reference", "linear": "reference", "rope": "reference"}},
@@ -134,7 +143,9 @@ def test_second_time_around_comes_from_the_cache(tiny_model, solo):
     assert core.scheduler.counters.prefix_hit_tokens > before + 100
 
 
-@pytest.mark.parametrize("settings", [{}, {"max_num_seqs": 3}, {"num_blocks": 8}, {"prefix_caching": False}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"max_num_seqs": 3}, {"num_blocks": 8}, {"prefix_caching": False}, {"overlap": True}]
+)
 def test_many_samples_do_not_depend_on_how_many_run_at_once(tiny_model, settings):
     """Sample j of n is what it would be alone; all first tokens come from one row of logits, however late."""
     prompt = [(7 * i) % 256 for i in range(41)]
@@ -152,8 +163,9 @@ def test_many_samples_do_not_depend_on_how_many_run_at_once(tiny_model, settings
     assert core.runner._kept == {}
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_any_arrivals_and_aborted_mates(tiny_model, solo, seed):
+def test_any_arrivals_and_aborted_mates(tiny_model, solo, seed, overlap):
     """Requests come in at random steps among others that are aborted at random steps."""
     rng = random.Random(seed)
     arrivals: list[list[AddRequest | Abort]] = [[] for _ in range(60)]
@@ -164,8 +176,11 @@ def test_any_arrivals_and_aborted_mates(tiny_model, solo, seed):
         start = rng.randrange(30)
         arrivals[start].append(mate)
         arrivals[start + rng.randrange(1, 20)].append(Abort([mate.request_id]))
-    core = engine(tiny_model, num_blocks=rng.choice([7, 20, 200]), max_num_batched_tokens=rng.choice([16, 50, 400]))
+    sizes = {"num_blocks": rng.choice([7, 20, 200]), "max_num_batched_tokens": rng.choice([16, 50, 400])}
+    core = engine(tiny_model, overlap=overlap, **sizes)
     got = drive(core, arrivals)
+    ended = sum(message.params.n for messages in arrivals for message in messages if isinstance(message, AddRequest))
+    assert core.scheduler.counters.discarded <= (ended if overlap else 0)
     assert {name: result for name, result in got.items() if not name[0].startswith("mate")} == solo
 
 
@@ -173,7 +188,8 @@ def test_prompt_logprobs_do_not_depend_on_the_path(tiny_model):
     prompt = [(5 * i) % 256 for i in range(80)]
     request = AddRequest("p", prompt, SamplingParams(max_tokens=2, temperature=0.0, prompt_logprobs=2))
     collected = []
-    for settings in ({}, {"max_num_batched_tokens": 16, "max_num_prefill_tokens": 3}, {"num_blocks": 7}):
+    in_chunks = {"max_num_batched_tokens": 16, "max_num_prefill_tokens": 3}
+    for settings in ({}, in_chunks, {"num_blocks": 7}, {"overlap": True}, {"overlap": True} | in_chunks):
         core = engine(tiny_model, **settings)
         for _ in range(2):  # the second time the prompt is in the cache, and is computed all the same
             core.handle(request)

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quire.kernels.batch import KVSpec, allocate_layer
 from quire.kernels.reference.rope import rope_table
-from quire.kernels.testing import assert_close, challengers, normal, pair
+from quire.kernels.testing import FORMATS, assert_close, cases, challengers, normal, pair
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256}
 LONG = {"short_factor": [1.0 + i / 50 for i in range(16)], "long_factor": [1.0 + i / 4 for i in range(16)]}
@@ -101,6 +102,22 @@ def test_rope(name: str, dtype: torch.dtype, interleaved: bool, rotary_dim: int,
         assert_close(turned_q, expected_q, dtype)
         assert_close(turned_k, expected_k, dtype)
         assert torch.equal(qkv[:, 8:], v)
+
+
+@pytest.mark.parametrize(("name", "dtype"), cases("rope_kv_write"))
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotated_keys_are_written(name: str, dtype: torch.dtype, interleaved: bool) -> None:
+    table, positions = rope_table(32, 100, 1e4), torch.tensor([3, 99, 0, 7, 7])
+    qkv = normal((5, 10, 32), dtype)
+    q, k, v = qkv[:, :6], qkv[:, 6:8], qkv[:, 8:]
+    slots = torch.tensor([17, 4, 31, 8, 9])
+    caches = [allocate_layer(KVSpec(8, 2, 32, FORMATS[dtype]), 4, "cpu") for _ in range(2)]
+    turned_q, turned_k = pair("rope", "reference")[0].run(q.clone(), k.clone(), positions, table, interleaved)
+    pair("kv_write", "reference")[0].run(turned_k, v, caches[0], slots)
+    turned = pair("rope_kv_write", name)[0].run(q, k, v, positions, table, interleaved, caches[1], slots)
+    assert_close(turned, turned_q, dtype)
+    assert_close(caches[1].k, caches[0].k, dtype)
+    assert torch.equal(caches[1].v, caches[0].v)
 
 
 @given(shift=st.integers(0, 200), near=st.integers(0, 20), far=st.integers(0, 20))

@@ -1,10 +1,13 @@
 """The scheduler against a model of the cache: whatever is added, aborted and preempted, every row finds in its blocks
-exactly the tokens that precede it, every request gets the tokens of its solo run, and nothing is lost."""
+exactly the tokens that precede it, every request gets the tokens of its solo run, and nothing is lost.
+
+A step is executed when it is planned, as a device does, and answered after up to `ahead` more are planned.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict, deque
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -111,8 +114,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         chunking=st.sampled_from(["tokens", "time"]),
         eviction=st.sampled_from(["lru", "discard", "phase"]),
         slo_itl=st.sampled_from([None, 0.001, 0.002, 0.1]),
+        ahead=st.integers(0, 1),
     )
-    def start(self, num_blocks, block_size, max_num_seqs, extra, prefill, caching, policy, chunking, eviction, slo_itl):
+    def start(
+        self, num_blocks, block_size, max_num_seqs, extra, prefill, caching, policy, chunking, eviction, slo_itl, ahead
+    ):
         capacity = (num_blocks - 1) * block_size
         self.config = SchedulerConfig(
             num_blocks=num_blocks,
@@ -131,6 +137,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.scheduler = Scheduler(self.config, COST)
         self.runner = CacheModel(self.config)
+        self.ahead = ahead
+        self.out = deque()  # plan, its result, who draws in it
+        self.in_vain = Counter()  # request -> tokens that were drawn for it after its end
         self.clock = 0.0
         self.expected: dict[tuple[str, int], tuple[list[int], str]] = {}
         self.got: dict[tuple[str, int], list[int]] = {}
@@ -143,6 +152,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         min_tokens=st.integers(0, 3),
         ignore_eos=st.booleans(),
         n=st.integers(1, 4),
+        looks_back=st.booleans(),
         priority=st.integers(-2, 2),
         salt=st.sampled_from(["", "a"]),
         tenant=st.sampled_from(["", "a", "b"]),
@@ -154,8 +164,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         ),
         timeout=st.sampled_from([None, None, 0.5, 20.0]),
     )
-    def add(self, prompt, max_tokens, min_tokens, ignore_eos, n, priority, salt, tenant, slo, timeout):
-        params = SamplingParams(max_tokens=max_tokens, min_tokens=min_tokens, ignore_eos=ignore_eos, n=n)
+    def add(self, prompt, max_tokens, min_tokens, ignore_eos, n, looks_back, priority, salt, tenant, slo, timeout):
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            ignore_eos=ignore_eos,
+            n=n,
+            presence_penalty=0.5 if looks_back else 0.0,
+        )
         self.clock += 1
         request_id = f"r{self.count}"
         self.count += 1
@@ -193,6 +209,22 @@ class SchedulerMachine(RuleBasedStateMachine):
             self._step()
 
     def _step(self) -> bool:
+        """Answer one plan, after as many were made as may be."""
+        while len(self.out) <= self.ahead and (not self.out or self.scheduler.may_plan_ahead()):
+            if not self._plan():
+                break
+        if not self.out:
+            assert not self.scheduler.has_work, "there is work and nothing runs"
+            return False
+        plan, result, drawing = self.out.popleft()
+        self.in_vain.update(request for request in drawing if request.finished)
+        self._take(self.scheduler.update(plan, result, seconds=0.001))
+        assert all(count == 1 for count in self.in_vain.values()), "more than one token drawn in vain"
+        assert self.in_vain.total() == self.scheduler.counters.discarded
+        assert self.ahead or not self.in_vain
+        return True
+
+    def _plan(self) -> bool:
         decoding = [r for r in self.scheduler.running if r.remaining == 1]
         self.clock += 0.002
         self._take(self.scheduler.expire(self.clock))
@@ -201,7 +233,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         before = {r: r.num_computed for r in self.scheduler.running}
         plan = self.scheduler.schedule(self.clock)
         if plan is None:
-            assert not self.scheduler.has_work, "there is work and nothing runs"
             return False
         assert plan.num_tokens <= self.config.max_num_batched_tokens
         slots = [row.slot for row in plan.rows]
@@ -212,7 +243,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert oldest.slot >= 0, "the first in order was preempted"
         for request in decoding:  # stall-free: a decode runs, or was preempted
             assert request.slot < 0 or request.slot in slots or request not in before
-        self._take(self.scheduler.update(plan, self.runner.execute(plan), seconds=0.001))
+        by_slot = {request.slot: request for request in self.scheduler.running}
+        drawing = {by_slot[item.slot] for item in (*plan.draws, *(row for row in plan.rows if row.samples))}
+        for request in drawing:
+            assert not request.params.looks_back or request.num_pending == 1, "drawn without what it depends on"
+        self.out.append((plan, self.runner.execute(plan), drawing))
         return True
 
     def _take(self, chunks):

@@ -117,6 +117,23 @@ def kv_write(k: Tensor, v: Tensor, cache: LayerKV, slot_mapping: Tensor) -> None
         raise IndexError(f"slots {slot_mapping.aminmax()} are outside of the cache of {blocks * block_size}")
 
 
+@implements("rope_kv_write", "native", when=usable_on_cache)
+def rope_kv_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    interleaved: bool,
+    cache: LayerKV,
+    slot_mapping: Tensor,
+) -> Tensor:
+    """See the reference. Overwrites q and k."""
+    q, k = rope(q, k, positions, table, interleaved)
+    kv_write(k, v, cache, slot_mapping)
+    return q
+
+
 def _gated(x: Tensor, gelu: bool) -> Tensor:
     if x.stride(-1) != 1:
         x = x.contiguous()

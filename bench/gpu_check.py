@@ -56,7 +56,7 @@ SECTIONS = {
 }
 TIMED = ("attention", "products", "experts", "small", "model")
 SHARDED = ("correct", "compile")
-CORES_OF_A_SHARD, MOST_SHARDS = 2, 8  # each process has a CUDA context of half a gigabyte
+CORES_OF_A_SHARD, MOST_SHARDS = 2, 6  # a process that quantizes the largest matrix needs 8 GB of the card
 
 
 def make_items(section: str, context: dict[str, Any]) -> list[Item]:

@@ -17,6 +17,7 @@ from .gpu_isolation import is_fatal
 from .gpu_rows import ERROR, Item, Row
 
 SECTION = "correct"
+AT_ONCE = 4  # cases that a fault takes with it; each may compile several kernels, seconds apiece
 # Of the whole result (relative Frobenius error) and of its worst entry (to the largest one). fp32: products in TF32,
 # whose mantissa has 10 bits; bf16 has 7, fp16 10, and results are rounded once or twice.
 COARSE = (4e-2, 1.5e-1)  # a few neighbouring codes of int4 or e4m3
@@ -24,15 +25,19 @@ LIMITS = {torch.float32: (2e-3, 1e-2), torch.float16: (5e-3, 2e-2), torch.bfloat
 
 
 def items(device: str, sizes: Sizes, name: str, capability: tuple[int, int]) -> list[Item]:
-    """One per op that has an implementation of that name."""
+    """A few cases each, of every op that has an implementation of that name."""
     by_op: dict[str, list[Case]] = {op: [] for op in ops() if name in implementations(op)}
     for case in all_cases(sizes):
         if case.op in by_op:
             by_op[case.op].append(case)
-    return [Item(op, partial(_check_op, op, cases, device, name, capability)) for op, cases in by_op.items()]
+    return [
+        Item(f"{op} {first + 1}", partial(_check_some, op, cases[first : first + AT_ONCE], device, name, capability))
+        for op, cases in by_op.items()
+        for first in range(0, max(1, len(cases)), AT_ONCE)
+    ]
 
 
-def _check_op(op: str, cases: list[Case], device: str, name: str, capability: tuple[int, int]) -> list[Row]:
+def _check_some(op: str, cases: list[Case], device: str, name: str, capability: tuple[int, int]) -> list[Row]:
     if not cases:
         return [Row(SECTION, op, "failed", note="no inputs are known for this op: add them to gpu_inputs.py")]
     candidate, reference = implementations(op)[name], implementations(op)["reference"]

@@ -8,23 +8,20 @@ import torch
 from torch import Tensor
 
 from ..kernels.batch import KVSpec, LayerKV, allocate_layer
-from ..kernels.kv_formats import kv_format
+from ..kernels.kv_formats import kv_format, kv_formats
 from .errors import EngineStartError
 from .model_config import DecoderConfig
 
 FORMAT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
-# What people type, and the format that it means.
-KV_CACHE_DTYPES = {
+# What people type for a format's own name.
+SHORT_NAMES = {
     "bfloat16": "bf16",
     "float16": "fp16",
     "float32": "fp32",
     "fp8": "fp8_e4m3",
-    "fp8_e4m3": "fp8_e4m3",
     "int8": "int8_per_token_head",
-    "int8_per_token_head": "int8_per_token_head",
     "int4": "int4_per_token_head",
-    "int4_per_token_head": "int4_per_token_head",
 }
 
 
@@ -39,10 +36,11 @@ def choose_kv_format(wish: str, model: DecoderConfig, dtype: torch.dtype) -> tup
         name, reason = (
             (made_for, "the checkpoint was made for it") if made_for else (FORMAT[dtype], "the model's dtype")
         )
-    elif wish in KV_CACHE_DTYPES:
-        name, reason = KV_CACHE_DTYPES[wish], "given"
+    elif (name := SHORT_NAMES.get(wish, wish)) in kv_formats():
+        reason = "given"
     else:
-        raise EngineStartError(f"kv_cache_dtype is {wish!r}; choose auto, {', '.join(KV_CACHE_DTYPES)}")
+        names = dict.fromkeys((*SHORT_NAMES, *kv_formats()))
+        raise EngineStartError(f"kv_cache_dtype is {wish!r}; choose auto, {', '.join(names)}")
     why = kv_format(name).refuses(model.head_dim)
     if why is not None:
         raise EngineStartError(f"kv_cache_dtype is {wish!r}: {why}")

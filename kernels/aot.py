@@ -247,8 +247,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
     listed, refused = _listed()
-    keys = [key for key in (first_of_each_module(listed) if options.sample else listed) if options.only in key]
-    wanted = [(key, arch) for key in keys for arch in options.arch or ARCHES if arch in listed[key].arches]
+    wanted: list[tuple[str, int]] = []
+    for arch in options.arch or ARCHES:
+        keys = [key for key, value in listed.items() if options.only in key and arch in value.arches]
+        wanted += [(key, arch) for key in (first_of_each_module(keys) if options.sample else keys)]
     recorded = {} if options.record else load_record().get(triton_series(), {})
     found: dict[str, dict[str, dict[str, object]]] = {}
     print(f"{'specialization':<58}{'sm':>4}{'regs':>6}{'stack':>7}{'shared':>8}{'blocks':>7}{'wide':>6}  mma")

@@ -72,6 +72,7 @@ class WeightFormat:
     rows        PackedWeight -> what its product wants of activations, None = plain ones
     refuses     (N, K, group) -> why such a weight cannot be stored, with the nearest that can; None = it can
     group       the usual one; 0 = all inputs
+    scale_bytes, zeros  of a scale, and whether there are zero points, in what `quantize` makes
     output_dim  the dimension of `codes` that N is on, counted from the end: joins of rows are laid along it
     capability  the least GPU that multiplies it, as (9, 0); what it is called is in `gpu`
     """
@@ -84,6 +85,8 @@ class WeightFormat:
     output_dim: int
     rows: Callable[[PackedWeight], RowFormat | None] = lambda weight: None
     group: int = 0
+    scale_bytes: int = 4
+    zeros: bool = False
     capability: tuple[int, int] = (8, 0)
     gpu: str = "Ampere"
 

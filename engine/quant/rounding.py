@@ -17,9 +17,6 @@ from .scheme import Packing, Scheme
 SLAB = 1 << 20
 ROWS = 128
 
-SCALE_BYTES = {"int4": 2}  # of the others 4
-ZEROS = {"int4"}
-
 
 def parse_quantization(wish: str) -> Packing:
     """ "int4" or "int4:32". EngineStartError for an unknown format or a group that is no number."""
@@ -30,8 +27,8 @@ def parse_quantization(wish: str) -> Packing:
         )
     if colon and not group.isdecimal():
         raise EngineStartError(f"quantization is {wish!r}; the group must be a number of inputs, such as {name}:32")
-    size = int(group) if colon else weight_format(name).group
-    return Packing(name, size, SCALE_BYTES.get(name, 4), name in ZEROS)
+    form = weight_format(name)
+    return Packing(name, int(group) if colon else form.group, form.scale_bytes, form.zeros)
 
 
 def choose_rounding(wish: str | None, scheme: Scheme | None) -> Packing | None:

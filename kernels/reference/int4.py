@@ -121,6 +121,8 @@ FORMAT = register(
         bits=4,
         output_dim=-1,
         group=128,
+        scale_bytes=2,
+        zeros=True,
     )
 )
 

@@ -6,6 +6,7 @@ the rest                   ─▶ long: large tiles of queries ─────�
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,11 +19,11 @@ from ..batch import SHORT_ROWS, LayerKV, RaggedBatch
 from ..registry import implements
 from .attention_long import long, num_tiles
 from .attention_shared import SharedPlan, plan_shared, shared
-from .attention_short import NARROW, most_segments, reduce, short, wide_tile
+from .attention_short import NARROW, most_segments, reduce, short
 from .attention_tile import LOG2_E, Form
 from .hadamard import hadamard
 from .kv_pages import E4M3, E4M3_BITS, INT4, INT8, PLAIN, Pages, describe
-from .specialization import Specialization
+from .specialization import ARCHES, Specialization
 from .support import INTERPRETED, on_gpu
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -48,20 +49,38 @@ class Tile(NamedTuple):
 _STAGES = 5
 
 
-def short_tiles(pages: Pages, rows: int, group: int) -> tuple[Tile, Tile | None]:
-    """For few rows, which are bound by the bytes of the cache: for one or two, and for up to so many."""
+def short_tiles(pages: Pages, group: int, arch: int) -> tuple[Tile, Tile | None]:
+    """For few rows, which are bound by the bytes of the cache: for up to NARROW queries, and for more (None: never).
+
+    The larger one is as large for two rows as for SHORT_ROWS: what a row is summed with must not change its bits.
+    Twice its keys would not leave the registers for codes on their way to numbers.
+    """
     narrow = Tile(NARROW.value, 64 if pages.columns <= 128 else 32, 4, _STAGES)
-    if rows * group <= NARROW.value:
+    most = SHORT_ROWS * group
+    if most <= NARROW.value:
         return narrow, None
-    # Twice the keys would not leave the registers for codes on their way to numbers.
-    return narrow, Tile(wide_tile(rows, group) if pages.columns <= 128 else 32, 32, 4, _STAGES)
+    widest = 64 if pages.columns <= 128 and arch >= 90 else 32
+    return narrow, Tile(min(widest, triton.next_power_of_2(most)), 32, 4, _STAGES)
 
 
-def long_tile(pages: Pages) -> Tile:
-    """For many rows, which are bound by matrix products and exponentials."""
-    if pages.columns <= 128 and pages.coding == PLAIN.value:
-        return Tile(128, 64, 8, _STAGES)
-    return Tile(128, 32, 8, _STAGES)  # heads of 256, and codes, take the registers of 32 keys
+def long_tile(pages: Pages, arch: int) -> Tile:
+    """For many rows, which are bound by matrix products and exponentials: the largest that needs no local memory."""
+    plain = pages.coding == PLAIN.value and pages.columns <= 128
+    if arch < 90:  # products by warp: their operands are in registers, too
+        if not plain:
+            return Tile(64, 32, 8, _STAGES)
+        return Tile(128, 64 if pages.columns <= 64 else 32, 8, _STAGES)
+    wide = plain and not (arch >= 100 and pages.columns <= 64)
+    return Tile(128, 64 if wide else 32, 8, _STAGES)
+
+
+@functools.cache
+def arch_of(device: torch.device) -> int:
+    """Compute capability times ten; the interpreter goes by the tiles of an H100."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def prepare_attention(batch: RaggedBatch, block_size: int, window: int | None) -> AttentionPlan:
@@ -77,7 +96,9 @@ def prepare_attention(batch: RaggedBatch, block_size: int, window: int | None) -
 def attention(
     q: Tensor, cache: LayerKV, plan: Any, scale: float, softcap: float, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """See the reference, and attention_shared.py for rounding. scale > 0. q may be a slice of a wider row; entries of a head are neighbours.
+    """See the reference; attention_shared.py has when a row's rounding depends on others. scale > 0.
+
+    q may be a slice of a wider row; entries of a head are neighbours.
 
     Every row is of some sequence (T = cu_q[S]): padding rows are those of sequences without keys.
     """
@@ -138,7 +159,9 @@ def _launch_short(step: Step) -> None:
     batch, window = plan.batch, plan.window
     q, *_, sinks, out, lse = step.tensors
     rows = min(batch.max_q, SHORT_ROWS)
-    narrow, wide = short_tiles(step.form.pages, rows, step.form.group)
+    narrow, wide = short_tiles(step.form.pages, step.form.group, arch_of(q.device))
+    if rows * step.form.group <= NARROW.value:
+        wide = None
     form = tiled(step.form, narrow)
     tiles = triton.cdiv(rows * form.group, wide.block_m) if wide else 1
     parts = most_segments(batch.max_seq_len if window is None else min(batch.max_seq_len, window + rows - 1))
@@ -195,7 +218,7 @@ def _launch_short(step: Step) -> None:
 def _launch_shared(step: Step, groups: SharedPlan, part: tuple[Tensor, ...], parts: int) -> None:
     batch = step.plan.batch
     q, k, v, k_scale, v_scale, *_ = step.tensors
-    tile = long_tile(step.form.pages)
+    tile = long_tile(step.form.pages, arch_of(q.device))
     form = replace(tiled(step.form, tile), tree=False)
     tiles = num_tiles(len(groups.rows), groups.num_groups, form.group, tile.block_m)
     shared[(form.pages.kv_heads, tiles, groups.most_segments)](
@@ -225,7 +248,7 @@ def _launch_shared(step: Step, groups: SharedPlan, part: tuple[Tensor, ...], par
 def _launch_long(step: Step) -> None:
     batch = step.plan.batch
     q = step.tensors[0]
-    tile = long_tile(step.form.pages)
+    tile = long_tile(step.form.pages, arch_of(q.device))
     form = tiled(step.form, tile)
     tiles = num_tiles(batch.num_tokens, batch.num_seqs - batch.short_seqs, form.group, tile.block_m)
     long[(form.pages.kv_heads, tiles)](
@@ -267,21 +290,28 @@ def specializations() -> list[Specialization]:
             | {"window": "i32", "factor": "fp32", "softcap": "fp32"}
         )
 
-    def listed(name: str, kernel: Any, coding: tl.constexpr, tile: Tile, signature: dict[str, str], **constexprs: Any):
+    result = []
+
+    def listed(
+        name: str, kernel: Any, coding: tl.constexpr, arch: int, tile: Tile, more: dict[str, str], **constexprs: Any
+    ) -> None:
         given = {"k_scales": None, "v_scales": None, "sinks": None, "tree_mask": None, "shared_keys": None} | constexprs
-        return Specialization(
-            name=name,
-            kernel=kernel,
-            signature={name: type_ for name, type_ in signature.items() if name in kernel.arg_names},
-            constexprs={k: v for k, v in given.items() if k in kernel.arg_names and k not in signature},
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-            arches=arches.get(coding, (80, 90, 100)),
-            needs=("mma", "wide"),
+        signature = {k: v for k, v in (types(coding) | more).items() if k in kernel.arg_names}
+        result.append(
+            Specialization(
+                name=f"{name}/sm{arch}",
+                kernel=kernel,
+                signature=signature,
+                constexprs={k: v for k, v in given.items() if k in kernel.arg_names and k not in signature},
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+                arches=(arch,),
+                # 32 keys of four bits are 8 bytes for each of 256 threads
+                needs=("mma",) if kernel is long and coding is INT4 else ("mma", "wide"),
+            )
         )
 
     parts = {"part_acc": "*fp32:16", "part_m": "*fp32:16", "part_l": "*fp32:16", "parts": "i32", "tiles": "i32"}
-    result = []
     for head_dim, coding, name in (
         (64, PLAIN, "d64/plain"),
         (128, PLAIN, "d128/plain"),
@@ -293,15 +323,15 @@ def specializations() -> list[Specialization]:
     ):
         pages = Pages(coding.value, 8, head_dim, 16)
         form = Form(pages, 32, 0, 0, tl.bfloat16, False, False, False, False)
-        for rows in (1, SHORT_ROWS):
-            narrow, wide = short_tiles(pages, rows, form.group)
-            given = {"FORM": tiled(form, narrow), "WIDE": tiled(form, wide) if wide else None, "SHARED": False}
-            result.append(listed(f"short/{name}/{rows}", short, coding, narrow, types(coding) | parts, **given))
-        tile = long_tile(pages)
-        signature = types(coding) | {"short_seqs": "i32", "num_seqs": "i32"}
-        result.append(listed(f"long/{name}", long, coding, tile, signature, FORM=tiled(form, tile)))
-        if name == "d128/plain":
-            groups = dict.fromkeys(("shared_keys", "rows", "cu_rows", "seqs"), "*i32:16") | {"num_groups": "i32"}
-            signature = types(coding) | parts | groups
-            result.append(listed(f"shared/{name}", shared, coding, tile, signature, FORM=tiled(form, tile)))
+        for arch in arches.get(coding, ARCHES):
+            narrow, wide = short_tiles(pages, form.group, arch)
+            for rows, larger in ((1, None), (SHORT_ROWS, wide)):
+                given = {"FORM": tiled(form, narrow), "WIDE": tiled(form, larger) if larger else None, "SHARED": False}
+                listed(f"short/{name}/{rows}", short, coding, arch, narrow, parts, **given)
+            tile = long_tile(pages, arch)
+            given = {"FORM": tiled(form, tile)}
+            listed(f"long/{name}", long, coding, arch, tile, dict.fromkeys(("short_seqs", "num_seqs"), "i32"), **given)
+            if name == "d128/plain":
+                groups = dict.fromkeys(("shared_keys", "rows", "cu_rows", "seqs"), "*i32:16") | {"num_groups": "i32"}
+                listed(f"shared/{name}", shared, coding, arch, tile, parts | groups, **given)
     return result

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_tile import attend, load_queries, nothing_seen, static_scale, store_result
+from .attention_tile import STEPWISE, attend, load_queries, nothing_seen, static_scale, store_result
 from .kv_pages import head_dims
 
 
@@ -41,7 +41,7 @@ def _first_tile(cu_rows, i, first, origin, FORM: tl.constexpr):
     return (tl.load(cu_rows + i) - origin) * FORM.group // FORM.block_m + i - first
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEPWISE)
 def long(
     q,
     k_pages,

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..batch import SHORT_ROWS, RaggedBatch
 from .attention_long import owner_of
 from .attention_short import most_segments, segment_keys
-from .attention_tile import attend, load_queries, nothing_seen, static_scale, store_part
+from .attention_tile import STEPWISE, attend, load_queries, nothing_seen, static_scale, store_part
 
 # Keys that are not read again, from which on a group is worth its own launch in every layer, some 10 µs of the host's
 # and the device's time: 65,536 keys of 8 heads of 128 in bf16 are 80 µs of an H100's memory, of 2 heads of 64 10 µs.
@@ -69,7 +69,7 @@ def plan_shared(batch: RaggedBatch, block_size: int) -> SharedPlan | None:
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEPWISE)
 def shared(
     q,
     k_pages,
@@ -113,7 +113,7 @@ def shared(
         valid = member < count
         q_head = head * FORM.group + query % FORM.group
         row = tl.load(rows + first_row + member, mask=valid, other=0)
-        last = tl.where(valid, num_keys, -1)
+        last = tl.zeros([BLOCK_M], tl.int32) + num_keys
         acc, m, l = attend(
             load_queries(q, row, q_head, valid, q_row_stride, q_head_stride, FORM),
             head,

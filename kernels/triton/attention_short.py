@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_tile import NOTHING, attend, load_queries, nothing_seen, static_scale, store_part, store_result
+from .attention_tile import NOTHING, STEPWISE, attend, load_queries, nothing_seen, static_scale, store_part, store_result
 from .kv_pages import head_dims
 
 # Keys of a segment. Its state, written and read again, is 3 % of the bytes of 512 keys (bf16, groups of 4, heads of
@@ -20,7 +20,6 @@ SEGMENT = tl.constexpr(512)
 # Above SEGMENT · SEGMENTS keys the segments grow instead: one sequence on 8 KV heads then has 512 programs, two waves.
 SEGMENTS = tl.constexpr(64)
 NARROW = tl.constexpr(16)  # queries of a tile for one or two rows: the least that a matrix product takes
-_WIDEST = 64  # of a tile for more: accumulators of 64 queries of 128 are 64 registers of each of 128 threads
 _CHUNK = tl.constexpr(16)  # states that the reduction loads at once
 
 
@@ -33,11 +32,6 @@ def segments(num_keys: int) -> int:
 def most_segments(num_keys: int) -> int:
     """The largest value of `segments` up to so many keys."""
     return max(1, min(SEGMENTS.value, -(-num_keys // SEGMENT.value)))
-
-
-def wide_tile(rows: int, group: int) -> int:
-    """Queries of a tile for sequences of up to so many rows; NARROW where all fit that."""
-    return max(NARROW.value, min(_WIDEST, triton.next_power_of_2(rows * group)))
 
 
 @triton.jit
@@ -64,7 +58,7 @@ def _split(seq, rows, seq_len, shared_keys, window, FORM: tl.constexpr, SHARED: 
     return first, keys, before, tl.maximum(1, tl.cdiv(own, keys))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEPWISE)
 def short(
     q,
     k_pages,
@@ -187,7 +181,7 @@ def _part(
         store_part((part_acc, part_m, part_l), at, valid, state, FORM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=STEPWISE)
 def reduce(
     sinks,
     out,

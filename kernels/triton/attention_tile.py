@@ -18,6 +18,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # m of a row that has seen nothing: below every score, and finite, so that no -inf - -inf arises.
 NOTHING = tl.constexpr(-1e30)
+# Arguments that change from step to step. Compiled anew for 1 and for multiples of 16, as the JIT does with numbers,
+# a kernel would stop the engine for seconds.
+STEPWISE = ("table_stride", "window", "parts", "tiles", "short_seqs", "num_seqs", "num_groups")
 
 
 @dataclass(frozen=True, slots=True)

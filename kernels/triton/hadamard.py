@@ -28,7 +28,7 @@ def rotated(x, ROWS: tl.constexpr, SIZE: tl.constexpr, STAGES: tl.constexpr):
     return x * (1.0 / SIZE**0.5)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count",))
 def _hadamard(
     x,
     out,
@@ -73,7 +73,7 @@ def specializations() -> list[Specialization]:
         Specialization(
             name=f"d{size}",
             kernel=_hadamard,
-            signature={"x": "*bf16:16", "out": "*bf16:16", "count": "i32:16", "row_stride": "i32:16"}
+            signature={"x": "*bf16:16", "out": "*bf16:16", "count": "i32", "row_stride": "i32:16"}
             | {"head_stride": "i32:16", "heads": "i32:16"},
             constexprs={"ROWS": _TILE // size, "SIZE": size, "STAGES": size.bit_length() - 1},
             needs=("wide",),

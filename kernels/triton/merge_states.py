@@ -16,7 +16,7 @@ from .support import on_gpu
 _ROWS = 8  # (token, head) pairs of a program: 1,024 entries of heads of 128, 8 per thread
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count",))
 def _merge(o_a, lse_a, o_b, lse_b, out, lse, count, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < count
@@ -67,7 +67,7 @@ def merge_states(outputs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
 def specializations() -> list[Specialization]:
     """Merges of bf16 outputs."""
     outputs = {"o_a": "*bf16:16", "o_b": "*bf16:16", "out": "*fp32:16"}
-    states = {"lse_a": "*fp32:16", "lse_b": "*fp32:16", "lse": "*fp32:16", "count": "i32:16"}
+    states = {"lse_a": "*fp32:16", "lse_b": "*fp32:16", "lse": "*fp32:16", "count": "i32"}
     return [
         Specialization(
             name="d128",

@@ -177,12 +177,10 @@ def test_needle(kv_format: str, rows: int) -> None:
     cache = make_cache(batch, spec)
     slots = context_slots(batch, 0, spec)
     keys, values = normal((2000, 1, 64), torch.float32, 1), normal((2000, 1, 64), torch.float32, 2)
+    implementations("kv_write")["reference"].run(keys, values, cache, slots)
     for place in (3, 1234):
-        implementations("kv_write")["triton"].run(keys, values, cache, slots)
         q = 12 * keys[place].expand(rows, 2, 64) / keys[place].norm() * 8
         o, _ = run("triton", batch, cache, q.contiguous())
-        stored = implementations("kv_write")["reference"]
-        stored.run(keys, values, cache, slots)
         expected, _ = run("reference", batch, cache, q.contiguous())
         assert_close(o, expected, torch.bfloat16)
         found = torch.nn.functional.cosine_similarity(o[:, 0], values[place], dim=-1)

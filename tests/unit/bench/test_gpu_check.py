@@ -82,14 +82,14 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     silu = implementations("silu_and_mul")
     wrong = replace(silu["reference"], name="cpu", run=lambda x: silu["reference"].run(x) * 1.05)
     monkeypatch.setitem(silu, "cpu", wrong)
-    rows = next(i for i in gpu_correct.items("cpu", Sizes(True), "cpu", (0, 0)) if i.key == "silu_and_mul").run()
+    rows = next(i for i in gpu_correct.items("cpu", Sizes(True), "cpu", (0, 0)) if i.key == "silu_and_mul 1").run()
     assert {row.status for row in rows} == {"wrong"}
 
 
 def test_a_kernel_that_raises_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     silu = implementations("silu_and_mul")
     monkeypatch.setitem(silu, "cpu", replace(silu["reference"], run=lambda x: x.nonsense))
-    rows = next(i for i in gpu_correct.items("cpu", Sizes(True), "cpu", (0, 0)) if i.key == "silu_and_mul").run()
+    rows = next(i for i in gpu_correct.items("cpu", Sizes(True), "cpu", (0, 0)) if i.key == "silu_and_mul 1").run()
     assert {row.status for row in rows} == {"failed"}
     assert "nonsense" in rows[0].note
 

@@ -32,6 +32,7 @@ def test_rows_hold_every_prompt_once_and_are_full(some: list[int]) -> None:
 
 @given(lengths, st.integers(1, 50))
 def test_sorting_never_costs_tokens_and_packing_costs_none(some: list[int], batch_size: int) -> None:
+    some = some * batch_size  # whole batches: where the last one is short, luck may favour any order
     config = PrefillConfig(batch_size=batch_size, sorted_batch_size=batch_size)
     computed = {name: sum(map(sum, layout)) for name, layout in layouts(config, some).items()}
     assert computed["packed"] == sum(some)

@@ -13,7 +13,7 @@ import torch
 from quire.engine.config import EngineConfig
 from quire.engine.errors import EngineStartError
 from quire.engine.families import load_config
-from quire.engine.kv_cache import KV_CACHE_DTYPES, choose_kv_format
+from quire.engine.kv_cache import SHORT_NAMES, choose_kv_format
 from quire.engine.layout import count_parameters, weight_bytes
 from quire.engine.model_config import DecoderConfig
 from quire.engine.quant.rounding import choose_rounding, parse_quantization, refuses_gpu, round_weight
@@ -236,9 +236,10 @@ def test_a_smaller_cache_holds_more_blocks(tmp_path: Path) -> None:
 
 def test_every_spelling_of_a_cache_format_is_one(tmp_path: Path) -> None:
     model = read(tmp_path)
-    assert set(KV_CACHE_DTYPES.values()) == set(kv_formats())
-    for wish, name in KV_CACHE_DTYPES.items():
-        assert choose_kv_format(wish, model, torch.float32) == (name, "given")
+    assert set(SHORT_NAMES.values()) == set(kv_formats())
+    for wish, name in SHORT_NAMES.items():
+        for spelling in (wish, name):
+            assert choose_kv_format(spelling, model, torch.float32) == (name, "given")
     assert choose_kv_format("auto", model, torch.float32)[0] == "fp32"
     with pytest.raises(EngineStartError, match=r"kv_cache_dtype is 'int2'; choose auto, bfloat16"):
         choose_kv_format("int2", model, torch.float32)

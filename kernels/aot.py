@@ -211,7 +211,9 @@ def write_record(listed: Iterable[str], found: Mapping[str, dict[str, dict[str, 
     record = load_record(path)
     old, keys = record.get(triton_series(), {}), set(listed)
     record[triton_series()] = {key: old.get(key, {}) | found.get(key, {}) for key in sorted(keys & {*old, *found})}
-    path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    text = json.dumps(record, indent=1, sort_keys=True)
+    # A usage per line, so that a diff of the file reads like the table.
+    path.write_text(re.sub(r"\{[^{}]*\}", lambda usage: " ".join(usage[0].split()), text) + "\n")
 
 
 def _listed() -> tuple[dict[str, Specialization], int]:

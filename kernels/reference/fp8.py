@@ -21,28 +21,45 @@ from .moe import gated_experts
 from .rows import dequantize_rows, quantize_rows
 
 BLOCK = 128
+# Scales that are tried, over the smallest. The grid's steps double at powers of two, so an octave is all there is, and
+# where in it most weights lie decides their error: 0.0238 of a Gaussian row of 256 at best, 0.0260 at the smallest scale.
+OCTAVE = torch.linspace(1, 2, 17)[:-1].tolist()
 
 
 def quantize_fp8(weight: Tensor, group: int | None) -> PackedWeight:
     w = weight.float()
-    scale = w.abs().amax(-1, keepdim=True) / FP8_MAX
-    scale = torch.where(scale > 0, scale, 1.0)
+    scale = choose_scale(w)
     return PackedWeight(
         format="fp8",
         outputs=weight.shape[0],
         inputs=weight.shape[1],
         group=weight.shape[1],
-        codes=(w / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn),
+        codes=_encode(w, scale),
         scales=scale.T.contiguous(),
     )
+
+
+def choose_scale(w: Tensor) -> Tensor:
+    """The scale of least squared error for each row of w [R, n]: [R, 1] fp32, the largest weight within ±448."""
+    smallest = w.abs().amax(-1, keepdim=True) / FP8_MAX
+    smallest = torch.where(smallest > 0, smallest, 1.0)
+    least, chosen = torch.full_like(smallest, torch.inf), smallest
+    for octave in OCTAVE:
+        scale = smallest * octave
+        error = (_encode(w, scale).float() * scale - w).square().sum(-1, keepdim=True)
+        chosen, least = torch.where(error < least, scale, chosen), torch.minimum(error, least)
+    return chosen
+
+
+def _encode(w: Tensor, scale: Tensor) -> Tensor:
+    return (w / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
 
 
 def quantize_fp8_block(weight: Tensor, group: int | None) -> PackedWeight:
     outputs, inputs = weight.shape
     w = torch.nn.functional.pad(weight.float(), (0, -inputs % BLOCK, 0, -outputs % BLOCK))
-    blocks = w.reshape(w.shape[0] // BLOCK, BLOCK, w.shape[1] // BLOCK, BLOCK)
-    scale = blocks.abs().amax((1, 3)) / FP8_MAX
-    return pack_blocks(weight, torch.where(scale > 0, scale, 1.0))
+    blocks = w.reshape(w.shape[0] // BLOCK, BLOCK, w.shape[1] // BLOCK, BLOCK).transpose(1, 2)
+    return pack_blocks(weight, choose_scale(blocks.flatten(0, 1).flatten(1)).view(blocks.shape[:2]))
 
 
 def pack_blocks(weight: Tensor, scale: Tensor) -> PackedWeight:
@@ -51,7 +68,7 @@ def pack_blocks(weight: Tensor, scale: Tensor) -> PackedWeight:
     scales = scale.float().repeat_interleave(BLOCK, 0)[:outputs].T.contiguous()  # [G, N]
     codes = weight
     if weight.dtype != torch.float8_e4m3fn:
-        codes = (weight.float() / spread(scales, BLOCK, inputs)).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        codes = _encode(weight.float(), spread(scales, BLOCK, inputs))
     return PackedWeight("fp8_block", outputs, inputs, BLOCK, codes, scales)
 
 

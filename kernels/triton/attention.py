@@ -49,29 +49,45 @@ class Tile(NamedTuple):
 _STAGES = 5
 
 
-def short_tiles(pages: Pages, group: int, arch: int) -> tuple[Tile, Tile | None]:
+def short_tiles(pages: Pages, group: int, arch: int, dtype: tl.dtype) -> tuple[Tile, Tile | None]:
     """For few rows, which are bound by the bytes of the cache: for up to NARROW queries, and for more (None: never).
 
     The larger one is as large for two rows as for SHORT_ROWS: what a row is summed with must not change its bits.
     Twice its keys would not leave the registers for codes on their way to numbers.
     """
-    narrow = Tile(NARROW.value, 64 if pages.columns <= 128 else 32, 4, _STAGES)
+    if _is_exact(dtype):
+        return Tile(NARROW.value, 32, 4, 3), Tile(32, 32, 4, 3)
+    # As many bytes under way as registers allow: 16 KiB of keys or values a tile, a quarter of that for int8.
+    keys = {INT8.value: 32, INT4.value: 128}.get(pages.coding, 64) if pages.columns <= 128 else 32
+    narrow = Tile(NARROW.value, keys, 4, _STAGES)
     most = SHORT_ROWS * group
     if most <= NARROW.value:
         return narrow, None
-    widest = 64 if pages.columns <= 128 and arch >= 90 else 32
+    widest = 64 if pages.columns <= 128 and _is_large(arch) else 32
     return narrow, Tile(min(widest, triton.next_power_of_2(most)), 32, 4, _STAGES)
 
 
-def long_tile(pages: Pages, arch: int) -> Tile:
+def long_tile(pages: Pages, arch: int, dtype: tl.dtype) -> Tile:
     """For many rows, which are bound by matrix products and exponentials: the largest that needs no local memory."""
+    if _is_exact(dtype):
+        return Tile(64, 32, 8, 3)
     plain = pages.coding == PLAIN.value and pages.columns <= 128
-    if arch < 90:  # products by warp: their operands are in registers, too
+    if not _is_large(arch):
         if not plain:
             return Tile(64, 32, 8, _STAGES)
         return Tile(128, 64 if pages.columns <= 64 else 32, 8, _STAGES)
     wide = plain and not (arch >= 100 and pages.columns <= 64)
     return Tile(128, 64 if wide else 32, 8, _STAGES)
+
+
+def _is_exact(dtype: tl.dtype) -> bool:
+    """fp32 on a GPU: for checks. Its tiles take twice the memory, and no tensor core multiplies it."""
+    return dtype == tl.float32 and not INTERPRETED
+
+
+def _is_large(arch: int) -> bool:
+    """H100, B200: 227 KiB of shared memory, and matrix products whose operands stay there instead of in registers."""
+    return arch // 10 in (9, 10)
 
 
 @functools.cache
@@ -113,7 +129,7 @@ def attention(
         q = hadamard(q)
     if q.stride(2) != 1:
         q = q.contiguous()
-    pages, k, v = describe(cache)
+    pages, k, v = describe(cache, arch_of(q.device))
     step = Step(
         plan,
         form(pages, q.shape[1], product_dtype(q, k, pages), bool(softcap), sinks is not None, plan),
@@ -159,7 +175,7 @@ def _launch_short(step: Step) -> None:
     batch, window = plan.batch, plan.window
     q, *_, sinks, out, lse = step.tensors
     rows = min(batch.max_q, SHORT_ROWS)
-    narrow, wide = short_tiles(step.form.pages, step.form.group, arch_of(q.device))
+    narrow, wide = short_tiles(step.form.pages, step.form.group, arch_of(q.device), step.form.dtype)
     if rows * step.form.group <= NARROW.value:
         wide = None
     form = tiled(step.form, narrow)
@@ -209,7 +225,6 @@ def _launch_short(step: Step) -> None:
             window or 0,
             parts,
             form,
-            triton.next_power_of_2(parts),
             plan.shared is not None,
             num_warps=4,
         )
@@ -218,7 +233,7 @@ def _launch_short(step: Step) -> None:
 def _launch_shared(step: Step, groups: SharedPlan, part: tuple[Tensor, ...], parts: int) -> None:
     batch = step.plan.batch
     q, k, v, k_scale, v_scale, *_ = step.tensors
-    tile = long_tile(step.form.pages, arch_of(q.device))
+    tile = long_tile(step.form.pages, arch_of(q.device), step.form.dtype)
     form = replace(tiled(step.form, tile), tree=False)
     tiles = num_tiles(len(groups.rows), groups.num_groups, form.group, tile.block_m)
     shared[(form.pages.kv_heads, tiles, groups.most_segments)](
@@ -248,7 +263,7 @@ def _launch_shared(step: Step, groups: SharedPlan, part: tuple[Tensor, ...], par
 def _launch_long(step: Step) -> None:
     batch = step.plan.batch
     q = step.tensors[0]
-    tile = long_tile(step.form.pages, arch_of(q.device))
+    tile = long_tile(step.form.pages, arch_of(q.device), step.form.dtype)
     form = tiled(step.form, tile)
     tiles = num_tiles(batch.num_tokens, batch.num_seqs - batch.short_seqs, form.group, tile.block_m)
     long[(form.pages.kv_heads, tiles)](
@@ -296,6 +311,11 @@ def specializations() -> list[Specialization]:
         name: str, kernel: Any, coding: tl.constexpr, arch: int, tile: Tile, more: dict[str, str], **constexprs: Any
     ) -> None:
         given = {"k_scales": None, "v_scales": None, "sinks": None, "tree_mask": None, "shared_keys": None} | constexprs
+        needs = ("mma", "wide")
+        if kernel is long and coding is INT4:  # 32 keys of four bits are 8 bytes for each of 256 threads
+            needs = ("mma",)
+        elif kernel is reduce:
+            needs = ("wide",)
         signature = {k: v for k, v in (types(coding) | more).items() if k in kernel.arg_names}
         result.append(
             Specialization(
@@ -306,8 +326,7 @@ def specializations() -> list[Specialization]:
                 num_warps=tile.warps,
                 num_stages=tile.stages,
                 arches=(arch,),
-                # 32 keys of four bits are 8 bytes for each of 256 threads
-                needs=("mma",) if kernel is long and coding is INT4 else ("mma", "wide"),
+                needs=needs,
             )
         )
 
@@ -324,14 +343,15 @@ def specializations() -> list[Specialization]:
         pages = Pages(coding.value, 8, head_dim, 16)
         form = Form(pages, 32, 0, 0, tl.bfloat16, False, False, False, False)
         for arch in arches.get(coding, ARCHES):
-            narrow, wide = short_tiles(pages, form.group, arch)
+            narrow, wide = short_tiles(pages, form.group, arch, form.dtype)
             for rows, larger in ((1, None), (SHORT_ROWS, wide)):
                 given = {"FORM": tiled(form, narrow), "WIDE": tiled(form, larger) if larger else None, "SHARED": False}
                 listed(f"short/{name}/{rows}", short, coding, arch, narrow, parts, **given)
-            tile = long_tile(pages, arch)
+            tile = long_tile(pages, arch, form.dtype)
             given = {"FORM": tiled(form, tile)}
             listed(f"long/{name}", long, coding, arch, tile, dict.fromkeys(("short_seqs", "num_seqs"), "i32"), **given)
             if name == "d128/plain":
+                listed(f"reduce/{name}", reduce, coding, arch, Tile(1, 1, 4, 3), parts, **given, SHARED=False)
                 groups = dict.fromkeys(("shared_keys", "rows", "cu_rows", "seqs"), "*i32:16") | {"num_groups": "i32"}
                 listed(f"shared/{name}", shared, coding, arch, tile, parts | groups, **given)
     return result

@@ -11,7 +11,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_tile import NOTHING, STEPWISE, attend, load_queries, nothing_seen, static_scale, store_part, store_result
+from .attention_tile import (
+    NOTHING,
+    STEPWISE,
+    attend,
+    load_queries,
+    nothing_seen,
+    static_scale,
+    store_part,
+    store_result,
+)
 from .kv_pages import head_dims
 
 # Keys of a segment. Its state, written and read again, is 3 % of the bytes of 512 keys (bf16, groups of 4, heads of
@@ -195,13 +204,9 @@ def reduce(
     window,
     parts,
     FORM: tl.constexpr,
-    MOST: tl.constexpr,
     SHARED: tl.constexpr,
 ):
-    """The parts of one row and query head merged, in an order of its own. Grid: (q_heads, rows, sequences).
-
-    MOST: a power of two, no less than any sequence's states.
-    """
+    """The parts of one row and query head merged, in an order of its own. Grid: (q_heads, rows, sequences)."""
     COLUMNS: tl.constexpr = FORM.pages.columns
     q_head = tl.program_id(0)
     offset = tl.program_id(1)
@@ -213,8 +218,8 @@ def reduce(
     if (offset < rows) & (count > 1):
         row = first_row + offset
         place = (row.to(tl.int64) * FORM.q_heads + q_head) * parts
-        part = tl.arange(0, MOST)
-        m = tl.max(tl.load(part_m + place + part, mask=part < count, other=NOTHING), 0)
+        every = tl.arange(0, 2 * SEGMENTS)  # those of shared keys and its own
+        m = tl.max(tl.load(part_m + place + every, mask=every < count, other=NOTHING), 0)
         dims = tl.arange(0, COLUMNS)
         acc = tl.zeros([1, COLUMNS], tl.float32)
         l = tl.zeros([1], tl.float32)

@@ -75,16 +75,25 @@ def attend(
     k_pages += head * PAGES.width
     v_pages += head * PAGES.width
     if PAGES.token_scales:
+        # Scales are too narrow for the asynchronous copies of the pages, so they are loaded one tile ahead, and the
+        # slots that this takes two tiles.
         k_scales += head
         v_scales += head
+        keys = first + tl.arange(0, FORM.block_n)
+        k_scale, v_scale = _scales_at(k_scales, v_scales, table, keys, end, PAGES)
+        ahead = slots_of(table, keys + FORM.block_n, keys + FORM.block_n < end, PAGES, True)
     for start in tl.range(first, end, FORM.block_n):
         keys = start + tl.arange(0, FORM.block_n)
         there = keys < end
+        if PAGES.token_scales:
+            k_next = load_scales(k_scales, ahead, keys + FORM.block_n < end, PAGES)
+            v_next = load_scales(v_scales, ahead, keys + FORM.block_n < end, PAGES)
+            ahead = slots_of(table, keys + 2 * FORM.block_n, keys + 2 * FORM.block_n < end, PAGES, True)
         slots = slots_of(table, keys, there, PAGES, MASKED)
         k = load_tile(k_pages, slots, there, PAGES, DTYPE, MASKED)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         if PAGES.token_scales:
-            s *= load_scales(k_scales, slots, there, PAGES, MASKED)[None, :]
+            s *= k_scale[None, :]
         s *= factor
         if FORM.softcap:
             s = softcap * _tanh(s)
@@ -95,11 +104,19 @@ def attend(
         rescale = tl.exp2(m - risen)
         l = l * rescale + tl.sum(p, 1)
         if PAGES.token_scales:  # before the weights are rounded
-            p *= load_scales(v_scales, slots, there, PAGES, MASKED)[None, :]
+            p *= v_scale[None, :]
+            k_scale = k_next
+            v_scale = v_next
         v = load_tile(v_pages, slots, there, PAGES, DTYPE, MASKED)
         acc = tl.dot(p.to(DTYPE), v, acc * rescale[:, None], input_precision="ieee")
         m = risen
     return acc, m, l
+
+
+@triton.jit
+def _scales_at(k_scales, v_scales, table, keys, end, PAGES: tl.constexpr):
+    slots = slots_of(table, keys, keys < end, PAGES, True)
+    return load_scales(k_scales, slots, keys < end, PAGES), load_scales(v_scales, slots, keys < end, PAGES)
 
 
 @triton.jit

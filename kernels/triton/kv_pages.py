@@ -69,12 +69,12 @@ def coding_of(spec: KVSpec) -> int:
     return _CODINGS.get(spec.format, PLAIN).value
 
 
-def describe(cache: LayerKV) -> tuple[Pages, torch.Tensor, torch.Tensor]:
-    """The cache for the compiler, and its pages in the dtype that the coding reads."""
+def describe(cache: LayerKV, arch: int) -> tuple[Pages, torch.Tensor, torch.Tensor]:
+    """The cache for the compiler, and its pages in the dtype that the coding reads. arch: compute capability · 10."""
     spec = cache.spec
     coding = coding_of(spec)
     k, v = cache.k, cache.v
-    if coding == E4M3.value and k.is_cuda and torch.cuda.get_device_capability(k.device) < (8, 9):
+    if coding == E4M3.value and arch < 89:
         coding, k, v = E4M3_BITS.value, k.view(torch.uint8), v.view(torch.uint8)
     return Pages(coding, spec.num_kv_heads, spec.head_dim, spec.block_size), k, v
 
@@ -129,12 +129,9 @@ def load_tile(page, slots, there, PAGES: tl.constexpr, DTYPE: tl.constexpr, MASK
 
 
 @triton.jit
-def load_scales(scale, slots, there, PAGES: tl.constexpr, MASKED: tl.constexpr):
+def load_scales(scale, slots, there, PAGES: tl.constexpr):
     """The scales of the keys or values at slots: [N] fp32. scale: the first one of this head."""
-    if MASKED:
-        return tl.load(scale + slots * PAGES.kv_heads, mask=there, other=0.0).to(tl.float32)
-    else:
-        return tl.load(scale + slots * PAGES.kv_heads).to(tl.float32)
+    return tl.load(scale + slots * PAGES.kv_heads, mask=there, other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -31,7 +31,7 @@ class RaggedBatch:
     max_q, max_seq_len, short_seqs: host ints, for grids and buffers only, never for semantics.
     short_seqs: so many leading sequences have at most SHORT_ROWS rows each; any smaller number is as right.
     shared: what block_table says already, found once for all layers; a sequence is in one group at most. Attention may
-    use it to read less, and its results are those of a batch without it.
+    use it to read less; its results are those of a batch without it, on a CPU bit by bit, on a GPU up to rounding.
     """
 
     input_ids: Tensor  # [T] int64

@@ -22,7 +22,7 @@ from .rows import dequantize_rows, quantize_rows
 
 BLOCK = 128
 # Scales that are tried, over the smallest. The grid's steps double at powers of two, so an octave is all there is, and
-# where in it most weights lie decides their error: 0.0238 of a Gaussian row of 256 at best, 0.0260 at the smallest scale.
+# where in it most weights lie decides their error: of a Gaussian row of 256 0.0238 at best, 0.0260 at the smallest.
 OCTAVE = torch.linspace(1, 2, 17)[:-1].tolist()
 
 

@@ -24,13 +24,12 @@ from ..engine.families import load_config
 from ..engine.kv_cache import allocate, kv_spec
 from ..engine.layout import weight_bytes
 from ..engine.loader import load_decoder, locate_model
+from ..engine.quant.calibrate import BLOCK_SIZE, one_prompt
 from ..engine.quant.rounding import parse_quantization
 from ..kernels import Target, resolve
-from ..kernels.batch import RaggedBatch
 from ..kernels.kv_formats import kv_format
 from ..models.corpus import split_library
 
-BLOCK_SIZE = 32
 # A window advances by half its length, so that all but a text's first tokens have at least half a window before them.
 STRIDE_SHARE = 0.5
 PLAIN = "bf16"
@@ -83,24 +82,6 @@ def windows(texts: Sequence[Sequence[int]], length: int, tokens: int) -> Iterato
                 break
 
 
-def batch_of(ids: torch.Tensor) -> RaggedBatch:
-    """One prompt, in the blocks from 1 on."""
-    count = len(ids)
-    blocks = -(-count // BLOCK_SIZE)
-    return RaggedBatch(
-        input_ids=ids,
-        positions=torch.arange(count),
-        slot_mapping=torch.arange(BLOCK_SIZE, BLOCK_SIZE + count),
-        cu_q=torch.tensor([0, count], dtype=torch.int32),
-        seq_lens=torch.tensor([count], dtype=torch.int32),
-        block_table=torch.arange(1, blocks + 1, dtype=torch.int32)[None],
-        tree_mask=None,
-        logit_rows=torch.arange(count),
-        max_q=count,
-        max_seq_len=count,
-    )
-
-
 class Variant:
     """The model in one format of weights and of keys and values."""
 
@@ -121,7 +102,7 @@ class Variant:
     @torch.inference_mode()
     def log_probabilities(self, window: Window) -> torch.Tensor:
         """[fresh, V] fp32: what the model thinks of each token that this window scores."""
-        hidden = self.decoder.forward(batch_of(window.ids[:-1]), self.cache)
+        hidden = self.decoder.forward(one_prompt(window.ids[:-1].tolist(), CPU), self.cache)
         return self.decoder.logits(hidden[-window.fresh :]).log_softmax(-1)
 
 

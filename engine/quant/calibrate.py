@@ -102,7 +102,7 @@ def _quantize_layers(
     spec = kv_spec(config, BLOCK_SIZE, "fp32")
     blocks = -(-max(map(len, windows)) // BLOCK_SIZE) + 1
     cache = [allocate_layer(spec, blocks, device) for _ in range(config.num_layers)]
-    samples = [decoder.begin(_one_prompt(window, device), cache) for window in windows]
+    samples = [decoder.begin(one_prompt(window, device), cache) for window in windows]
     for (block, join), (linears, weights) in zip(decoder.blocks, _linears(config), strict=True):
         recorders = [Recorder(getattr(block, name)) for name in linears]
         for name, recorder in zip(linears, recorders, strict=True):
@@ -147,8 +147,8 @@ def _parts(checkpoint: Checkpoint, weight: Weight, packed: PackedWeight) -> Iter
         first = rows.stop
 
 
-def _one_prompt(ids: Sequence[int], device: torch.device) -> RaggedBatch:
-    """A sequence of its own, in the blocks from 1 on."""
+def one_prompt(ids: Sequence[int], device: torch.device) -> RaggedBatch:
+    """A sequence by itself, in the blocks of BLOCK_SIZE from 1 on, with the logits of all its rows."""
     count = len(ids)
     positions = torch.arange(count, device=device)
     return RaggedBatch(

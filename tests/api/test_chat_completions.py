@@ -73,14 +73,16 @@ async def test_prompt_logprobs_and_ids_lie_on_the_answer(http):
 
 async def test_the_wire_to_the_letter(http, fake):
     fake.answer = lambda request, index: [*b"ok", 256]
-    fake.tokens_per_step = 3  # one event: how many steps an event takes in depends on who is faster
+    fake.step_seconds = 0.2  # tokens of several steps merge where the reader is slower than the engine
     response = await http.post(
         "/v1/chat/completions", json={"messages": USER, "stream": True}, headers={"X-Request-Id": "golden"}
     )
     head = '{"id":"chatcmpl-golden","object":"chat.completion.chunk","created":0,"model":"tiny","choices":[{"index":0,'
     assert re.sub(r'"created":\d+', '"created":0', response.text) == (
         f'data: {head}"delta":{{"role":"assistant","content":""}},"logprobs":null,"finish_reason":null}}]}}\n\n'
-        f'data: {head}"delta":{{"content":"ok"}},"logprobs":null,"finish_reason":"stop","stop_reason":null}}]}}\n\n'
+        f'data: {head}"delta":{{"content":"o"}},"logprobs":null,"finish_reason":null}}]}}\n\n'
+        f'data: {head}"delta":{{"content":"k"}},"logprobs":null,"finish_reason":null}}]}}\n\n'
+        f'data: {head}"delta":{{"content":""}},"logprobs":null,"finish_reason":"stop","stop_reason":null}}]}}\n\n'
         "data: [DONE]\n\n"
     )
 

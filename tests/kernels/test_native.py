@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -221,25 +222,67 @@ class TestRefusals:
     def test_targets(self, target: Target, reason: str) -> None:
         assert reason in str(pair("attention", "native")[0].when(target))
 
-    def test_a_library_that_is_missing_or_stale(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(library, "INTERFACE", -1)
-        assert "built from other sources" in str(library._load()[1])
+    def test_a_library_that_is_missing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(library, "_find", lambda: None)
         assert "not built" in str(library._load()[1])
+
+    @pytest.mark.parametrize(("name", "fields"), [("norm", "ip"), ("abnormal", "ip")])
+    def test_a_library_that_was_built_from_other_sources(self, name: str, fields: str) -> None:
+        with pytest.raises(RuntimeError, match="install quire again"):
+            library.Kernel(name, fields)
 
     def test_an_unknown_level(self) -> None:
         with pytest.raises(ValueError, match="not among"):
             library.use_level(9)
 
 
-def test_one_pool_of_threads() -> None:
-    """The library runs on the OpenMP runtime that torch brought: no second one is mapped."""
-    code = (
-        "import torch, quire.kernels as k\n"
-        "x = torch.ones(512, 2048)\n"
-        "k.implementations('silu_and_mul')['native'].run(x)\n"
-        "maps = {line.split()[-1] for line in open('/proc/self/maps')}\n"
-        "print(sum('libgomp' in m or 'libiomp' in m for m in maps))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "1", done.stdout + done.stderr
+def silu(x: Tensor) -> Tensor:
+    return pair("silu_and_mul", "native")[0].run(x)
+
+
+class TestThreads:
+    def test_as_many_as_torch_has(self) -> None:
+        code = (
+            "import os, torch, quire.kernels as k\n"
+            "x, silu = torch.ones(512, 2048), k.implementations('silu_and_mul')['native'].run\n"
+            "for threads in (1, 3, 2):\n"
+            "    torch.set_num_threads(threads)\n"
+            "    before = len(os.listdir('/proc/self/task'))\n"
+            "    silu(x)\n"
+            "    print(len(os.listdir('/proc/self/task')) - before)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.split() == ["0", "2", "0"], done.stdout + done.stderr
+
+    @pytest.mark.usefixtures("two_threads")
+    def test_callers_in_several_threads(self) -> None:
+        inputs = [normal((64, 2048), torch.float32, seed) for seed in range(8)]
+        expected = [silu(x) for x in inputs]
+        with ThreadPoolExecutor(4) as callers:
+            for result, right in zip(callers.map(silu, inputs * 20), expected * 20, strict=True):
+                assert torch.equal(result, right)
+
+    @pytest.mark.usefixtures("two_threads")
+    def test_a_failure_leaves_the_threads_at_work(self) -> None:
+        q, table = normal((4096, 1, 16), torch.float32), rope_table(16, 8, 1e4)
+        positions = torch.zeros(4096, dtype=torch.int64)
+        for bad in range(0, 4096, 64):
+            positions[bad] = 8
+            with pytest.raises(IndexError):
+                pair("rope", "native")[0].run(q, q.clone(), positions, table, False)
+            positions[bad] = 0
+        pair("rope", "native")[0].run(q, q.clone(), positions, table, False)
+
+    def test_a_forked_child_has_threads_of_its_own(self) -> None:
+        code = (
+            "import os, torch, quire.kernels as k\n"
+            "torch.set_num_threads(2)\n"
+            "x, silu = torch.ones(512, 2048), k.implementations('silu_and_mul')['native'].run\n"
+            "silu(x)\n"
+            "child = os.fork()\n"
+            "silu(x)\n"
+            "child or os._exit(7)\n"
+            "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+        assert done.stdout.split() == ["7"], done.stdout + done.stderr

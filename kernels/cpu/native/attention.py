@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ...batch import LayerKV, RaggedBatch, SharedPrefix
 from ...registry import implements
-from .library import DTYPES, OUT_OF_MEMORY, OUT_OF_RANGE, function, usable_on_cache
+from .library import DTYPES, OUT_OF_MEMORY, OUT_OF_RANGE, Kernel, address, usable_on_cache
 
-_attention = function("attention")
+_attention = Kernel("attention", "ipiipiippiiiiffppp")
 
 
 class _Batch(ctypes.Structure):
@@ -109,6 +109,7 @@ def attention(
     if sinks is not None:
         sinks = sinks.float().contiguous()
     status = _attention(
+        rows,
         plan.address,
         DTYPES[q.dtype],
         DTYPES[keys.dtype],
@@ -123,7 +124,7 @@ def attention(
         dim,
         scale,
         softcap,
-        None if sinks is None else sinks.data_ptr(),
+        address(sinks),
         out.data_ptr(),
         lse.data_ptr(),
     )

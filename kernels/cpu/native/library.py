@@ -1,58 +1,42 @@
-"""The compiled kernels: where the library is, which threads it runs on, and what its functions take.
+"""The compiled kernels: where the library is, and how they are called.
 
-It is built with OpenMP but linked to no OpenMP runtime, and finds the one that torch has loaded. So both share one
-pool of threads, sized by torch.set_num_threads; with a second one the pools would spin against each other.
+    kernel(rows, ...) ──▶ 8-byte slots ──▶ run at once, by the library's own threads
+                                └────────▶ or, while a tape records, written down (tape.py)
+
+A kernel's arguments are integers, floats and addresses, in the order of its struct in src/. It runs on as many threads
+as torch would (torch.set_num_threads).
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import struct
 from collections.abc import Callable
-from ctypes import c_float, c_int64, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...registry import Target
 
 log = logging.getLogger(__name__)
 
-INTERFACE = 3  # of src/kernels.h: a library built from other sources is refused
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # the codes of src/kernels.h
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-OUT_OF_RANGE, OUT_OF_MEMORY = 1, 2  # what functions that can fail return, 0 otherwise
+OUT_OF_RANGE, OUT_OF_MEMORY = 1, 2  # what kernels return where they fail, 0 otherwise
 
-_SIGNATURES: dict[str, tuple[Any, str]] = {  # name: result, arguments: p pointer, i int64, f float
-    "quire_interface": (c_int64, ""),
-    "quire_level": (ctypes.c_char_p, "i"),
-    "quire_use_level": (None, "i"),
-    "quire_norm": (None, "iipiiiiippffp"),
-    "quire_rope": (c_int64, "ippiiiiiiiippiii"),
-    "quire_kv_write": (c_int64, "iippiiiiiiippip"),
-    "quire_gate": (None, "ipiiipi"),
-    "quire_linear": (None, "pppiiip"),
-    "quire_attention": (c_int64, "piipiippiiiiffppp"),
-}
-_KINDS = {"p": c_void_p, "i": c_int64, "f": c_float}
+
+class Call(ctypes.Structure):
+    """`Call` of src/pool.h."""
+
+    _fields_ = (("kernel", ctypes.c_int64), ("slots", ctypes.c_char_p), ("sized", ctypes.c_int64))
 
 
 def _find() -> Path | None:
     here = Path(__file__).parent
     return next((path for suffix in EXTENSION_SUFFIXES if (path := here / f"_kernels{suffix}").exists()), None)
-
-
-def _openmp() -> str:
-    """The OpenMP runtime that torch has mapped, else the system's."""
-    maps = Path("/proc/self/maps")
-    mapped = {line.split()[-1] for line in maps.read_text().splitlines()} if maps.exists() else set()
-    for name in ("libgomp", "libiomp5"):
-        found = sorted((p for p in mapped if Path(p).name.startswith(name)), key=lambda p: "torch" not in p)
-        if found:
-            return found[0]
-    return "libgomp.so.1"
 
 
 def _load() -> tuple[ctypes.CDLL | None, str | None]:
@@ -61,22 +45,71 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     if path is None:
         return None, "the C++ library is not built: install a C++17 compiler, then install quire again"
     try:
-        ctypes.CDLL(_openmp(), mode=ctypes.RTLD_GLOBAL)
         library = ctypes.CDLL(str(path))
-    except OSError as error:
-        return None, f"the C++ library cannot be loaded: {error}"
-    if library.quire_interface() != INTERFACE:
-        return None, "the C++ library was built from other sources: install quire again"
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.restype = result
-        function.argtypes = [_KINDS[kind] for kind in arguments]
+        library.quire_level.argtypes, library.quire_level.restype = [ctypes.c_int64], ctypes.c_char_p
+        library.quire_kernel.argtypes, library.quire_kernel.restype = [ctypes.c_int64], ctypes.c_char_p
+        library.quire_slots.argtypes, library.quire_slots.restype = [ctypes.c_int64], ctypes.c_int64
+        library.quire_use_level.argtypes, library.quire_use_level.restype = [ctypes.c_int64], None
+        library.quire_run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
+        library.quire_run.restype = ctypes.c_int64
+    except (OSError, AttributeError) as error:
+        return None, f"the C++ library cannot be loaded ({error}): install quire again"
     return library, None
 
 
 _library, problem = _load()
 if problem is not None:
     log.warning("torch's own operators serve on the CPU: %s", problem)
+
+
+def _kernels() -> dict[str, tuple[int, int]]:
+    """Of each kernel in the library: its number, and how many slots it takes."""
+    found: dict[str, tuple[int, int]] = {}
+    while _library is not None and (name := _library.quire_kernel(len(found))) is not None:
+        found[name.decode()] = len(found), _library.quire_slots(len(found))
+    return found
+
+
+_KERNELS = _kernels()
+
+# While a tape records: what takes a call's place, (kernel, its slots) -> status.
+recorder: Callable[[int, bytes], int] | None = None
+
+
+class Kernel:
+    """A kernel of the library: called with the fields of its struct, the rows first, it runs and returns a status."""
+
+    __slots__ = ("_pack", "name", "number")
+
+    def __init__(self, name: str, fields: str) -> None:
+        """fields: of its struct, one letter each: i integer, f float, p address. The first are the rows, an i.
+
+        RuntimeError if the library has another number of them: it was built from other sources.
+        """
+        self.name = name
+        self._pack = struct.Struct("=" + fields.translate({ord("i"): "q", ord("p"): "Q", ord("f"): "d"})).pack
+        self.number, slots = _KERNELS.get(name, (-1, len(fields)))
+        if slots != len(fields) or (_library is not None and self.number < 0):
+            raise RuntimeError(f"the C++ library was built from other sources (kernel {name}): install quire again")
+
+    def __call__(self, *values: float) -> int:
+        slots = self._pack(*values)
+        if recorder is not None:
+            return recorder(self.number, slots)
+        call = Call(self.number, slots, 0)
+        return run(ctypes.addressof(call), 1, values[0])
+
+
+def run(calls: int, count: int, rows: float) -> int:
+    """Calls of kernels, by the address of their first; see src/pool.h. Returns a status."""
+    if _library is None:
+        raise RuntimeError(str(problem))
+    return _library.quire_run(calls, count, torch.get_num_threads(), rows)
+
+
+def address(tensor: Tensor | None) -> int:
+    """Of its first element; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def levels() -> list[str]:
@@ -88,19 +121,10 @@ def levels() -> list[str]:
 
 
 def use_level(index: int) -> None:
-    """Compute with levels()[index] from now on, in all threads: for tests. No two levels give the same bits."""
-    if not 0 <= index < len(levels()):
+    """Compute with levels()[index] from now on, in all threads: for tests."""
+    if _library is None or not 0 <= index < len(levels()):
         raise ValueError(f"level {index} is not among {levels()}")
-    function("use_level")(index)
-
-
-def function(name: str) -> Callable[..., Any]:
-    """A function of the library; without one, what the predicates keep everybody from calling."""
-    return getattr(_library, f"quire_{name}") if _library is not None else _missing
-
-
-def _missing(*arguments: object) -> None:
-    raise RuntimeError(str(problem))
+    _library.quire_use_level(index)
 
 
 def usable(target: Target) -> str | None:

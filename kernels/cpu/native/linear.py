@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...registry import Target, implements
-from .library import function, levels, usable
+from .library import Kernel, address, levels, usable
 
 ROWS, OUTPUTS, INPUTS = 16, 16, 32  # of a tile
 
-_linear = function("linear")
+_linear = Kernel("linear", "ipppiip")
 
 
 class TiledLinear(NamedTuple):
@@ -51,10 +51,10 @@ def linear(x: Tensor, packed: Any) -> Tensor:
         x = x.contiguous()
     out = torch.empty(rows + padding, outputs, dtype=torch.bfloat16)
     _linear(
+        rows + padding,
         x.data_ptr(),
         weight.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        rows + padding,
+        address(bias),
         x.shape[1],
         outputs,
         out.data_ptr(),

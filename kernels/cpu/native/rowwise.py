@@ -7,9 +7,12 @@ from torch import Tensor
 
 from ...batch import LayerKV
 from ...registry import implements
-from .library import DTYPES, function, usable, usable_on_cache
+from .library import DTYPES, Kernel, usable, usable_on_cache
 
-_norm, _rope, _kv_write, _gate = function("norm"), function("rope"), function("kv_write"), function("gate")
+_norm = Kernel("norm", "iiipiiiippffp")
+_rope = Kernel("rope", "iippiiiiiiippiii")
+_kv_write = Kernel("kv_write", "iiippiiiiiippip")
+_gate = Kernel("gate", "iipiipi")
 
 
 @implements("rms_norm", "native", when=usable)
@@ -21,15 +24,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
     sizes, strides = x.shape, x.stride()
     per_head = len(sizes) == 3
     _norm(
+        sizes[0] if len(sizes) > 1 else 1,
         DTYPES[x.dtype],
         DTYPES[weight.dtype],
         x.data_ptr(),
-        sizes[0] if len(sizes) > 1 else 1,
         sizes[1] if per_head else 1,
         strides[0],
         strides[1] if per_head else 0,
         sizes[-1],
-        None,
+        0,
         weight.data_ptr(),
         eps,
         offset,
@@ -44,10 +47,10 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset
     x, residual = x.contiguous(), residual.contiguous()
     count, dim = x.shape
     _norm(
+        count,
         DTYPES[x.dtype],
         DTYPES[weight.dtype],
         x.data_ptr(),
-        count,
         1,
         dim,
         0,
@@ -68,10 +71,10 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor, interleaved: bo
     q_row, q_head, _ = q.stride()
     k_row, k_head, _ = k.stride()
     status = _rope(
+        rows,
         DTYPES[q.dtype],
         q.data_ptr(),
         k.data_ptr(),
-        rows,
         q_heads,
         k.shape[1],
         q_row,
@@ -97,11 +100,11 @@ def kv_write(k: Tensor, v: Tensor, cache: LayerKV, slot_mapping: Tensor) -> None
     v_row, v_head, _ = v.stride()
     blocks, block_size = cache.k.shape[:2]
     status = _kv_write(
+        rows,
         DTYPES[k.dtype],
         DTYPES[cache.k.dtype],
         k.data_ptr(),
         v.data_ptr(),
-        rows,
         k_row,
         k_head,
         v_row,
@@ -139,7 +142,7 @@ def _gated(x: Tensor, gelu: bool) -> Tensor:
         x = x.contiguous()
     rows, width = x.shape[0], x.shape[1] // 2
     out = x.new_empty((rows, width))
-    _gate(DTYPES[x.dtype], x.data_ptr(), rows, x.stride(0), width, out.data_ptr(), gelu)
+    _gate(rows, DTYPES[x.dtype], x.data_ptr(), x.stride(0), width, out.data_ptr(), gelu)
     return out
 
 

@@ -45,7 +45,7 @@ static void finish(const Attention& a, const Task& t, StateView state) {
   const i64 group = a.q_heads / a.kv_heads;
   for (i64 m = 0; m < t.num_rows * group; ++m) {
     const i64 head = t.kv_head * group + m % group;
-    const i64 at = token(a.batch, t, m / group) * a.q_heads + head;
+    const i64 at = token(*a.batch, t, m / group) * a.q_heads + head;
     const float sink = a.sinks ? a.sinks[head] * kLog2E : -kInfinity;
     const float sum = sum_lanes(load(state.l + m * kLanes));
     float share = 0, lse = -kInfinity;
@@ -96,7 +96,7 @@ struct Attend {
   const Attention& a;
   const Task& t;
   const i64 dim = a.dim, group = a.q_heads / a.kv_heads, rows = t.num_rows * group, padded = padded_rows(rows);
-  const i64 context = a.batch.seq_lens[t.seq] - (a.batch.cu_q[t.seq + 1] - a.batch.cu_q[t.seq]);
+  const i64 context = a.batch->seq_lens[t.seq] - (a.batch->cu_q[t.seq + 1] - a.batch->cu_q[t.seq]);
   Workspace memory;
   float* const keys = memory.take<float>(kTileKeys * dim);
   float* const values = memory.take<float>(kTileKeys * dim);
@@ -133,7 +133,7 @@ struct Attend {
   void pack_queries() {
     for (i64 r = 0; r < t.num_rows; ++r)
       for (i64 g = 0; g < group; ++g) {
-        const Tq* from = (const Tq*)a.q + token(a.batch, t, r) * a.q_row;
+        const Tq* from = (const Tq*)a.q + token(*a.batch, t, r) * a.q_row;
         from += (t.kv_head * group + g) * a.q_head;
         Operand* to = queries + (r * group + g) * dim;
         copy_row(from, to, dim);
@@ -169,7 +169,7 @@ struct Attend {
   // Where the keys and values of a tile lie, fetched ahead of their use: they are strewn over blocks, and the processor
   // does not guess the next one. Keys outside of the task's range are not read: zeros stand in for them, unseen.
   bool locate(i64 tile) {
-    const Batch& b = a.batch;
+    const Batch& b = *a.batch;
     const std::int32_t* table = b.block_table + t.seq * b.table_width;
     const i64 key_stride = a.kv_heads * dim;
     for (i64 j = 0; j < kTileKeys;) {
@@ -200,7 +200,7 @@ struct Attend {
     if (t.tokens) return false;
     std::uint64_t all = ~0ull;
     for (i64 r = 0; r < t.num_rows; ++r) {
-      const std::uint64_t bits = visible(a.batch, t, context, t.first_row + r, tile);
+      const std::uint64_t bits = visible(*a.batch, t, context, t.first_row + r, tile);
       for (i64 g = 0; g < group; ++g) seen[r * group + g] = bits;
       all &= bits;
     }
@@ -223,9 +223,9 @@ struct Attend {
     for (int v = 0; v < kVectors; ++v) {
       s[v] = load(scores + i * kTileKeys + v * kLanes);
       if (a.softcap == 0)
-        s[v] *= a.scale * kLog2E;
+        s[v] *= (float)a.scale * kLog2E;
       else
-        s[v] = tanh(s[v] * (a.scale / a.softcap)) * (a.softcap * kLog2E);
+        s[v] = tanh(s[v] * ((float)a.scale / (float)a.softcap)) * ((float)a.softcap * kLog2E);
       if (Masked) s[v] = keep(s[v], (bits >> (v * kLanes)) & 0xffff);
       highest = max(highest, s[v]);
     }

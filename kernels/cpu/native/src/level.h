@@ -1,7 +1,7 @@
 // All kernels, compiled for the instruction set of the including file: it says which by a pragma, names its namespace by
 // LEVEL, and says once more what there is by HAS_AVX2 (FMA too), HAS_AVX512 and HAS_AMX (bf16 conversions too), because
 // before version 13 GCC's pragma does not define its own macros in C++.
-#include "kernels.h"
+#include "tasks.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -27,8 +27,18 @@ INLINE void with_dtype(i64 dtype, F f) {
 #include "linear.h"
 #include "rowwise.h"
 
-constexpr Level table(const char* name) {
-  return {name, norm, rope, kv_write, gate, linear, attend, merge, enter, leave};
-}
+static i64 attention(const Attention&, Worker&);
+
+// Each kernel behind the signature that all have.
+#define NAMED(Arguments, function)                                            \
+  {#function, sizeof(Arguments) / 8, [](const void* arguments, Worker& worker) { \
+     return function(*(const Arguments*)arguments, worker);                    \
+   }},
+constexpr Named kNamed[] = {QUIRE_KERNELS(NAMED)};
+#undef NAMED
+
+constexpr Level kLevel = {LEVEL_NAME, kNamed, attend, merge, enter, leave};
+
+static i64 attention(const Attention& a, Worker& w) { return run_attention(a, w, kLevel); }
 
 }  // namespace quire::LEVEL

@@ -4,6 +4,16 @@
 // [output]. Tiles of 16 outputs follow each other over the inputs, so every thread reads the weights once, in order:
 // few rows run at the speed of memory. x is the first factor as it lies. A row's sums run over the inputs in order,
 // whatever the number of rows: its bits do not depend on the others.
+
+struct Linear {  // bf16; rows beyond 16 come in multiples of 16, inputs in multiples of 32
+  i64 rows;
+  const void* x;       // [rows, inputs]
+  const void* weight;  // [outputs / 16, inputs / 32, 16, 16, 2]: tiles of pairs of inputs by outputs, padded with zeros
+  const float* bias;   // [outputs, padded to 16] or null
+  i64 inputs, outputs;
+  void* out;  // [rows, outputs]
+};
+
 #if HAS_AMX
 
 constexpr i64 kTileInputs = 32, kTileOutputs = 16, kTileElements = kTileInputs * kTileOutputs;
@@ -88,7 +98,7 @@ INLINE void two_by_two(const Linear& l, i64 row, i64 output, float* sums) {
 }
 
 // Outputs of the tiles [first, last) for rows [row, end): the tiles of a few outputs stay in the cache over all rows.
-static void linear(const Linear& l, i64 first, i64 last) {
+static void tiles(const Linear& l, i64 first, i64 last) {
   alignas(64) float sums[4 * 256];
   const i64 rows = l.rows < kBlockRows ? l.rows : kBlockRows;
   TileProduct::enter(rows);
@@ -117,8 +127,14 @@ static void linear(const Linear& l, i64 first, i64 last) {
   TileProduct::leave();
 }
 
+static i64 linear(const Linear& l, Worker& worker) {
+  if (l.rows == 0) return kDone;
+  for (Worker::Range r; worker.next(r, (l.outputs + 15) / 16, 8);) tiles(l, r.first, r.last);
+  return kDone;
+}
+
 #else
 
-static void linear(const Linear&, i64, i64) {}  // without tiles nobody packs weights for it
+static i64 linear(const Linear&, Worker&) { return kDone; }  // without tiles nobody packs weights for it
 
 #endif

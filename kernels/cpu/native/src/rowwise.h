@@ -1,7 +1,18 @@
-// What is done to each row of a step by itself. Rows [first, last) per call, in fp32, rounded once at the end.
+// What is done to each row of a step by itself: in fp32, rounded once at the end.
+
+struct Norm {  // heads h of rows t: x + t * x_row + h * x_head, `dim` elements; residual and out likewise contiguous
+  i64 rows, dtype, weight_dtype;
+  const void* x;
+  i64 heads, x_row, x_head, dim;
+  void* residual;  // null, or read, added and overwritten by the sum
+  const void* weight;
+  double eps, offset;
+  void* out;
+};
 
 template <class T, class W>
 static void norm_rows(const Norm& n, i64 first, i64 last) {
+  const float eps = (float)n.eps, offset = (float)n.offset;
   for (i64 row = first; row < last; ++row) {
     const T* x = (const T*)n.x + row / n.heads * n.x_row + row % n.heads * n.x_head;
     T* const out = (T*)n.out + row * n.dim;
@@ -20,16 +31,27 @@ static void norm_rows(const Norm& n, i64 first, i64 last) {
         squares = fma(v, v, squares);
       });
     }
-    const float factor = 1.0f / __builtin_sqrtf(sum_lanes(squares) / (float)n.dim + n.eps);
-    for_lanes(n.dim, [&](auto at, auto put) { put(out, at(x) * factor * (at((const W*)n.weight) + n.offset)); });
+    const float factor = 1.0f / __builtin_sqrtf(sum_lanes(squares) / (float)n.dim + eps);
+    for_lanes(n.dim, [&](auto at, auto put) { put(out, at(x) * factor * (at((const W*)n.weight) + offset)); });
   }
 }
 
-static void norm(const Norm& n, i64 first, i64 last) {
-  with_dtype(n.dtype, [&](auto x) {
-    with_dtype(n.weight_dtype, [&](auto w) { norm_rows<decltype(x), decltype(w)>(n, first, last); });
-  });
+static i64 norm(const Norm& n, Worker& worker) {
+  for (Worker::Range r; worker.next(r, n.rows * n.heads, piece(n.dim));)
+    with_dtype(n.dtype, [&](auto x) {
+      with_dtype(n.weight_dtype, [&](auto w) { norm_rows<decltype(x), decltype(w)>(n, r.first, r.last); });
+    });
+  return kDone;
 }
+
+struct Rope {
+  i64 rows, dtype;
+  void *q, *k;
+  i64 q_heads, k_heads, q_row, q_head, k_row, k_head, dim;
+  const i64* positions;
+  const float* table;  // [positions, rotary_dim]: cosines, then sines
+  i64 table_rows, rotary_dim, interleaved;
+};
 
 template <class T>
 INLINE void rotate(T* x, const float* cosines, const float* sines, i64 half, bool interleaved) {
@@ -52,34 +74,65 @@ INLINE void rotate(T* x, const float* cosines, const float* sines, i64 half, boo
   }
 }
 
-static void rope(const Rope& r, i64 first, i64 last) {
-  const i64 half = r.rotary_dim / 2;
-  with_dtype(r.dtype, [&](auto type) {
-    using T = decltype(type);
-    for (i64 row = first; row < last; ++row) {
-      const float* const cosines = r.table + r.positions[row] * r.rotary_dim;
-      for (i64 h = 0; h < r.q_heads; ++h)
-        rotate((T*)r.q + row * r.q_row + h * r.q_head, cosines, cosines + half, half, r.interleaved);
-      for (i64 h = 0; h < r.k_heads; ++h)
-        rotate((T*)r.k + row * r.k_row + h * r.k_head, cosines, cosines + half, half, r.interleaved);
-    }
-  });
+INLINE bool outside(const i64* values, Worker::Range r, i64 end) {
+  for (i64 i = r.first; i < r.last; ++i)
+    if (values[i] < 0 || values[i] >= end) return true;
+  return false;
 }
 
-static void kv_write(const KvWrite& w, i64 first, i64 last) {
-  with_dtype(w.dtype, [&](auto from) {
-    with_dtype(w.cache_dtype, [&](auto to) {
-      using From = decltype(from);
-      using To = decltype(to);
-      for (i64 row = first; row < last; ++row)
-        for (i64 h = 0; h < w.heads; ++h) {
-          const i64 at = (w.slots[row] * w.heads + h) * w.dim;
-          copy_row((const From*)w.k + row * w.k_row + h * w.k_head, (To*)w.k_cache + at, w.dim);
-          copy_row((const From*)w.v + row * w.v_row + h * w.v_head, (To*)w.v_cache + at, w.dim);
-        }
+static i64 rope(const Rope& r, Worker& worker) {
+  const i64 half = r.rotary_dim / 2;
+  for (Worker::Range some; worker.next(some, r.rows, piece((r.q_heads + r.k_heads) * r.dim));) {
+    if (outside(r.positions, some, r.table_rows)) return kOutOfRange;
+    with_dtype(r.dtype, [&](auto type) {
+      using T = decltype(type);
+      for (i64 row = some.first; row < some.last; ++row) {
+        const float* const cosines = r.table + r.positions[row] * r.rotary_dim;
+        for (i64 h = 0; h < r.q_heads; ++h)
+          rotate((T*)r.q + row * r.q_row + h * r.q_head, cosines, cosines + half, half, r.interleaved);
+        for (i64 h = 0; h < r.k_heads; ++h)
+          rotate((T*)r.k + row * r.k_row + h * r.k_head, cosines, cosines + half, half, r.interleaved);
+      }
     });
-  });
+  }
+  return kDone;
 }
+
+struct KvWrite {
+  i64 rows, dtype, cache_dtype;
+  const void *k, *v;
+  i64 k_row, k_head, v_row, v_head, heads, dim;
+  void *k_cache, *v_cache;  // [slots, heads, dim]
+  i64 num_slots;
+  const i64* slots;
+};
+
+static i64 kv_write(const KvWrite& w, Worker& worker) {
+  for (Worker::Range some; worker.next(some, w.rows, piece(w.heads * w.dim));) {
+    if (outside(w.slots, some, w.num_slots)) return kOutOfRange;
+    with_dtype(w.dtype, [&](auto from) {
+      with_dtype(w.cache_dtype, [&](auto to) {
+        using From = decltype(from);
+        using To = decltype(to);
+        for (i64 row = some.first; row < some.last; ++row)
+          for (i64 h = 0; h < w.heads; ++h) {
+            const i64 at = (w.slots[row] * w.heads + h) * w.dim;
+            copy_row((const From*)w.k + row * w.k_row + h * w.k_head, (To*)w.k_cache + at, w.dim);
+            copy_row((const From*)w.v + row * w.v_row + h * w.v_head, (To*)w.v_cache + at, w.dim);
+          }
+      });
+    });
+  }
+  return kDone;
+}
+
+struct Gate {
+  i64 rows, dtype;
+  const void* x;  // [rows, 2 * width] with this row stride
+  i64 x_row, width;
+  void* out;  // [rows, width]
+  i64 gelu;
+};
 
 // gelu by tanh: g / 2 * (1 + tanh(u)) = g * sigmoid(2u) with u = sqrt(2 / pi) (g + 0.044715 g^3).
 INLINE f32x16 gelu(f32x16 g) {
@@ -89,16 +142,19 @@ INLINE f32x16 gelu(f32x16 g) {
 
 INLINE f32x16 silu(f32x16 g) { return g * sigmoid(g); }
 
-static void gate(const Gate& g, i64 first, i64 last) {
-  with_dtype(g.dtype, [&](auto type) {
-    using T = decltype(type);
-    for (i64 row = first; row < last; ++row) {
-      const T *gates = (const T*)g.x + row * g.x_row, *up = gates + g.width;
-      T* const out = (T*)g.out + row * g.width;
-      if (g.gelu)
-        for_lanes(g.width, [&](auto at, auto put) { put(out, gelu(at(gates)) * at(up)); });
-      else
-        for_lanes(g.width, [&](auto at, auto put) { put(out, silu(at(gates)) * at(up)); });
-    }
-  });
+static i64 gate(const Gate& g, Worker& worker) {
+  // An exponential and a division make an element worth several of a norm's.
+  for (Worker::Range r; worker.next(r, g.rows, piece(4 * g.width));)
+    with_dtype(g.dtype, [&](auto type) {
+      using T = decltype(type);
+      for (i64 row = r.first; row < r.last; ++row) {
+        const T *gates = (const T*)g.x + row * g.x_row, *up = gates + g.width;
+        T* const out = (T*)g.out + row * g.width;
+        if (g.gelu)
+          for_lanes(g.width, [&](auto at, auto put) { put(out, gelu(at(gates)) * at(up)); });
+        else
+          for_lanes(g.width, [&](auto at, auto put) { put(out, silu(at(gates)) * at(up)); });
+      }
+    });
+  return kDone;
 }

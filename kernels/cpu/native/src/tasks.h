@@ -1,203 +1,80 @@
-// A step's attention as tasks: what each goes through, and where the parts of one row's sum go. Included by api.cpp.
-//
-//     groups of sequences ─▶ runs of their rows ─▶ prefix tasks ─states─┐
-//     rows of each sequence ───────────────────────────────────────▶ tasks ─▶ few? a piece per segment ─▶ merge
-//
-// A group's prefix is gone through once per run instead of once per sequence (Hydragen, Juravsky et al. 2024, section
-// 3.1), and its rows go on from the states that this leaves. All of this decides who computes what, never a bit of it.
+// Attention's arguments, and the tasks that a step of it is cut into: shared by what plans them and what computes them.
+#pragma once
+#include "kernels.h"
 
-i64 group_heads(const Attention& a) { return a.q_heads / a.kv_heads; }
+namespace quire {
 
-i64 max_task_rows(const Attention& a) {
-  constexpr i64 kMatrixRows = 128;  // queries, weights and sums of 128 rows and a tile of keys stay in a 2 MiB L2
-  i64 rows = 1;
-  while (2 * rows * group_heads(a) <= kMatrixRows) rows *= 2;
-  return rows;
-}
+constexpr i64 kTileKeys = 64;      // keys per step of the online softmax: one 64-bit word of visibility per row
+constexpr i64 kSegmentKeys = 512;  // keys that are summed before they are merged into what came before
+constexpr i64 kBlockRows = 16;     // rows of a matrix tile
 
-Task over_keys(Task t, i64 first_key, i64 last_key) {
-  t.first_key = first_key;
-  t.last_key = last_key;
-  t.first_segment = first_key / kSegmentKeys;
-  t.num_segments = first_key < last_key ? (last_key + kSegmentKeys - 1) / kSegmentKeys - t.first_segment : 0;
-  return t;
-}
-
-// Some rows of a sequence, on the keys they see from `low` on.
-Task rows_of(const Batch& b, i64 seq, i64 first, i64 rows, i64 low) {
-  const i64 start = b.cu_q[seq] + first, end = b.seq_lens[seq];
-  i64 high = end - (b.cu_q[seq + 1] - b.cu_q[seq]) + first + rows;
-  for (i64 r = start; b.tree_mask && r < start + rows; ++r)
-    if (b.tree_mask[r]) high = end;
-  if (b.window) {
-    i64 lowest = end;
-    for (i64 r = start; r < start + rows; ++r) lowest = std::min(lowest, b.positions[r] - b.window + 1);
-    low = std::max(low, lowest);
-  }
-  Task t{};
-  t.seq = seq;
-  t.first_row = first;
-  t.num_rows = rows;
-  return over_keys(t, low, high);
-}
-
-struct Run {  // rows of one group that a task takes together
-  i64 group, seq, keys;
-  const i64* tokens;
-  i64 num_rows, num_closed, num_states;
-  float* states;  // of KV head 0; the others' follow
+struct Batch {  // a prepared RaggedBatch; null tree_mask, window 0 = none
+  const std::int32_t *cu_q, *seq_lens, *block_table;
+  i64 table_width;
+  const i64 *positions, *tree_mask;
+  i64 num_seqs, num_tokens, block_size, window;
+  // Sequences members[first_member[g]] to members[first_member[g + 1] - 1] begin with the same shared_keys[g] keys.
+  const i64 *first_member, *members, *shared_keys;
+  i64 num_groups;
 };
 
-struct Follower {  // rows of a run on the keys behind its prefix
-  Task task;
-  std::size_t run;
+struct Attention {
+  i64 rows;
+  const Batch* batch;
+  i64 dtype, cache_dtype;
+  const void* q;
+  i64 q_row, q_head;
+  const void *k, *v;  // [num_blocks, block_size, kv_heads, dim]
+  i64 num_blocks, q_heads, kv_heads, dim;
+  double scale, softcap;  // softcap 0 = none
+  const float* sinks;
+  void* out;   // [tokens, q_heads, dim]
+  float* lse;  // [tokens, q_heads]
 };
 
-struct Schedule {
-  std::vector<Task> prefixes, tasks, pieces;
-  std::vector<Run> runs;
-  std::vector<Follower> followers;
-  std::vector<i64> tokens;
-  std::vector<char> grouped;  // per sequence
-  Buffer states, partials;
+// Softmax in progress, per matrix row: o = sum of weights * values, l = sum of weights in 16 lanes, and the exponent
+// m that both are relative to (base 2).
+struct StateView {
+  float *o, *l, *m;
 };
 
-// Where a run's states for a KV head begin.
-float* states_of(const Attention& a, const Run& r, i64 head) {
-  return r.states + head * r.num_states * state_floats(r.num_rows * group_heads(a), a.dim);
+constexpr i64 padded_rows(i64 rows) { return (rows + kBlockRows - 1) / kBlockRows * kBlockRows; }
+constexpr i64 state_floats(i64 rows, i64 dim) { return padded_rows(rows) * (dim + 16 + 1); }
+static inline StateView state_at(float* p, i64 rows, i64 dim) {
+  const i64 n = padded_rows(rows);
+  return {p, p + n * dim, p + n * (dim + 16)};
 }
 
-bool add_member(const Attention& a, i64 group, i64 seq, Schedule& to) {
-  const Batch& b = a.batch;
-  const i64 keys = b.shared_keys[group] / kTileKeys * kTileKeys;  // a tile is summed at once
-  if (keys == 0) return true;
-  if (seq < 0 || seq >= b.num_seqs || to.grouped[seq]) return false;
-  const i64 count = b.cu_q[seq + 1] - b.cu_q[seq], step = max_task_rows(a);
-  if (keys > b.seq_lens[seq] - count) return false;
-  to.grouped[seq] = 1;
-  for (i64 first = 0; first < count; first += step) {
-    const i64 rows = std::min(step, count - first);
-    if (to.runs.empty() || to.runs.back().group != group || to.runs.back().num_rows + rows > step)
-      to.runs.push_back({group, seq, keys, to.tokens.data() + to.tokens.size(), 0, 0, 0, nullptr});
-    Run& run = to.runs.back();
-    Task t = rows_of(b, seq, first, rows, keys);
-    t.prefix.first = run.num_rows * group_heads(a);
-    to.followers.push_back({t, to.runs.size() - 1});
-    run.num_rows += rows;
-    for (i64 r = 0; r < rows; ++r) to.tokens.push_back(b.cu_q[seq] + first + r);
-  }
-  return true;
+// What a group's prefix left for some of its rows: states of `rows` matrix rows one after another, theirs from `first`
+// on. Closed ones hold whole segments, an open one the beginning of the segment that the rows themselves go on with.
+struct Prefix {
+  float* states;
+  i64 rows, first, num_closed;
+  bool open;
+};
+
+// Some rows, with the query heads that share one KV head. Matrix row m = row * group + head in group.
+struct Task {
+  i64 seq, first_row, num_rows, kv_head;  // first_row counts from the sequence's first
+  i64 first_key, last_key;                // what any of the rows sees lies in [first_key, last_key)
+  i64 first_segment, num_segments;
+  float* partial;     // null = the task finishes; else where the sum of its segments goes
+  const i64* tokens;  // null, or the batch rows of a group, which see all keys that seq has in the range
+  Prefix prefix;      // of keys before first_key
+};
+
+// Bytes of working memory for one task, 64-byte aligned pieces laid end to end.
+constexpr i64 scratch_bytes(i64 rows, i64 dim) {
+  const i64 n = padded_rows(rows);
+  return 4 * (2 * kTileKeys * dim           // packed keys, packed values
+              + kBlockRows * kTileKeys * 2  // scores, weights
+              + kTileKeys * dim             // keys on their way into another dtype
+              + n * dim                     // queries
+              + 2 * state_floats(n, dim)    // what came before, this segment
+              + dim)                        // the key of zeros
+         + 8 * n + 2 * 8 * kTileKeys + 16 * 64;  // visibility, pointers, alignment
 }
 
-// Memory for what the runs' tasks leave: one state for all whole segments, one for each where there would be too few
-// tasks to go round, and one for the rest.
-bool place_states(const Attention& a, i64 threads, Schedule& to) {
-  const bool few = (i64)to.runs.size() * a.kv_heads < 2 * threads;
-  i64 floats = 0;
-  for (Run& r : to.runs) {
-    const i64 whole = r.keys / kSegmentKeys;
-    r.num_closed = few ? whole : std::min<i64>(whole, 1);
-    r.num_states = r.num_closed + (r.keys % kSegmentKeys != 0);
-    floats += a.kv_heads * r.num_states * state_floats(r.num_rows * group_heads(a), a.dim);
-  }
-  float* next = (float*)to.states.get(4 * floats);
-  if (!next) return false;
-  for (Run& r : to.runs) {
-    r.states = next;
-    next = states_of(a, r, a.kv_heads);
-  }
-  return true;
-}
+i64 run_attention(const Attention&, Worker&, const Level&);
 
-void add_prefix(const Attention& a, const Run& r, std::vector<Task>& list) {
-  const i64 whole = r.keys / kSegmentKeys * kSegmentKeys;
-  Task t{};
-  t.seq = r.seq;
-  t.num_rows = r.num_rows;
-  t.tokens = r.tokens;
-  for (; t.kv_head < a.kv_heads; ++t.kv_head) {
-    t.partial = states_of(a, r, t.kv_head);
-    for (i64 i = 0; i < r.num_states; ++i) {
-      const i64 low = i < r.num_closed ? i * kSegmentKeys : whole;
-      const i64 high = i < r.num_closed - 1 ? low + kSegmentKeys : i < r.num_closed ? whole : r.keys;
-      list.push_back(over_keys(t, low, high));
-      t.partial += state_floats(r.num_rows * group_heads(a), a.dim);
-    }
-  }
-}
-
-i64 list_groups(const Attention& a, i64 threads, Schedule& to) {
-  const Batch& b = a.batch;
-  to.grouped.assign(b.num_seqs, 0);
-  to.prefixes.clear();
-  to.runs.clear();
-  to.followers.clear();
-  to.tokens.clear();
-  to.tokens.reserve(b.num_tokens);  // runs point into it
-  for (i64 g = 0; g < b.num_groups; ++g)
-    for (i64 i = b.first_member[g]; i < b.first_member[g + 1]; ++i)
-      if (!add_member(a, g, b.members[i], to)) return kOutOfRange;
-  if (to.runs.empty()) return kDone;
-  if (!place_states(a, threads, to)) return kOutOfMemory;
-  for (const Run& r : to.runs) add_prefix(a, r, to.prefixes);
-  for (const Follower& f : to.followers) {
-    const Run& r = to.runs[f.run];
-    for (Task t = f.task; t.kv_head < a.kv_heads; ++t.kv_head) {
-      t.prefix = {states_of(a, r, t.kv_head), r.num_rows * group_heads(a), t.prefix.first, r.num_closed,
-                  r.num_closed < r.num_states};
-      to.tasks.push_back(t);
-    }
-  }
-  return kDone;
-}
-
-// One task per KV head and run of rows, the longest (a chunk's last rows) first.
-i64 list_tasks(const Attention& a, i64 threads, Schedule& to) {
-  const Batch& b = a.batch;
-  const i64 step = max_task_rows(a);
-  to.tasks.clear();
-  for (i64 s = 0; s < b.num_seqs; ++s)
-    if (b.seq_lens[s] > b.table_width * b.block_size) return kOutOfRange;
-  if (const i64 status = list_groups(a, threads, to); status != kDone) return status;
-  for (i64 s = b.num_seqs - 1; s >= 0; --s) {
-    const i64 count = to.grouped[s] ? 0 : b.cu_q[s + 1] - b.cu_q[s];
-    for (i64 first = (count - 1) / step * step; count > 0 && first >= 0; first -= step)
-      for (Task t = rows_of(b, s, first, std::min(step, count - first), 0); t.kv_head < a.kv_heads; ++t.kv_head)
-        to.tasks.push_back(t);
-  }
-  return kDone;
-}
-
-// Where there are too few tasks to go round, each segment becomes one; what they leave is merged afterwards.
-bool split(const Attention& a, Schedule& to) {
-  i64 floats = 0;
-  for (const Task& t : to.tasks)
-    floats += t.num_segments > 1 ? t.num_segments * state_floats(t.num_rows * group_heads(a), a.dim) : 0;
-  float* next = (float*)to.partials.get(4 * floats);
-  if (floats && !next) return false;
-  to.pieces.clear();
-  for (const Task& t : to.tasks) {
-    if (t.num_segments < 2) {
-      to.pieces.push_back(t);
-      continue;
-    }
-    for (i64 s = 0; s < t.num_segments; ++s) {
-      to.pieces.push_back(t);
-      Task& piece = to.pieces.back();
-      piece.first_segment += s;
-      piece.num_segments = 1;
-      piece.partial = next;
-      if (s > 0) piece.prefix = {};
-      next += state_floats(t.num_rows * group_heads(a), a.dim);
-    }
-  }
-  return true;
-}
-
-// The keys that tasks go through, times their blocks of rows.
-i64 work(const Attention& a, const std::vector<Task>& list) {
-  i64 total = 0;
-  for (const Task& t : list)
-    total += (t.last_key - t.first_key) * (padded_rows(t.num_rows * group_heads(a)) / kBlockRows);
-  return total;
-}
+}  // namespace quire

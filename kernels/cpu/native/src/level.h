@@ -26,6 +26,9 @@ INLINE void with_dtype(i64 dtype, F f) {
 #include "attention.h"
 #include "linear.h"
 #include "rowwise.h"
+#include "codes.h"
+#include "embedding.h"
+#include "routing.h"
 
 static i64 attention(const Attention&, Worker&);
 

@@ -83,6 +83,11 @@ def prepare_attention(batch: RaggedBatch, block_size: int, window: int | None) -
     return NativePlan(ctypes.addressof(structure), structure, tensors)
 
 
+def overlay(plan: NativePlan, new: NativePlan) -> None:
+    """Make what points to `plan` see `new`, for as long as both are kept."""
+    ctypes.memmove(plan.address, new.address, ctypes.sizeof(_Batch))
+
+
 def _lists(groups: tuple[SharedPrefix, ...], block_size: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """first_member, members and shared_keys of the structure."""
     if not groups:

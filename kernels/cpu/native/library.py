@@ -28,12 +28,6 @@ FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OUT_OF_RANGE, OUT_OF_MEMORY = 1, 2  # what kernels return where they fail, 0 otherwise
 
 
-class Call(ctypes.Structure):
-    """`Call` of src/pool.h."""
-
-    _fields_ = (("kernel", ctypes.c_int64), ("slots", ctypes.c_char_p), ("sized", ctypes.c_int64))
-
-
 def _find() -> Path | None:
     here = Path(__file__).parent
     return next((path for suffix in EXTENSION_SUFFIXES if (path := here / f"_kernels{suffix}").exists()), None)
@@ -50,6 +44,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         library.quire_kernel.argtypes, library.quire_kernel.restype = [ctypes.c_int64], ctypes.c_char_p
         library.quire_slots.argtypes, library.quire_slots.restype = [ctypes.c_int64], ctypes.c_int64
         library.quire_use_level.argtypes, library.quire_use_level.restype = [ctypes.c_int64], None
+        library.quire_call.argtypes = [ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64]
+        library.quire_call.restype = ctypes.c_int64
         library.quire_run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
         library.quire_run.restype = ctypes.c_int64
     except (OSError, AttributeError) as error:
@@ -96,12 +92,13 @@ class Kernel:
         slots = self._pack(*values)
         if recorder is not None:
             return recorder(self.number, slots)
-        call = Call(self.number, slots, 0)
-        return run(ctypes.addressof(call), 1, values[0])
+        if _library is None:
+            raise RuntimeError(str(problem))
+        return _library.quire_call(self.number, slots, torch.get_num_threads())
 
 
-def run(calls: int, count: int, rows: float) -> int:
-    """Calls of kernels, by the address of their first; see src/pool.h. Returns a status."""
+def run(calls: int, count: int, rows: int) -> int:
+    """`count` calls, by the address of the first of src/pool.h's structures, with so many rows. Returns a status."""
     if _library is None:
         raise RuntimeError(str(problem))
     return _library.quire_run(calls, count, torch.get_num_threads(), rows)

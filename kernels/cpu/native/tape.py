@@ -101,11 +101,14 @@ class _Memory(TorchDispatchMode):
         self.blocks: list[Tensor] = []
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if op.is_view:
-            return op(*args, **(kwargs or {}))
-        if op not in _EMPTY:
+        if not op.is_view and op not in _EMPTY:
             raise Unrecordable(f"{op} is no kernel of the library")
         like = op(*args, **(kwargs or {}))
+        if op.is_view:  # `contiguous` and `to` are by this sign, and copy where they must
+            views = [like] if isinstance(like, Tensor) else like
+            if any(_storage(view) != _storage(args[0]) for view in views):
+                raise Unrecordable(f"{op} is no kernel of the library: it copies")
+            return like
         if not like.is_contiguous():
             raise Unrecordable(f"{op} gives memory that does not lie together")
         return self._take(like.nbytes).view(like.dtype).view(like.shape)
@@ -117,6 +120,10 @@ class _Memory(TorchDispatchMode):
                 return block
         self.blocks.append(torch.empty(size, dtype=torch.uint8))
         return self.blocks[-1]
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _owners_of_an_unused_block() -> int:

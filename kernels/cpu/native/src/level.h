@@ -24,6 +24,8 @@ INLINE void with_dtype(i64 dtype, F f) {
 }
 
 #include "attention.h"
+#include "linear_args.h"
+#include "tiles.h"
 #include "linear.h"
 #include "rowwise.h"
 

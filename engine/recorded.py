@@ -36,8 +36,16 @@ class RecordedDecoder:
         self._plans = [self._plan(_rows(max_tokens), window) for window in decoder.windows]
         step = Step(self._positions, self._slots, cache, self._plans)
         self._hidden = record(lambda: decoder.run(self._input_ids, step), max_tokens)
+        self._logits = self._record_logits(max_seqs)
+
+    def _record_logits(self, max_seqs: int) -> Tape | None:
+        """None where the logits go through more than kernels: soft caps, quantized matrices."""
         hidden = self._hidden.result
-        self._logits = record(lambda: decoder.logits_at(hidden, self._logit_rows), max_seqs)
+        try:
+            return record(lambda: self._decoder.logits_at(hidden, self._logit_rows), max_seqs)
+        except Unrecordable as reason:
+            log.info("logits are computed kernel by kernel: %s", reason)
+            return None
 
     def _plan(self, batch: RaggedBatch, window: int | None) -> NativePlan:
         plan = self._decoder.prepare_attention(batch, self._block_size, window)
@@ -46,9 +54,9 @@ class RecordedDecoder:
         return plan
 
     @property
-    def tapes(self) -> tuple[Tape, Tape]:
-        """Of the forward pass and of the logits."""
-        return self._hidden, self._logits
+    def num_calls(self) -> int:
+        """Kernel calls of a step."""
+        return len(self._hidden) + (len(self._logits) if self._logits else 0)
 
     def forward(self, batch: RaggedBatch, cache: Sequence[LayerKV]) -> Tensor:
         """See Decoder.forward; the cache is the one of the recording."""
@@ -63,6 +71,8 @@ class RecordedDecoder:
 
     def logits_at(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """See Decoder.logits_at; hidden: what `forward` gave last."""
+        if self._logits is None:
+            return self._decoder.logits_at(hidden, rows)
         count = rows.shape[0]
         self._logit_rows[:count] = rows
         return self._logits.replay(count)
@@ -91,5 +101,5 @@ def recorded(
     except Unrecordable as reason:
         log.info("steps call kernels one by one: %s", reason)
         return decoder
-    log.info("a step is %d kernel calls in one", sum(map(len, taped.tapes)))
+    log.info("a step is %d kernel calls in one", taped.num_calls)
     return taped

@@ -56,5 +56,5 @@ def linear(x: Tensor, packed: Any) -> Tensor:
 
 @implements("logits", "cpu", when=usable, prepare=prepare_linear)
 def logits(x: Tensor, packed: Any) -> Tensor:
-    """See the reference; but oneDNN rounds its sums to x's dtype, which in bf16 leaves 8 bits of a logit."""
+    """See the reference."""
     return linear(x, packed).float()

@@ -28,6 +28,9 @@ def linear(x: Tensor, packed: Any) -> Tensor:
 
 @op(prepare=prepare_linear)
 def logits(x: Tensor, packed: Any) -> Tensor:
-    """x · weightᵀ + bias in fp32 and not rounded after: x [L, d], weight [V, d] -> [L, V] fp32."""
-    out = x.float() @ packed.weight.float().T
-    return out if packed.bias is None else out + packed.bias.float()
+    """x · weightᵀ + bias: x [L, d], weight [V, d] -> [L, V] fp32.
+
+    What the library's product gives is rounded to x's dtype, which in bf16 leaves 8 bits of a logit; an implementation
+    may leave the sums as they are.
+    """
+    return F.linear(x, packed.weight, packed.bias).float()

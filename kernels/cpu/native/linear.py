@@ -1,6 +1,6 @@
 """Matrix products on weights that were laid out once as the matrix unit's tiles; see src/linear.h.
 
-    weight ──pack──▶ Packed ──▶ multiply(x, packed, out dtype)
+weight ──pack──▶ Packed ──▶ multiply(x, packed, out dtype)
 """
 
 from __future__ import annotations
@@ -104,5 +104,5 @@ def linear(x: Tensor, packed: Any) -> Tensor:
 
 @implements("logits", "native", when=has_tiles, prepare=prepare_linear)
 def logits(x: Tensor, packed: Any) -> Tensor:
-    """See the reference. A row's bits do not depend on the number of rows."""
+    """See the reference; the sums are not rounded. A row's bits do not depend on the number of rows."""
     return multiply(x, packed, torch.float32)

@@ -13,6 +13,8 @@ _norm = Kernel("norm", "iiipiiiippffp")
 _rope = Kernel("rope", "iippiiiiiiippiii")
 _kv_write = Kernel("kv_write", "iiippiiiiiippip")
 _gate = Kernel("gate", "iipiipi")
+_add_residual = Kernel("add_residual", "iippi")
+_add_gated = Kernel("add_gated", "iipppi")
 
 
 @implements("rms_norm", "native", when=usable)
@@ -156,3 +158,21 @@ def silu_and_mul(x: Tensor) -> Tensor:
 def gelu_and_mul(x: Tensor) -> Tensor:
     """See the reference."""
     return _gated(x, gelu=True)
+
+
+@implements("add_residual", "native", when=usable)
+def add_residual(x: Tensor, residual: Tensor) -> Tensor:
+    """See the reference. The sum overwrites x where it lies together."""
+    x, residual = x.contiguous(), residual.contiguous()
+    rows, width = x.shape
+    _add_residual(rows, DTYPES[x.dtype], x.data_ptr(), residual.data_ptr(), width)
+    return x
+
+
+@implements("add_gated", "native", when=usable)
+def add_gated(out: Tensor, gate: Tensor, expert: Tensor) -> Tensor:
+    """See the reference. The sum overwrites out where it lies together."""
+    out, gate, expert = out.contiguous(), gate.contiguous(), expert.contiguous()
+    rows, width = out.shape
+    _add_gated(rows, DTYPES[out.dtype], out.data_ptr(), gate.data_ptr(), expert.data_ptr(), width)
+    return out

@@ -23,6 +23,13 @@ enum Status : i64 { kDone = 0, kOutOfRange = 1, kOutOfMemory = 2 };
   X(Rope, rope)                \
   X(KvWrite, kv_write)         \
   X(Gate, gate)                \
+  X(AddResidual, add_residual) \
+  X(AddGated, add_gated)       \
+  X(Gather, gather)            \
+  X(Route, route)              \
+  X(Quantize, quantize)        \
+  X(NormCodes, norm_codes)     \
+  X(GateCodes, gate_codes)     \
   X(Linear, linear)            \
   X(Attention, attention)
 

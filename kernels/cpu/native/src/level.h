@@ -28,6 +28,9 @@ INLINE void with_dtype(i64 dtype, F f) {
 #include "tiles.h"
 #include "linear.h"
 #include "rowwise.h"
+#include "codes.h"
+#include "embedding.h"
+#include "routing.h"
 
 static i64 attention(const Attention&, Worker&);
 

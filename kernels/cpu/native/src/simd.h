@@ -149,8 +149,8 @@ INLINE f32x16 reciprocal(f32x16 x) {
 #endif
 }
 
-// 1 / (1 + exp(-x)); 2^126 stands in for anything larger, so that the result fades to 1e-38 and never to NaN.
-INLINE f32x16 sigmoid(f32x16 x) { return reciprocal(1.0f + exp2(min(x * -kLog2E, splat(126.0f)))); }
+// 1 / (1 + exp(-x)); 2^126 stands in for anything larger, so that the result fades to 1e-38. NaN stays NaN.
+INLINE f32x16 sigmoid(f32x16 x) { return reciprocal(1.0f + exp2(min(splat(126.0f), x * -kLog2E))); }
 
 // 2 sigmoid(2x) - 1, and near 0, where that cancels, the series to x^7.
 INLINE f32x16 tanh(f32x16 x) {

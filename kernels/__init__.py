@@ -34,7 +34,16 @@ REFERENCE = (
     "verify",
 )
 CPU = ("activation", "attention", "kv", "linear", "moe", "norm", "rope", "sampling")
-NATIVE = ("attention", "embedding", "linear", "linear_quantized", "moe", "rows", "rowwise")
+NATIVE = (
+    "attention",
+    "embedding",
+    "linear",
+    "linear_quantized",
+    "moe",
+    "rows",
+    "rowwise",
+    "sampling",
+)
 TRITON: tuple[str, ...] = (
     "activation",
     "attention",

@@ -31,6 +31,11 @@ enum Status : i64 { kDone = 0, kOutOfRange = 1, kOutOfMemory = 2 };
   X(NormCodes, norm_codes)     \
   X(GateCodes, gate_codes)     \
   X(Linear, linear)            \
+  X(Greedy, greedy)            \
+  X(Sample, sample)            \
+  X(Probabilities, probabilities) \
+  X(TokenLogprobs, token_logprobs) \
+  X(ProcessLogits, process_logits) \
   X(Attention, attention)
 
 // One of the threads that run a kernel together: all of them call the same function with the same arguments.

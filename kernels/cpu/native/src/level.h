@@ -32,6 +32,15 @@ INLINE void with_dtype(i64 dtype, F f) {
 #include "embedding.h"
 #include "routing.h"
 
+#include "ranking.h"
+
+#include "noise.h"
+
+#include "sampling.h"
+
+#include "edits.h"
+#include "logprobs.h"
+
 static i64 attention(const Attention&, Worker&);
 
 // Each kernel behind the signature that all have.

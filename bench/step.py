@@ -44,7 +44,7 @@ def measure(core: EngineCore, batch: int, context: int, steps: int) -> dict[str,
     vocab = core.ready.vocab_size
     for i in range(batch):
         prompt = [rng.randrange(vocab) for _ in range(context)]
-        params = SamplingParams(max_tokens=steps + batch, temperature=0.0, ignore_eos=True)
+        params = SamplingParams(max_tokens=steps + 8 * batch, temperature=0.0, ignore_eos=True)
         core.handle(AddRequest(f"{batch}-{i}", prompt, params))
     forward, draw = Stopwatch(), Stopwatch()
     decoder, sampler = core.runner.decoder, core.runner.sampler

@@ -13,6 +13,8 @@ namespace quire::LEVEL {
 
 #include "simd.h"
 
+#include "kv_formats.h"
+
 #include "matmul.h"
 
 template <class F>
@@ -26,6 +28,8 @@ INLINE void with_dtype(i64 dtype, F f) {
 #include "attention.h"
 #include "linear.h"
 #include "rowwise.h"
+
+#include "cache.h"
 
 static i64 attention(const Attention&, Worker&);
 

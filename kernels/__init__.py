@@ -44,6 +44,7 @@ NATIVE = (
     "rowwise",
     "sampling",
 )
+NATIVE = ("attention", "cache", "linear", "rowwise")
 TRITON: tuple[str, ...] = (
     "activation",
     "attention",

@@ -19,12 +19,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...kv_formats import kv_format
 from ...registry import Target
 
 log = logging.getLogger(__name__)
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # the codes of src/kernels.h
-FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FORMATS = {"fp32": 0, "bf16": 1, "fp16": 2, "fp8_e4m3": 3, "int8_per_token_head": 4, "int4_per_token_head": 5}
 OUT_OF_RANGE, OUT_OF_MEMORY = 1, 2  # what kernels return where they fail, 0 otherwise
 
 
@@ -136,7 +137,7 @@ def usable(target: Target) -> str | None:
 def usable_on_cache(target: Target) -> str | None:
     """The same for ops that touch keys and values."""
     if target.kv_format not in FORMATS:
-        return f"reads and writes keys and values in bf16 and fp32, the cache holds {target.kv_format}"
+        return f"reads and writes keys and values in {', '.join(FORMATS)}; the cache holds {target.kv_format}"
     if target.head_dim % 16:
         return f"needs a head size that is a multiple of 16, the target's is {target.head_dim}"
-    return usable(target)
+    return kv_format(target.kv_format).refuses(target.head_dim) or usable(target)

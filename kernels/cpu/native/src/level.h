@@ -13,6 +13,8 @@ namespace quire::LEVEL {
 
 #include "simd.h"
 
+#include "kv_formats.h"
+
 #include "matmul.h"
 
 template <class F>
@@ -40,6 +42,8 @@ INLINE void with_dtype(i64 dtype, F f) {
 
 #include "edits.h"
 #include "logprobs.h"
+
+#include "cache.h"
 
 static i64 attention(const Attention&, Worker&);
 

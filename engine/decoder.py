@@ -219,25 +219,37 @@ class Decoder:
         self.windows = windows
         # Rounded as the weights are: Gemma was trained with sqrt(hidden) in the checkpoint's precision.
         self.embedding_scale = torch.tensor(config.embedding_scale, dtype=embedding.dtype).item()
-        self.embed, self.prepare_attention = kernels.embed.run, kernels.attention.prepare
+        self.embed, self.take_rows = kernels.embed.run, kernels.take_rows.run
+        self.prepare_attention = kernels.attention.prepare
 
     def forward(self, batch: RaggedBatch, cache: Sequence[LayerKV]) -> Tensor:
         """Hidden rows [T, d] after the final norm; this step's keys and values go into the cache (one per layer)."""
-        step, x, residual = self.begin(batch, cache)
+        return self.run(batch.input_ids, self.step(batch, cache))
+
+    def step(self, batch: RaggedBatch, cache: Sequence[LayerKV]) -> Step:
+        """What all layers share."""
+        block_size = cache[0].spec.block_size
+        plans = [self.prepare_attention(batch, block_size, window) for window in self.windows]
+        return Step(batch.positions, batch.slot_mapping, cache, plans)
+
+    def run(self, input_ids: Tensor, step: Step) -> Tensor:
+        """The layers, of token ids [T]: hidden rows [T, d]."""
+        x, residual = self.enter(input_ids)
         for block, join in self.blocks:
             x, residual = join(block(x, step), residual)
         return x
 
-    def begin(self, batch: RaggedBatch, cache: Sequence[LayerKV]) -> tuple[Step, Rows, Tensor]:
-        """What the first block is given: what all layers share, x and the residual [T, d]."""
-        block_size = cache[0].spec.block_size
-        plans = [self.prepare_attention(batch, block_size, window) for window in self.windows]
-        residual = self.embed(batch.input_ids, self.embedding, self.embedding_scale)
-        x = residual if self.first_norm is None else self.first_norm(residual)
-        return Step(batch.positions, batch.slot_mapping, cache, plans), x, residual
+    def enter(self, input_ids: Tensor) -> tuple[Rows, Tensor]:
+        """What the first block is given: x and the residual [T, d]."""
+        residual = self.embed(input_ids, self.embedding, self.embedding_scale)
+        return residual if self.first_norm is None else self.first_norm(residual), residual
+
+    def logits_at(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """`logits` of the hidden rows of these numbers [L] int64."""
+        return self.logits(self.take_rows(hidden, rows))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of hidden rows [L, d]: [L, V] fp32, soft-capped where the model is."""
-        logits = self.lm_head(hidden).float()
+        logits = self.lm_head(hidden)
         cap = self.config.logit_softcap
         return logits if cap == 0 else torch.tanh(logits / cap) * cap

@@ -34,7 +34,17 @@ REFERENCE = (
     "verify",
 )
 CPU = ("activation", "attention", "kv", "linear", "moe", "norm", "rope", "sampling")
-NATIVE = ("attention", "embedding", "linear", "moe", "rows", "rowwise")
+NATIVE = (
+    "attention",
+    "embedding",
+    "linear",
+    "linear_quantized",
+    "moe",
+    "rows",
+    "rowwise",
+    "sampling",
+)
+NATIVE = ("attention", "cache", "linear", "rowwise")
 TRITON: tuple[str, ...] = (
     "activation",
     "attention",

@@ -1,17 +1,15 @@
-"""Norms, rotation, cache writes and gated activations: one pass over the rows each, in place where that is allowed."""
+"""Norms, rotation and gated activations: one pass over the rows each, in place where that is allowed."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ...batch import LayerKV
 from ...registry import implements
-from .library import DTYPES, Kernel, usable, usable_on_cache
+from .library import DTYPES, Kernel, usable
 
 _norm = Kernel("norm", "iiipiiiippffp")
 _rope = Kernel("rope", "iippiiiiiiippiii")
-_kv_write = Kernel("kv_write", "iiippiiiiiippip")
 _gate = Kernel("gate", "iipiipi")
 _add_residual = Kernel("add_residual", "iippi")
 _add_gated = Kernel("add_gated", "iipppi")
@@ -92,51 +90,6 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor, interleaved: bo
     if status:
         raise IndexError(f"positions {positions.aminmax()} are outside of the rope table of {table.shape[0]} rows")
     return q, k
-
-
-@implements("kv_write", "native", when=usable_on_cache)
-def kv_write(k: Tensor, v: Tensor, cache: LayerKV, slot_mapping: Tensor) -> None:
-    """See the reference. IndexError for a slot that the cache lacks."""
-    rows, heads, dim = k.shape
-    k_row, k_head, _ = k.stride()
-    v_row, v_head, _ = v.stride()
-    blocks, block_size = cache.k.shape[:2]
-    status = _kv_write(
-        rows,
-        DTYPES[k.dtype],
-        DTYPES[cache.k.dtype],
-        k.data_ptr(),
-        v.data_ptr(),
-        k_row,
-        k_head,
-        v_row,
-        v_head,
-        heads,
-        dim,
-        cache.k.data_ptr(),
-        cache.v.data_ptr(),
-        blocks * block_size,
-        slot_mapping.data_ptr(),
-    )
-    if status:
-        raise IndexError(f"slots {slot_mapping.aminmax()} are outside of the cache of {blocks * block_size}")
-
-
-@implements("rope_kv_write", "native", when=usable_on_cache)
-def rope_kv_write(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    table: Tensor,
-    interleaved: bool,
-    cache: LayerKV,
-    slot_mapping: Tensor,
-) -> Tensor:
-    """See the reference. Overwrites q and k."""
-    q, k = rope(q, k, positions, table, interleaved)
-    kv_write(k, v, cache, slot_mapping)
-    return q
 
 
 def _gated(x: Tensor, gelu: bool) -> Tensor:

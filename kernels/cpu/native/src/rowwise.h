@@ -99,34 +99,6 @@ static i64 rope(const Rope& r, Worker& worker) {
   return kDone;
 }
 
-struct KvWrite {
-  i64 rows, dtype, cache_dtype;
-  const void *k, *v;
-  i64 k_row, k_head, v_row, v_head, heads, dim;
-  void *k_cache, *v_cache;  // [slots, heads, dim]
-  i64 num_slots;
-  const i64* slots;
-};
-
-static i64 kv_write(const KvWrite& w, Worker& worker) {
-  for (Worker::Range some; worker.next(some, w.rows, piece(w.heads * w.dim));) {
-    if (outside(w.slots, some, w.num_slots)) return kOutOfRange;
-    with_dtype(w.dtype, [&](auto from) {
-      with_dtype(w.cache_dtype, [&](auto to) {
-        using From = decltype(from);
-        using To = decltype(to);
-        for (i64 row = some.first; row < some.last; ++row)
-          for (i64 h = 0; h < w.heads; ++h) {
-            const i64 at = (w.slots[row] * w.heads + h) * w.dim;
-            copy_row((const From*)w.k + row * w.k_row + h * w.k_head, (To*)w.k_cache + at, w.dim);
-            copy_row((const From*)w.v + row * w.v_row + h * w.v_head, (To*)w.v_cache + at, w.dim);
-          }
-      });
-    });
-  }
-  return kDone;
-}
-
 struct Gate {
   i64 rows, dtype;
   const void* x;  // [rows, 2 * width] with this row stride

@@ -32,7 +32,7 @@ enum Status : i64 { kDone = 0, kOutOfRange = 1, kOutOfMemory = 2 };
   X(AddGated, add_gated)       \
   X(Gather, gather)            \
   X(Route, route)              \
-  X(Quantize, quantize)        \
+  X(QuantizeRows, quantize_rows) \
   X(NormCodes, norm_codes)     \
   X(GateCodes, gate_codes)     \
   X(Linear, linear)            \

@@ -20,7 +20,7 @@ def quantize_rows(x: Tensor, to: RowFormat) -> QuantizedRows:
     To nearest even (of fp8: of its own grid), clamped to ±127 or ±448. A group of zeros has the scale 1,
     and on a CPU one with a NaN has the scale NaN, for int8 has none.
     """
-    tokens, inputs = x.shape
+    inputs = x.shape[1]
     group = to.group or inputs
     largest = LARGEST[to.codes]
     wide = torch.nn.functional.pad(x.float(), (0, -inputs % group)).unflatten(-1, (-1, group))

@@ -36,6 +36,7 @@ REFERENCE = (
 CPU = ("activation", "attention", "kv", "linear", "moe", "norm", "rope", "sampling")
 NATIVE = (
     "attention",
+    "cache",
     "embedding",
     "linear",
     "linear_quantized",
@@ -44,7 +45,6 @@ NATIVE = (
     "rowwise",
     "sampling",
 )
-NATIVE = ("attention", "cache", "linear", "rowwise")
 TRITON: tuple[str, ...] = (
     "activation",
     "attention",

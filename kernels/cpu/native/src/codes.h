@@ -14,14 +14,20 @@ typedef std::uint8_t u8x16 __attribute__((vector_size(16)));
 constexpr float largest_code(s8) { return 127.0f; }
 constexpr float largest_code(e4m3) { return 448.0f; }
 
+// The low byte of each lane.
+INLINE void store_bytes(void* p, u32x16 v) {
+#if HAS_AVX512  // the portable form goes byte by byte
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v));
+#else
+  const u8x16 bytes = __builtin_convertvector(v, u8x16);
+  __builtin_memcpy(p, &bytes, sizeof bytes);
+#endif
+}
+
 INLINE f32x16 clamp(f32x16 v, float limit) { return min(max(v, splat(-limit)), splat(limit)); }
 
 // To nearest even, as the integer that adding 1.5 * 2^23 leaves in the low bits. NaN, which int8 has not, is -127.
-INLINE void store(s8* p, f32x16 v) {
-  const u32x16 bits = (u32x16)(clamp(v, 127.0f) + 12582912.0f);
-  const u8x16 codes = __builtin_convertvector(bits, u8x16);
-  __builtin_memcpy(p, &codes, sizeof codes);
-}
+INLINE void store(s8* p, f32x16 v) { store_bytes(p, (u32x16)(clamp(v, 127.0f) + 12582912.0f)); }
 
 // To nearest even. Below 2^-6 the grid is even, its step 2^-9 that of fp32 at 2^14: adding that rounds.
 INLINE void store(e4m3* p, f32x16 v) {
@@ -31,8 +37,7 @@ INLINE void store(e4m3* p, f32x16 v) {
   const u32x16 normal = (size - kRebias + 0x7ffffu + (size >> 20 & 1u)) >> 20;
   const u32x16 tiny = (u32x16)((f32x16)size + kGrid) - (u32x16)splat(kGrid);
   const u32x16 code = v == v ? (u32x16)(size < kLeast ? tiny : normal) : u32x16{} + 0x7fu;
-  const u8x16 codes = __builtin_convertvector(code | sign >> 24, u8x16);
-  __builtin_memcpy(p, &codes, sizeof codes);
+  store_bytes(p, code | sign >> 24);
 }
 
 enum CodeKind : i64 { kS8 = 0, kE4m3 = 1 };  // the codes that rows.py passes

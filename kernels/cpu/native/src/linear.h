@@ -1,33 +1,38 @@
 // out = x * weight^T + bias by bf16 matrix tiles (tiles.h), on weights that lie as such tiles (linear_args.h).
 //
 //   x ──lay out──▶ tiles of x, once per call ──┐
-//   weight ──(codes: widen a panel)────────────┴─▶ sums ──scales, zeros, bias──▶ out
+//   weight ──(codes: widen)────────────────────┴─▶ sums ──scales, zeros, bias──▶ out
 //
-// The unit of work is a pair of 16 outputs for up to 512 rows. Its weights are taken a panel at a time, some inputs of
-// both tiles, and a panel is multiplied with all rows before the next: so it comes from memory once and then out of the
-// L1 cache, codes are widened once, and the tiles of x come out of L2. While one panel is at work the next is on its
-// way. Sums wait in memory between the panels. Few rows run at the speed of memory, many at that of the tiles.
+// The unit of work is two tiles of outputs, whose weights lie together; a thread takes the next one before it is done
+// with this, so that weights are always on their way.
+//
+// Up to 16 rows, time goes by the bytes of the weights: `stream` goes through a unit once, codes are widened two steps
+// before their product, sums stay in tiles.
+//
+// More rows share what is read (`run`). Weights are taken by panels, some inputs of both tiles, and a panel meets up to
+// 512 rows before the next: it comes from memory once and then out of L1, codes are widened once, x comes out of L2,
+// and sums wait in memory in between.
 //
 // A row's sums run over the inputs in order, those of a group of codes by themselves, whatever the number of rows: its
 // bits do not depend on the others.
 
 #if HAS_AMX
 
-// How a product is cut. Inputs are counted in tiles of 32, rows in blocks of 16, outputs in tiles of 16.
+// How a product is cut. Inputs and outputs are counted in tiles, rows in blocks of 16.
 struct Cut {
-  i64 tile_rows;              // of a block of rows: 16, or all where there are fewer
+  i64 tile_rows;  // of a block of rows: 16, or all where there are fewer
   i64 blocks, inputs, outputs;
-  i64 groups, group;          // of codes with a scale of their own that are folded one by one; 0 = sums run through
-  i64 panel;                  // inputs that a panel has
-  i64 reach;                  // inputs of x, a multiple of panel, that stay in L2 with the rows of a unit
-  i64 unit_blocks, unit_outputs;
-  i64 weight_bytes;           // of a tile as it is stored
+  i64 groups, group;               // of codes, folded one by one; with one scale for all inputs groups = 0
+  i64 panel;                       // inputs of a panel
+  i64 reach;                       // inputs for which x stays in L2, a multiple of `panel`
+  i64 unit_blocks, unit_outputs;   // of a unit
+  i64 stored_bytes;                // of a tile of weights
 };
 
 constexpr i64 up(i64 n, i64 step) { return (n + step - 1) / step; }
 
 INLINE Cut cut(const Linear& l, i64 threads) {
-  constexpr i64 kPanel = 8;                        // 16 KiB of weights, in an L1 of 48 with the x that passes by
+  constexpr i64 kPanel = 16;                        // 32 KiB of weights in an L1 of 48
   constexpr i64 kUnitBlocks = 32;
   constexpr i64 kReach = 1 << 20, kSums = 1 << 20;  // bytes, together in an L2 of 2 MiB
   Cut c;
@@ -35,16 +40,15 @@ INLINE Cut cut(const Linear& l, i64 threads) {
   c.blocks = up(l.rows, kBlockRows);
   c.inputs = up(l.inputs, kTileInputs);
   c.outputs = up(l.outputs, kTileOutputs);
-  c.weight_bytes = l.kind == kFloats ? kTileBytes : l.kind == kInt8 ? kTileBytes / 2 : kTileBytes / 4;
+  c.stored_bytes = kTileBytes >> l.kind;
   c.groups = l.kind == kFloats || l.group >= l.inputs ? 0 : up(l.inputs, l.group);
   c.group = c.groups ? l.group / kTileInputs : c.inputs;
   c.panel = !c.groups ? up(c.inputs, up(c.inputs, kPanel)) : c.group >= kPanel ? c.group : kPanel / c.group * c.group;
   c.unit_blocks = up(c.blocks, up(c.blocks, kUnitBlocks));
-  const i64 panels = up(c.inputs, c.panel);
   const i64 reaches = up(c.unit_blocks * c.inputs * kTileBytes, kReach);
-  c.reach = up(panels, reaches) * c.panel;
+  c.reach = up(up(c.inputs, c.panel), reaches) * c.panel;
   c.unit_outputs = 2;
-  if (reaches > 1) {  // then sums of many outputs wait for the rest of the inputs
+  if (reaches > 1) {  // then the sums of many outputs wait for the rest of the inputs
     const i64 most = kSums / (c.unit_blocks * kTileBytes), share = up(c.outputs, threads);
     c.unit_outputs = up(least(most, share), 2) * 2;
   }
@@ -55,7 +59,6 @@ INLINE Cut cut(const Linear& l, i64 threads) {
 INLINE void lay_out(const Linear& l, const Cut& c, i64 row, char* tiles, float* group_sums) {
   const bf16* x = (const bf16*)l.x + row * l.x_row;
   char* line = tiles + row / kBlockRows * c.inputs * c.tile_rows * kLine + row % kBlockRows * kLine;
-  const i64 groups = c.groups ? c.groups : 1;
   f32x16 sum{};
   for (i64 k = 0, left = row < l.rows ? l.inputs : 0; k < c.inputs; ++k, x += kTileInputs, left -= kTileInputs) {
     const __mmask32 mask = left >= kTileInputs ? ~0u : left > 0 ? (1u << left) - 1 : 0;
@@ -64,36 +67,33 @@ INLINE void lay_out(const Linear& l, const Cut& c, i64 row, char* tiles, float* 
     if (l.kind != kInt4) continue;
     sum += (f32x16)_mm512_slli_epi32(pairs, 16) + (f32x16)_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000));
     if ((k + 1) % c.group == 0 || k + 1 == c.inputs) {
-      group_sums[row * groups + k / c.group] = sum_lanes(sum);
+      group_sums[row * (c.groups ? c.groups : 1) + k / c.group] = sum_lanes(sum);
       sum = f32x16{};
     }
   }
 }
 
-// Where a unit's parts are.
+// Some rows by some outputs.
 struct Unit {
-  const char* x;            // its first block of rows
+  const char* x;            // its first block of rows, as tiles
   const float* group_sums;  // of its first row
   i64 first_row, blocks, first_output, outputs;
 };
 
-// What group `group` of the codes gives, from the sums of one row: total + scale * (sum - zero * sum of x).
-INLINE f32x16 folded(const Linear& l, f32x16 sum, f32x16 scale, f32x16 zero, float x_sum, f32x16 total) {
-  if (l.kind == kInt4) sum = fma(-zero, splat(x_sum), sum);
+// What a group of codes gives, from the sums of one row.
+INLINE f32x16 folded(const Linear& l, f32x16 sum, f32x16 scale, f32x16 zero, const float* x_sum, f32x16 total) {
+  if (l.kind == kInt4) sum = fma(-zero, splat(*x_sum), sum);
   return fma(scale, sum, total);
 }
 
-// Of one tile of sums.
+// One tile of a group's sums into the totals.
 INLINE void fold(const Linear& l, const Cut& c, const Unit& u, i64 block, i64 output, i64 group, const float* sums,
                  float* totals) {
   const i64 at = ((u.first_output + output) * c.groups + group) * kTileOutputs;
   const f32x16 scale = load(l.scales + at), zero = l.kind == kInt4 ? load(l.zeros + at) : f32x16{};
   const float* x_sums = u.group_sums + block * kBlockRows * c.groups + group;
-  for (i64 row = 0; row < c.tile_rows; ++row, x_sums += c.groups) {
-    const f32x16 total = group ? load(totals + row * kTileOutputs) : f32x16{};
-    store(totals + row * kTileOutputs,
-          folded(l, load(sums + row * kTileOutputs), scale, zero, l.kind == kInt4 ? *x_sums : 0.0f, total));
-  }
+  for (i64 row = 0; row < c.tile_rows; ++row, x_sums += c.groups, sums += kTileOutputs, totals += kTileOutputs)
+    store(totals, folded(l, load(sums), scale, zero, x_sums, group ? load(totals) : f32x16{}));
 }
 
 // One tile of finished sums to the output.
@@ -107,8 +107,7 @@ INLINE void finish(const Linear& l, const Cut& c, const Unit& u, i64 block, i64 
   const __mmask16 mask = (__mmask16)((1u << count) - 1);
   for (i64 row = 0; row < rows; ++row) {
     f32x16 total = load(sums + row * kTileOutputs);
-    if (scaled)
-      total = folded(l, total, scale, zero, l.kind == kInt4 ? u.group_sums[block * kBlockRows + row] : 0.0f, f32x16{});
+    if (scaled) total = folded(l, total, scale, zero, u.group_sums + block * kBlockRows + row, f32x16{});
     total += bias;
     const i64 at = (first + row) * l.outputs + column;
     if (l.out_dtype == kBfloat16)
@@ -118,7 +117,68 @@ INLINE void finish(const Linear& l, const Cut& c, const Unit& u, i64 block, i64 
   }
 }
 
-// One or two blocks of rows by one or two tiles of outputs, over the inputs [k, k + count) of a panel.
+struct Room {
+  char* panel;         // [2][panel] tiles
+  float *sums, *part;  // [pairs of outputs][pairs of blocks][2][2] tiles; [2][2] tiles
+};
+
+// Few rows: a unit, after which the weights of `after` come.
+template <WeightKind Kind, int Outputs>
+static void stream(const Linear& l, const Cut& c, const Unit& u, const Unit& after, const Room& room) {
+  // Tiles of weights between their prefetch and their use: 2, 4 and 7 KiB.
+  constexpr i64 kAhead = Kind == kFloats ? 2 : Kind == kInt8 ? 8 : 28;
+  constexpr i64 kBytes = kStoredBytes<Kind>, kLag = Kind == kFloats ? 0 : 2, kRing = 4;
+  const i64 next = c.inputs * kBytes, ahead = least(kAhead, c.inputs);
+  const char* const w = (const char*)l.weight + u.first_output * next;
+  const char* const then = (const char*)l.weight + (after.first_output - 1) * next;  // less the inputs of this unit
+  const i64 then_apart = after.outputs > 1 ? next : 0;
+  const i64 x_tile = c.tile_rows * kLine;
+  _tile_zero(0);
+  if constexpr (Outputs > 1) _tile_zero(1);
+  for (i64 k = 0; k < c.inputs + kLag; ++k) {
+    if (k < c.inputs) {
+      const bool here = k + ahead < c.inputs;
+      const char* const soon = (here ? w : then) + (k + ahead) * kBytes;
+      const i64 apart = here ? next : then_apart;
+      for (i64 i = 0; i < kBytes; i += kLine) {
+        _mm_prefetch(soon + i, _MM_HINT_T0);
+        if constexpr (Outputs > 1) _mm_prefetch(soon + apart + i, _MM_HINT_T0);
+      }
+      if constexpr (Kind != kFloats) {
+        for (i64 n = 0; n < Outputs; ++n)
+          widen_tile<Kind>(w + n * next + k * kBytes, room.panel + (n * kRing + k % kRing) * kTileBytes);
+        __asm__ volatile("" ::: "memory");
+      }
+    }
+    if (k < kLag) continue;
+    const i64 now = k - kLag;
+    const char* const tile = Kind == kFloats ? w + now * kBytes : room.panel + now % kRing * kTileBytes;
+    _tile_loadd(4, u.x + now * x_tile, kLine);
+    _tile_loadd(6, tile, kLine);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (Outputs > 1) {
+      _tile_loadd(7, tile + (Kind == kFloats ? next : kRing * kTileBytes), kLine);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if (Kind == kFloats || !c.groups || ((now + 1) % c.group && now + 1 < c.inputs)) continue;
+    _tile_stored(0, room.part, kLine);
+    _tile_zero(0);
+    if constexpr (Outputs > 1) {
+      _tile_stored(1, room.part + 256, kLine);
+      _tile_zero(1);
+    }
+    __asm__ volatile("" ::: "memory");
+    for (i64 n = 0; n < Outputs; ++n) fold(l, c, u, 0, n, now / c.group, room.part + n * 256, room.sums + n * 256);
+  }
+  if (!c.groups) {
+    _tile_stored(0, room.sums, kLine);
+    if constexpr (Outputs > 1) _tile_stored(1, room.sums + 256, kLine);
+    __asm__ volatile("" ::: "memory");
+  }
+  for (i64 n = 0; n < Outputs; ++n) finish(l, c, u, 0, n, room.sums + n * 256);
+}
+
+// One or two blocks of rows by one or two tiles of outputs, over `count` inputs of a panel from k on.
 template <int Rows, int Outputs>
 INLINE void multiply(const Linear& l, const Cut& c, const Unit& u, i64 block, i64 output, i64 k, i64 count,
                      const char* w, i64 w_next, float* sums, float* part, Ahead& ahead) {
@@ -146,7 +206,7 @@ struct Panel {
   i64 output, outputs, k, count;
 };
 
-// Panel i of a unit, in the order in which they are multiplied; one of no inputs behind the last.
+// Panel i of a unit, in the order in which they are multiplied; some have no inputs where reaches are uneven.
 INLINE Panel panel_at(const Cut& c, const Unit& u, i64 i) {
   const i64 per_reach = c.reach / c.panel, pairs = up(u.outputs, 2);
   const i64 output = i / per_reach % pairs * 2, k = (i / (per_reach * pairs) * per_reach + i % per_reach) * c.panel;
@@ -154,57 +214,67 @@ INLINE Panel panel_at(const Cut& c, const Unit& u, i64 i) {
 }
 
 INLINE const char* stored(const Linear& l, const Cut& c, const Unit& u, const Panel& p) {
-  return (const char*)l.weight + ((u.first_output + p.output) * c.inputs + p.k) * c.weight_bytes;
+  return (const char*)l.weight + ((u.first_output + p.output) * c.inputs + p.k) * c.stored_bytes;
 }
 
-// A panel's weights as bf16 tiles: where they are, or widened into `room`.
-INLINE const char* as_tiles(const Linear& l, const Cut& c, const Panel& p, const char* codes, char* room) {
-  if (l.kind == kFloats) return codes;
-  for (i64 n = 0; n < p.outputs; ++n)
-    for (i64 i = 0; i < p.count; ++i) {
-      const char* from = codes + (n * c.inputs + i) * c.weight_bytes;
-      char* const to = room + (n * c.panel + i) * kTileBytes;
-      if (l.kind == kInt8)
-        widen((const std::int8_t*)from, to);
-      else
-        widen_nibbles(from, to);
-    }
-  return room;
+template <WeightKind Kind>
+INLINE void widen_panel(const Cut& c, const Panel& p, const char* codes, char* room, Ahead& ahead) {
+  for (i64 i = 0; i < p.count; ++i) {
+    ahead.step();
+    for (i64 n = 0; n < p.outputs; ++n)
+      widen_tile<Kind>(codes + (n * c.inputs + i) * kStoredBytes<Kind>, room + (n * c.panel + i) * kTileBytes);
+  }
 }
 
-struct Room {
-  char* panel;         // [2][panel] tiles
-  float *sums, *part;  // [pairs of outputs][pairs of blocks][2][2] tiles; [2][2] tiles
+template <int N>
+struct Count {
+  static constexpr int value = N;
 };
 
-// A unit, after which `after` comes.
+// Many rows: a unit, after which the weights of `after` come.
+template <WeightKind Kind>
 static void run(const Linear& l, const Cut& c, const Unit& u, const Unit& after, const Room& room) {
   const i64 pairs = up(u.blocks, 2), panels = up(c.inputs, c.reach) * (c.reach / c.panel) * up(u.outputs, 2);
-  const i64 w_next = (l.kind == kFloats ? c.inputs : c.panel) * kTileBytes;
+  const i64 w_next = (Kind == kFloats ? c.inputs : c.panel) * kTileBytes;
   for (i64 i = 0; i < panels; ++i) {
     const Panel p = panel_at(c, u, i);
     if (!p.count) continue;
     const bool last = i + 1 == panels;
     const Panel next = last ? panel_at(c, after, 0) : panel_at(c, u, i + 1);
-    const i64 lines = next.count * c.weight_bytes / kLine;
-    Ahead ahead = {stored(l, c, last ? after : u, next), (next.outputs - 1) * c.inputs * c.weight_bytes,
-                   up(lines, pairs * p.count)};
-    const char* const end = ahead.at + lines * kLine;
-    const char* const w = as_tiles(l, c, p, stored(l, c, u, p), room.panel);
+    i64 lines = next.count * c.stored_bytes / kLine;
+    const char* const soon = stored(l, c, last ? after : u, next);
+    const char* const end = soon + lines * kLine;
+    Ahead ahead = {soon, (next.outputs - 1) * c.inputs * c.stored_bytes, 0};
+    const char* w = stored(l, c, u, p);
+    if constexpr (Kind != kFloats) {  // half of the lines while the panel is widened
+      lines /= 2;
+      ahead.lines = up(lines, p.count);
+      widen_panel<Kind>(c, p, w, room.panel, ahead);
+      w = room.panel;
+    }
     for (i64 block = 0; block < u.blocks; block += 2) {
-      float* const sums = room.sums + (c.unit_outputs > 2 ? p.output / 2 * pairs + block / 2 : block / 2) * 1024;
-      if (ahead.at >= end) ahead.count = 0;
-      const bool two = block + 1 < u.blocks;
-      if (two && p.outputs == 2)
-        multiply<2, 2>(l, c, u, block, p.output, p.k, p.count, w, w_next, sums, room.part, ahead);
-      else if (two)
-        multiply<2, 1>(l, c, u, block, p.output, p.k, p.count, w, w_next, sums, room.part, ahead);
-      else if (p.outputs == 2)
-        multiply<1, 2>(l, c, u, block, p.output, p.k, p.count, w, w_next, sums, room.part, ahead);
+      ahead.lines = ahead.at < end ? up(lines, pairs * p.count) : 0;
+      float* const sums = room.sums + ((c.unit_outputs > 2 ? p.output / 2 * pairs : 0) + block / 2) * 1024;
+      const auto multiply_by = [&](auto rows, auto outputs) __attribute__((always_inline)) {
+        multiply<decltype(rows)::value, decltype(outputs)::value>(l, c, u, block, p.output, p.k, p.count, w, w_next, sums,
+                                                                  room.part, ahead);
+      };
+      if (block + 1 < u.blocks)
+        p.outputs == 2 ? multiply_by(Count<2>{}, Count<2>{}) : multiply_by(Count<2>{}, Count<1>{});
       else
-        multiply<1, 1>(l, c, u, block, p.output, p.k, p.count, w, w_next, sums, room.part, ahead);
+        p.outputs == 2 ? multiply_by(Count<1>{}, Count<2>{}) : multiply_by(Count<1>{}, Count<1>{});
     }
   }
+}
+
+template <WeightKind Kind>
+static void product(const Linear& l, const Cut& c, const Unit& u, const Unit& after, const Room& room) {
+  if (l.rows > kBlockRows)
+    run<Kind>(l, c, u, after, room);
+  else if (u.outputs == 2)
+    stream<Kind, 2>(l, c, u, after, room);
+  else
+    stream<Kind, 1>(l, c, u, after, room);
 }
 
 static i64 tile_linear(const Linear& l, Worker& worker) {
@@ -212,21 +282,21 @@ static i64 tile_linear(const Linear& l, Worker& worker) {
   const bool few = l.rows <= kBlockRows;
   const i64 rows = few ? l.rows : c.blocks * kBlockRows, x_bytes = c.inputs * rows * kLine;
   const i64 groups = c.groups ? c.groups : 1, own = few ? x_bytes + rows * groups * 4 : 0;
-  const i64 panel_bytes = 2 * c.panel * kTileBytes;
+  const i64 panel_bytes = 2 * (c.panel > 4 ? c.panel : 4) * kTileBytes, part_bytes = 4 * kTileBytes;
   const i64 sums_bytes = up(c.unit_outputs, 2) * up(c.unit_blocks, 2) * 4 * kTileBytes;
-  char* const memory = worker.scratch(panel_bytes + sums_bytes + 4 * kTileBytes + own);
+  char* const memory = worker.scratch(panel_bytes + part_bytes + sums_bytes + own);
   // Of few rows every thread makes tiles of its own, which takes less than a barrier.
-  char* const x = few ? memory + panel_bytes + sums_bytes + 4 * kTileBytes : (char*)l.workspace;
+  char* const x = few ? memory + panel_bytes + part_bytes + sums_bytes : (char*)l.workspace;
   float* const group_sums = (float*)(x + x_bytes);
   if (!few) {
     for (Worker::Range r; worker.next(r, rows, piece(l.inputs));)
       for (i64 row = r.first; row < r.last; ++row) lay_out(l, c, row, x, group_sums);
     worker.barrier();
-  } else if (memory) {
-    for (i64 row = 0; row < rows; ++row) lay_out(l, c, row, x, group_sums);
   }
   if (!memory) return kOutOfMemory;
-  const Room room = {memory, (float*)(memory + panel_bytes), (float*)(memory + panel_bytes + sums_bytes)};
+  if (few)
+    for (i64 row = 0; row < rows; ++row) lay_out(l, c, row, x, group_sums);
+  const Room room = {memory, (float*)(memory + panel_bytes + part_bytes), (float*)(memory + panel_bytes)};
   const i64 wide = up(c.outputs, c.unit_outputs), units = wide * up(c.blocks, c.unit_blocks);
   const auto unit_at = [&](i64 i) __attribute__((always_inline)) {
     const i64 block = i / wide * c.unit_blocks, output = i % wide * c.unit_outputs;
@@ -238,11 +308,16 @@ static i64 tile_linear(const Linear& l, Worker& worker) {
                 least(c.unit_outputs, c.outputs - output)};
   };
   enter_tiles(c.tile_rows);
-  // The next unit is taken before this one is done, so that its weights can be on their way.
   Worker::Range now, next;
   for (bool more = worker.next(now, units, 1, 1); more; now = next) {
     more = worker.next(next, units, 1, 1);
-    run(l, c, unit_at(now.first), unit_at(more ? next.first : now.first), room);
+    const Unit unit = unit_at(now.first), after = unit_at(more ? next.first : now.first);
+    if (l.kind == kFloats)
+      product<kFloats>(l, c, unit, after, room);
+    else if (l.kind == kInt8)
+      product<kInt8>(l, c, unit, after, room);
+    else
+      product<kInt4>(l, c, unit, after, room);
   }
   leave_tiles();
   return kDone;

@@ -23,22 +23,24 @@ INLINE void enter_tiles(i64 rows) {
 
 INLINE void leave_tiles() { _tile_release(); }
 
-// Lines that will be needed soon, some with each step of a product: in one go they would take every buffer for misses,
-// and the loads of the product wait behind them.
+// Weights that will be needed soon, from memory into L2, some lines with each step of a product: in one go they would
+// take every buffer for misses, and the loads of the product wait behind them.
 struct Ahead {
   const char* at;
-  i64 apart, count;  // `count` lines from `at` and as many from `at + apart`, with each step
+  i64 apart, lines;  // `lines` at `at` and as many at `at + apart`, with each step
 
-  INLINE void step(Ahead& a) {
-    for (i64 i = 0; i < a.count; ++i, a.at += kLine) {
-      _mm_prefetch(a.at, _MM_HINT_T1);
-      _mm_prefetch(a.at + a.apart, _MM_HINT_T1);
+  __attribute__((always_inline)) void step() {
+    for (i64 i = 0; i < lines; ++i, at += kLine) {
+      _mm_prefetch(at, _MM_HINT_T1);
+      _mm_prefetch(at + apart, _MM_HINT_T1);
     }
   }
 };
 
 // sums (+)= x * weights over `steps` tiles of inputs, for Rows x Outputs tiles. Tiles of x follow each other over the
 // inputs, those of the next 16 rows lie x_next bytes behind; weights likewise. sums: [Rows][Outputs][16][16].
+// x passes by L1 (a hint of its loads), so that the weights stay there: measured on a Sapphire Rapids core with x in L2,
+// this makes 2.0 TFLOP/s of 1.5; the tiles allow 2.7.
 template <int Rows, int Outputs>
 INLINE void add_products(const char* x, i64 x_tile, i64 x_next, const char* w, i64 w_next, i64 steps, bool first,
                          float* sums, Ahead& ahead) {
@@ -55,8 +57,8 @@ INLINE void add_products(const char* x, i64 x_tile, i64 x_next, const char* w, i
     if constexpr (Rows > 1 && Outputs > 1) _tile_loadd(3, sums + 768, kLine);
   }
   for (i64 i = 0; i < steps; ++i, x += x_tile, w += kTileBytes) {
-    Ahead::step(ahead);
-    _tile_loadd(4, x, kLine);
+    ahead.step();
+    _tile_stream_loadd(4, x, kLine);
     _tile_loadd(6, w, kLine);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (Outputs > 1) {
@@ -64,7 +66,7 @@ INLINE void add_products(const char* x, i64 x_tile, i64 x_next, const char* w, i
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (Rows > 1) {
-      _tile_loadd(5, x + x_next, kLine);
+      _tile_stream_loadd(5, x + x_next, kLine);
       _tile_dpbf16ps(2, 5, 6);
       if constexpr (Outputs > 1) _tile_dpbf16ps(3, 5, 7);
     }
@@ -76,12 +78,38 @@ INLINE void add_products(const char* x, i64 x_tile, i64 x_next, const char* w, i
   __asm__ volatile("" ::: "memory");
 }
 
-// A tile of signed bytes as bf16, exactly.
-INLINE void widen(const std::int8_t* codes, char* tile) {
-  for (i64 line = 0; line < 16; ++line, codes += 32, tile += kLine) {
-    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)codes)));
-    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(codes + 16))));
-    _mm512_storeu_si512(tile, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+// bf16 of 0 to 127, by byte: what a code's magnitude looks up.
+struct Magnitudes {
+  alignas(kLine) std::uint8_t low[128], high[128];
+};
+
+constexpr Magnitudes kMagnitudes = [] {
+  Magnitudes m{};
+  for (int i = 1; i < 128; ++i) {
+    int exponent = 0;
+    while (i >> (exponent + 1)) ++exponent;
+    const int bits = (127 + exponent) << 7 | (i << (7 - exponent) & 127);
+    m.low[i] = (std::uint8_t)bits;
+    m.high[i] = (std::uint8_t)(bits >> 8);
+  }
+  return m;
+}();
+
+// A tile of signed bytes as bf16, exactly. By look-ups, in half the time of conversions to fp32 and back. -128 has no
+// positive counterpart: its magnitude reads as 0 in the low byte, which is right, and the high one is put in its place.
+INLINE void widen(const char* codes, char* tile) {
+  const __m512i low[2] = {_mm512_load_si512(kMagnitudes.low), _mm512_load_si512(kMagnitudes.low + 64)};
+  const __m512i high[2] = {_mm512_load_si512(kMagnitudes.high), _mm512_load_si512(kMagnitudes.high + 64)};
+  const __m512i sign = _mm512_set1_epi8((char)0x80), largest = _mm512_set1_epi8((char)0xc3);
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // undone by the unpacking, which is by quarters
+  for (i64 line = 0; line < 16; line += 2, codes += kLine, tile += 2 * kLine) {
+    const __m512i code = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(codes)), size = _mm512_abs_epi8(code);
+    const __m512i low_byte = _mm512_permutex2var_epi8(low[0], size, low[1]);
+    const __m512i unsigned_byte = _mm512_permutex2var_epi8(high[0], size, high[1]);
+    const __m512i signed_byte = _mm512_ternarylogic_epi32(unsigned_byte, code, sign, 0xf8);  // unsigned | code & sign
+    const __m512i high_byte = _mm512_mask_mov_epi8(signed_byte, _mm512_movepi8_mask(size), largest);
+    _mm512_storeu_si512(tile, _mm512_unpacklo_epi8(low_byte, high_byte));
+    _mm512_storeu_si512(tile + kLine, _mm512_unpackhi_epi8(low_byte, high_byte));
   }
 }
 
@@ -101,5 +129,17 @@ INLINE void widen_nibbles(const char* words, char* tile) {
     _mm512_storeu_si512(tile + 3 * kLine, _mm512_permutexvar_epi16(_mm512_srli_epi16(word, 12), codes));
   }
 }
+
+// A tile as it is stored to bf16.
+template <WeightKind Kind>
+INLINE void widen_tile(const char* stored, char* tile) {
+  if constexpr (Kind == kInt8)
+    widen(stored, tile);
+  else
+    widen_nibbles(stored, tile);
+}
+
+template <WeightKind Kind>
+constexpr i64 kStoredBytes = Kind == kFloats ? kTileBytes : Kind == kInt8 ? kTileBytes / 2 : kTileBytes / 4;
 
 #endif

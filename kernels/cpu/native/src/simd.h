@@ -93,8 +93,21 @@ INLINE void for_lanes(i64 n, F f) {
       [i, rest](auto* p, f32x16 v) __attribute__((always_inline)) { store_some(p + i, v, rest); });
 }
 
-INLINE f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
-INLINE f32x16 min(f32x16 a, f32x16 b) { return a < b ? a : b; }
+// b where either is NaN. The compiler makes a comparison and a choice of the portable form.
+INLINE f32x16 max(f32x16 a, f32x16 b) {
+#if HAS_AVX512
+  return (f32x16)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+INLINE f32x16 min(f32x16 a, f32x16 b) {
+#if HAS_AVX512
+  return (f32x16)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
 INLINE float sum_lanes(f32x16 v) {
 #if HAS_AVX512

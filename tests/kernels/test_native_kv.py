@@ -207,7 +207,10 @@ class TestWrites:
 @pytest.mark.parametrize("kv_format", kv_formats())
 def test_moves(kv_format: str) -> None:
     """Chains and swaps read what was there before any of them."""
-    for op, ends in (("kv_compact", ([9, 3, 4, 9, 20], [3, 4, 9, 17, 20])), ("kv_copy_blocks", ([1, 2, 3, 3], [2, 1, 4, 0]))):
+    for op, ends in (
+        ("kv_compact", ([9, 3, 4, 9, 20], [3, 4, 9, 17, 20])),
+        ("kv_copy_blocks", ([1, 2, 3, 3], [2, 1, 4, 0])),
+    ):
         cache = some_cache(kv_format, 32, 2)
         expected = copy_of(cache)
         source, target = (torch.tensor(x) for x in ends)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import struct
 from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -30,6 +31,9 @@ OUT_OF_RANGE, OUT_OF_MEMORY = 1, 2  # what kernels return where they fail, 0 oth
 
 
 def _find() -> Path | None:
+    """The library of the install, or the file that QUIRE_NATIVE_LIBRARY names: one that was built with a sanitizer."""
+    if (named := os.environ.get("QUIRE_NATIVE_LIBRARY")) is not None:
+        return Path(named)
     here = Path(__file__).parent
     return next((path for suffix in EXTENSION_SUFFIXES if (path := here / f"_kernels{suffix}").exists()), None)
 

@@ -144,6 +144,6 @@ class TestRefusals:
             chosen(("rms_norm",), SMALL)
 
     def test_a_machine_without_the_library(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(kernels, "served", lambda op, shape: [])
+        monkeypatch.setattr(kernels, "_refusal", lambda op, format, shape: "there is none")
         with pytest.raises(ValueError, match="no compiled kernel runs here"):
             kernels.run(KernelsConfig())

@@ -215,14 +215,14 @@ struct Attend {
     if (end > t.last_key) end = t.last_key;
     if (tile < end && !locate(tile)) return false;
     for (; tile < end; tile += kTileKeys) {
-      Product::keys(a.format, key_rows, dim, wide, keys);
+      const KeysOf<Operand> lie = read_keys(tile);
       Product::values(a.format, value_rows, dim, between, values);
       if (has_token_scales(a.format)) read_scales();
       if (tile + kTileKeys < end && !locate(tile + kTileKeys)) return false;
       const bool masked = look(tile);
-      score(0);
+      score(lie, 0);
       for (i64 block = 0; block < rows; block += kBlockRows) {
-        if (block + kBlockRows < rows) score(block + kBlockRows);
+        if (block + kBlockRows < rows) score(lie, block + kBlockRows);
         if (has_token_scales(a.format))
           masked ? soften<true, true>(block, state) : soften<false, true>(block, state);
         else
@@ -235,15 +235,28 @@ struct Attend {
 
   float* scores_of(i64 block) const { return scores + block % (2 * kBlockRows) * kTileKeys; }
 
-  void score(i64 block) { Product::scores(dim, wide, keys, queries + block * wide, scores_of(block)); }
+  void score(const KeysOf<Operand>& lie, i64 block) {
+    Product::scores(wide, lie, queries + block * wide, scores_of(block));
+  }
+
+  // In the pages where they lie as the product wants them, else decoded.
+  KeysOf<Operand> read_keys(i64 tile) {
+    const bool plain = a.format == (sizeof(Operand) == 4 ? kKvFloat32 : kKvBfloat16);
+    if (plain && wide == dim && a.batch->block_size % 16 == 0 && tile >= t.first_key && tile + kTileKeys <= t.last_key) {
+      KeysOf<Operand> there = {{}, a.kv_heads * dim};
+      for (int i = 0; i < 4; ++i) there.sixteen[i] = (const Operand*)key_rows[16 * i];
+      return there;
+    }
+    Product::keys(a.format, key_rows, dim, wide, keys);
+    return {{keys, keys + 16 * wide, keys + 32 * wide, keys + 48 * wide}, wide};
+  }
 
   // Where the keys and values of a tile lie, fetched ahead of their use: they are strewn over blocks, and the processor
   // does not guess the next one. Keys outside of the task's range are not read: zeros stand in for them, unseen.
   bool locate(i64 tile) {
     const Batch& b = *a.batch;
     const std::int32_t* table = b.block_table + t.seq * b.table_width;
-    const i64 bytes = row_bytes(a.format, dim);
-    const bool scaled = has_token_scales(a.format);
+    const i64 bytes = row_bytes(a.format, dim), step = a.kv_heads * bytes;
     for (i64 j = 0; j < kTileKeys;) {
       const i64 key = tile + j;
       if (key < t.first_key || key >= t.last_key) {
@@ -254,20 +267,21 @@ struct Attend {
       }
       const i64 block = table[key / b.block_size], offset = key % b.block_size;
       if (block < 0 || block >= a.num_blocks) return false;
-      i64 at = (block * b.block_size + offset) * a.kv_heads + t.kv_head;
-      const i64 last = least(least(j + b.block_size - offset, kTileKeys), t.last_key - tile);
-      for (; j < last; ++j, at += a.kv_heads) {
-        key_rows[j] = (const char*)a.k + at * bytes;
-        value_rows[j] = (const char*)a.v + at * bytes;
-        for (i64 byte = 0; byte < bytes; byte += 64) {
-          __builtin_prefetch((const char*)key_rows[j] + byte);
-          __builtin_prefetch((const char*)value_rows[j] + byte);
-        }
-        if (scaled) {
-          key_scales[j] = ((const fp16*)a.k_scale)[at];
-          value_scales[j] = ((const fp16*)a.v_scale)[at];
-        }
+      const i64 first = (block * b.block_size + offset) * a.kv_heads + t.kv_head;
+      const i64 count = least(least(b.block_size - offset, kTileKeys - j), t.last_key - key);
+      const char *k = (const char*)a.k + first * bytes, *v = (const char*)a.v + first * bytes;
+      for (i64 i = j; i < j + count; ++i, k += step, v += step) {
+        key_rows[i] = k;
+        value_rows[i] = v;
+        __builtin_prefetch(k);  // the processor fetches what lies next to it
+        __builtin_prefetch(v);
       }
+      if (has_token_scales(a.format))
+        for (i64 i = 0; i < count; ++i) {
+          key_scales[j + i] = ((const fp16*)a.k_scale)[first + i * a.kv_heads];
+          value_scales[j + i] = ((const fp16*)a.v_scale)[first + i * a.kv_heads];
+        }
+      j += count;
     }
     return true;
   }
@@ -314,25 +328,27 @@ struct Attend {
     };
     f32x16 highest[kChains];
     for (int c = 0; c < kChains; ++c) highest[c] = splat(-kInfinity);
-    for (i64 j = 0; j < kTileKeys; ++j) {
-      f32x16 x = load(s + j * kLanes) * factor(j);
-      if (Masked) x = hidden(j) ? splat(-kInfinity) : x;
-      highest[j % kChains] = max(highest[j % kChains], x);
-    }
+    for (i64 j = 0; j < kTileKeys; j += kChains)
+      for (int c = 0; c < kChains; ++c) {
+        f32x16 x = load(s + (j + c) * kLanes) * factor(j + c);
+        if (Masked) x = hidden(j + c) ? splat(-kInfinity) : x;
+        highest[c] = max(highest[c], x);
+      }
     const f32x16 found = max(max(highest[0], highest[1]), max(highest[2], highest[3]));
     f32x16 top = load(state.m + block);
     if (any(found > top + kSlack)) top = raise(block, state, found > top + kSlack ? found : top);
     const f32x16 minus = -base_of(top);
     f32x16 total[kChains] = {};
-    for (i64 j = 0; j < kTileKeys; j += 2) {
-      f32x16 p[2];
-      for (int i = 0; i < 2; ++i) {
-        p[i] = Product::power(fma(load(s + (j + i) * kLanes), factor(j + i), minus));
-        if (Masked) p[i] = hidden(j + i) ? f32x16{} : p[i];
-        total[(j + i) % kChains] += p[i];
-        if (Scaled) p[i] *= splat(weight_factors[j + i]);
+    for (i64 j = 0; j < kTileKeys; j += kChains) {
+      f32x16 p[kChains];
+      for (int c = 0; c < kChains; ++c) {
+        p[c] = Product::power(fma(load(s + (j + c) * kLanes), factor(j + c), minus));
+        if (Masked) p[c] = hidden(j + c) ? f32x16{} : p[c];
+        total[c] += p[c];
+        if (Scaled) p[c] *= splat(weight_factors[j + c]);
       }
       Product::put(weights, j, p[0], p[1]);
+      Product::put(weights, j + 2, p[2], p[3]);
     }
     store(state.l + block, load(state.l + block) + ((total[0] + total[1]) + (total[2] + total[3])));
   }

@@ -51,6 +51,13 @@ constexpr int kSums = 4;
 constexpr int kSums = 2;
 #endif
 
+// The keys of a tile: where each 16 begin, and how far a key is from the next.
+template <class Operand>
+struct KeysOf {
+  const Operand* sixteen[kTileKeys / 16];
+  i64 row;
+};
+
 // Everything in fp32.
 struct VectorProduct {
   using Operand = float;  // of queries, keys, values and weights
@@ -72,13 +79,13 @@ struct VectorProduct {
     decode_rows(format, rows, kTileKeys, dim, dim, out);
   }
 
-  INLINE void scores(i64 dim, i64 wide, const float* keys, const float* queries, float* out) {
+  INLINE void scores(i64 dim, const KeysOf<float>& keys, const float* queries, float* out) {
     for (i64 j = 0; j < kTileKeys; j += kSums) {
-      const float* const some = keys + j * wide;
+      const float* const some = keys.sixteen[j / 16] + j % 16 * keys.row;
       f32x16 sum[kSums] = {};
       for (i64 d = 0; d < dim; ++d) {
         const f32x16 q = load(queries + d * kBlockRows);
-        for (int i = 0; i < kSums; ++i) sum[i] = fma(splat(some[i * wide + d]), q, sum[i]);
+        for (int i = 0; i < kSums; ++i) sum[i] = fma(splat(some[i * keys.row + d]), q, sum[i]);
       }
       for (int i = 0; i < kSums; ++i) store(out + (j + i) * kBlockRows, sum[i]);
     }
@@ -126,8 +133,7 @@ struct TileProduct {
 
   INLINE void keys(i64 format, const void* const* rows, i64 dim, i64 wide, bf16* out) {
     if (format != kKvBfloat16) return decode_rows(format, rows, kTileKeys, dim, wide, out);
-    for (i64 i = 0; i < kTileKeys; ++i)
-      for (i64 d = 0; d < dim; d += kLanes) __builtin_memcpy(out + i * wide + d, (const bf16*)rows[i] + d, 2 * kLanes);
+    for (i64 i = 0; i < kTileKeys; ++i) __builtin_memcpy(out + i * wide, rows[i], dim * sizeof(bf16));
   }
 
   // To [dim][keys]: pairs of keys become words, which are transposed.
@@ -170,23 +176,22 @@ struct TileProduct {
 
   // Tiles 0 to 3 are sums, 4 is of the second factor, 5 and 6 in turn of the first. The compiler does not know that
   // a tile load reads memory and a tile store writes it: hence the barriers.
-  INLINE void scores(i64, i64 wide, const bf16* keys, const bf16* queries, float* out) {
+  INLINE void scores(i64 dim, const KeysOf<bf16>& keys, const bf16* queries, float* out) {
     __asm__ volatile("" ::: "memory");
-    const i64 row = 2 * wide, next = 16 * wide;
+    const i64 row = 2 * keys.row;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (i64 d = 0; d < wide; d += 32) {
-      const bf16* const some = keys + d;
+    for (i64 d = 0; d < dim; d += 32) {
       _tile_loadd(4, queries + d * kBlockRows, 64);
-      _tile_loadd(5, some, row);
+      _tile_loadd(5, keys.sixteen[0] + d, row);
       _tile_dpbf16ps(0, 5, 4);
-      _tile_loadd(6, some + next, row);
+      _tile_loadd(6, keys.sixteen[1] + d, row);
       _tile_dpbf16ps(1, 6, 4);
-      _tile_loadd(5, some + 2 * next, row);
+      _tile_loadd(5, keys.sixteen[2] + d, row);
       _tile_dpbf16ps(2, 5, 4);
-      _tile_loadd(6, some + 3 * next, row);
+      _tile_loadd(6, keys.sixteen[3] + d, row);
       _tile_dpbf16ps(3, 6, 4);
     }
     _tile_stored(0, out, 64);

@@ -32,12 +32,31 @@ INLINE std::uint32_t bits_from(f32x16 a, f32x16 b) {
 #endif
 }
 
+INLINE std::uint32_t bits_equal(i32x16 a, std::int32_t b) {
+#if HAS_AVX512
+  return _mm512_cmpeq_epi32_mask((__m512i)a, _mm512_set1_epi32(b));
+#else
+  std::uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= (std::uint32_t)(a[i] == b) << i;
+  return bits;
+#endif
+}
+
 INLINE std::uint32_t first_bits(i64 n) { return n >= kLanes ? 0xFFFFu : n <= 0 ? 0u : (1u << n) - 1u; }
 
 // f(index of each bit)
 template <class F>
 INLINE void for_bits(std::uint32_t bits, F f) {
   for (; bits; bits &= bits - 1) f((i64)__builtin_ctz(bits));
+}
+
+// The lanes of these bits side by side; what lies behind them, up to 16 in all, is overwritten.
+INLINE void pack(float* to, f32x16 v, std::uint32_t bits) {
+#if HAS_AVX512
+  _mm512_storeu_ps(to, _mm512_maskz_compress_ps((__mmask16)bits, (__m512)v));
+#else
+  for_bits(bits, [&](i64 i) { *to++ = v[i]; });
+#endif
 }
 
 // 16 values of n from `at` on; behind the last of them -inf.
@@ -171,17 +190,10 @@ struct List {
   }
 
   inline __attribute__((always_inline)) void append(f32x16 some, i64 column, std::uint32_t bits) {
-#if HAS_AVX512
     constexpr i32x16 kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    _mm512_storeu_ps(x + size, _mm512_maskz_compress_ps((__mmask16)bits, (__m512)some));
-    _mm512_storeu_si512(columns + size, _mm512_maskz_compress_epi32((__mmask16)bits, (__m512i)(kLane + (int)column)));
+    pack(x + size, some, bits);
+    pack((float*)columns + size, (f32x16)(kLane + (std::int32_t)column), bits);
     size += __builtin_popcount(bits);
-#else
-    for_bits(bits, [&](i64 i) {
-      x[size] = some[i];
-      columns[size++] = (std::int32_t)(column + i);
-    });
-#endif
   }
 };
 
@@ -202,8 +214,11 @@ static double weigh(const float* x, float* amounts, i64 n, bool by_mass) {
     return (double)n;
   }
   double sum = 0;
-  for_lanes(n, [&](auto at, auto put) { put(amounts, exp(at(x))); });
-  for (i64 i = 0; i < n; ++i) sum += amounts[i];
+  for (i64 i = 0; i < n; i += kLanes) {
+    const f32x16 mass = exp(load_row(x, n, i));
+    store_row(amounts, n, i, mass);
+    sum += sum_lanes(mass);
+  }
   return sum;
 }
 
@@ -212,25 +227,27 @@ struct Threshold {
   i64 equals;  // so many of those at the floor are within
 };
 
+// Round 0: eighths of -x, which spread what a softmax leaves; rounds 1 to 4: the bytes of -x, the highest first.
+INLINE i32x16 digits_of(f32x16 x, int round) {
+  if (round == 0) return __builtin_convertvector(min(x * -8.0f, splat(255.0f)), i32x16);
+  return ((i32x16)x & 0x7FFFFFFF) >> (32 - 8 * round) & 255;
+}
+
 // The smallest beginning of the ranking of x whose amounts reach the target. Overwrites both arrays.
 //
-// Five rounds of a radix selection: the digits are eighths of x, which spread what a softmax leaves, then the bytes of
-// the number. Four tables in turn, so that one number's sum does not wait for its neighbour's.
+// A radix selection: each round keeps the numbers of the digit in which the target is reached. Four tables in turn, so
+// that one number's sum does not wait for its neighbour's.
 static Threshold cut(float* x, float* amounts, i64 n, double target) {
   constexpr int kDigits = 256, kTables = 4;
-  const auto digit_of = [x](int round, i64 i) __attribute__((always_inline)) {
-    if (round == 0) {
-      const float eighths = x[i] * -8.0f;
-      return eighths < (float)kDigits ? (int)eighths : kDigits - 1;
-    }
-    std::uint32_t bits;
-    __builtin_memcpy(&bits, x + i, sizeof bits);
-    return (int)((bits & 0x7FFFFFFFu) >> (32 - 8 * round) & (kDigits - 1));  // of -x
-  };
   double before = 0;
   for (int round = 0; round < 5; ++round) {
     double sums[kTables][kDigits] = {};
-    for (i64 i = 0; i < n; ++i) sums[i % kTables][digit_of(round, i)] += amounts[i];
+    for (i64 i = 0; i < n; i += kLanes) {
+      std::int32_t digits[kLanes];
+      const i32x16 some = digits_of(load_row(x, n, i), round);
+      __builtin_memcpy(digits, &some, sizeof digits);
+      for (i64 j = 0; j < kLanes && i + j < n; ++j) sums[j % kTables][digits[j]] += amounts[i + j];
+    }
     int chosen = 0;
     double passed = 0;  // before the digit that was chosen
     double reached = 0;
@@ -244,11 +261,13 @@ static Threshold cut(float* x, float* amounts, i64 n, double target) {
     }
     before += passed;
     i64 same = 0;
-    for (i64 i = 0; i < n; ++i)
-      if (digit_of(round, i) == chosen) {
-        x[same] = x[i];
-        amounts[same++] = amounts[i];
-      }
+    for (i64 i = 0; i < n; i += kLanes) {
+      const f32x16 some = load_row(x, n, i), theirs = load_row(amounts, n, i);
+      const std::uint32_t bits = bits_equal(digits_of(some, round), chosen) & first_bits(n - i);
+      pack(x + same, some, bits);
+      pack(amounts + same, theirs, bits);
+      same += __builtin_popcount(bits);
+    }
     n = same;
   }
   i64 equals = 1;

@@ -129,7 +129,10 @@ static void filter(const Filters& f, const Survey& s, i64 index, Plan& p, List& 
     double mass = 0;
     if (!ranked) {
       for (i64 i = 0; i < s.pieces; ++i) mass += s.masses(index)[i];
-      collect(p.row, {floor_of(p.row, true, top_p * mass, list), kNoColumn}, list);
+      // All columns below the second of these floors together weigh less than what is left out.
+      const float floors[] = {floor_of(p.row, true, top_p * mass, list),
+                              (float)__builtin_log((1 - top_p) * mass / (double)f.columns) - 1e-3f};
+      collect(p.row, {floors[0] > floors[1] ? floors[0] : floors[1], kNoColumn}, list);
       weigh(list.x, list.amounts, list.size, true);
     } else {
       collect(p.row, p.kept, list);

@@ -219,7 +219,7 @@ class Decoder:
         self.windows = windows
         # Rounded as the weights are: Gemma was trained with sqrt(hidden) in the checkpoint's precision.
         self.embedding_scale = torch.tensor(config.embedding_scale, dtype=embedding.dtype).item()
-        self.embed, self.take_rows = kernels.embed.run, kernels.take_rows.run
+        self.embed, self.take_rows, self.soft_cap = kernels.embed.run, kernels.take_rows.run, kernels.soft_cap.run
         self.prepare_attention = kernels.attention.prepare
 
     def forward(self, batch: RaggedBatch, cache: Sequence[LayerKV]) -> Tensor:
@@ -252,4 +252,4 @@ class Decoder:
         """Next-token logits of hidden rows [L, d]: [L, V] fp32, soft-capped where the model is."""
         logits = self.lm_head(hidden)
         cap = self.config.logit_softcap
-        return logits if cap == 0 else torch.tanh(logits / cap) * cap
+        return logits if cap == 0 else self.soft_cap(logits, cap)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,3 +21,12 @@ def gelu_and_mul(x: Tensor) -> Tensor:
     """gelu(gate) · up with the tanh approximation, in fp32. x [T, 2f] -> [T, f]; may overwrite x. GEGLU (ibid.)."""
     gate, up = x.float().chunk(2, dim=-1)
     return (F.gelu(gate, approximate="tanh") * up).to(x.dtype)
+
+
+@op
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """cap · tanh(x / cap): what is within cap is hardly changed, nothing is beyond (Gemma 2, section 2).
+
+    x [L, V] fp32 -> [L, V]; may overwrite x.
+    """
+    return torch.tanh(x / cap) * cap

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from quire.kernels.testing import assert_close, challengers, normal, pair
+from quire.kernels.testing import assert_close, cases, challengers, normal, pair
 
 
 def test_the_references_are_the_definitions() -> None:
@@ -29,3 +29,15 @@ def test_activation(op: str, shape: tuple[int, int]) -> None:
         result = ours.run(x.clone())
         assert result.dtype == dtype
         assert_close(result, expected, dtype)
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in cases("soft_cap")}))
+def test_soft_cap(name: str) -> None:
+    ours, _ = pair("soft_cap", name)
+    for shape in ((0, 8), (1, 5), (3, 7001)):
+        x = 20 * normal(shape, torch.float32)
+        expected = 30 * torch.tanh(x.double() / 30)
+        torch.testing.assert_close(ours.run(x.clone(), 30.0).double(), expected, rtol=3e-6, atol=1e-9)
+    edges = torch.tensor([[0.0, 1e-30, 1e30, float("inf"), -float("inf"), float("nan")]])
+    expected = torch.tensor([[0.0, 1e-30, 30.0, 30.0, -30.0, float("nan")]])
+    torch.testing.assert_close(ours.run(edges, 30.0), expected, equal_nan=True)

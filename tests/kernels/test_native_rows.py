@@ -56,6 +56,7 @@ OPS: dict[str, Arguments] = {
     "embed": lambda n, dtype: (torch.arange(n) * 7 % 50, normal((50, 131), dtype), 3.5),
     "take_rows": lambda n, dtype: (normal((n, 131), dtype), torch.arange(n)),
     "route": lambda n, dtype: (normal((n, 131), dtype), 5, True),
+    "soft_cap": lambda n, dtype: (40 * normal((n, 2501), torch.float32), 30.0),
     "add_residual": lambda n, dtype: (normal((n, 131), dtype), normal((n, 131), dtype, 1)),
     "add_gated": lambda n, dtype: (
         normal((n, 131), dtype),
@@ -100,7 +101,7 @@ def test_bits_do_not_depend_on_the_number_of_rows(op: str, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("op", ["embed", "take_rows", "route", "add_residual", "add_gated"])
+@pytest.mark.parametrize("op", ["embed", "take_rows", "route", "soft_cap", "add_residual", "add_gated"])
 @pytest.mark.usefixtures("level")
 def test_every_level_is_the_reference(op: str, dtype: torch.dtype) -> None:
     ours, oracle = pair(op, "native")

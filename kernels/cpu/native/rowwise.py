@@ -11,6 +11,7 @@ from .library import DTYPES, Kernel, usable
 _norm = Kernel("norm", "iiipiiiippffp")
 _rope = Kernel("rope", "iippiiiiiiippiii")
 _gate = Kernel("gate", "iipiipi")
+_soft_cap = Kernel("soft_cap", "ipif")
 _add_residual = Kernel("add_residual", "iippi")
 _add_gated = Kernel("add_gated", "iipppi")
 
@@ -111,6 +112,14 @@ def silu_and_mul(x: Tensor) -> Tensor:
 def gelu_and_mul(x: Tensor) -> Tensor:
     """See the reference."""
     return _gated(x, gelu=True)
+
+
+@implements("soft_cap", "native", when=usable)
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """See the reference. Overwrites x where it lies together."""
+    x = x.contiguous()
+    _soft_cap(x.shape[0], x.data_ptr(), x.shape[1], cap)
+    return x
 
 
 @implements("add_residual", "native", when=usable)

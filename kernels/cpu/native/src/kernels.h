@@ -28,6 +28,7 @@ enum Status : i64 { kDone = 0, kOutOfRange = 1, kOutOfMemory = 2 };
   X(Move, move)                \
   X(Hadamard, hadamard)        \
   X(Gate, gate)                \
+  X(SoftCap, soft_cap)         \
   X(AddResidual, add_residual) \
   X(AddGated, add_gated)       \
   X(Gather, gather)            \

@@ -180,3 +180,17 @@ static i64 add_gated(const AddGated& a, Worker& worker) {
     });
   return kDone;
 }
+
+struct SoftCap {
+  i64 rows;
+  float* x;  // [rows, width], overwritten
+  i64 width;
+  double cap;
+};
+
+static i64 soft_cap(const SoftCap& s, Worker& worker) {
+  const float cap = (float)s.cap;
+  for (Worker::Range r; worker.next(r, s.rows * s.width, piece(4));)  // a row may be wide and alone
+    for_lanes(r.last - r.first, [&, x = s.x + r.first](auto at, auto put) { put(x, tanh(at(x) / cap) * cap); });
+  return kDone;
+}

@@ -20,15 +20,14 @@ def quantize_rows(x: Tensor, to: RowFormat) -> QuantizedRows:
     To nearest even (of fp8: of its own grid), clamped to ±127 or ±448. A group of zeros has the scale 1,
     and on a CPU one with a NaN has the scale NaN, for int8 has none.
     """
-    tokens, inputs = x.shape
+    inputs = x.shape[1]
     group = to.group or inputs
     largest = LARGEST[to.codes]
     wide = torch.nn.functional.pad(x.float(), (0, -inputs % group)).unflatten(-1, (-1, group))
+    scales = wide.abs().amax(-1) / largest
     if to.scale is not None:
-        scales = to.scale.float().expand(tokens, wide.shape[1])
-    else:
-        scales = wide.abs().amax(-1) / largest
-        scales = torch.where(scales == 0, 1.0, scales)
+        scales = torch.where(scales.isnan(), scales, to.scale.float())
+    scales = torch.where(scales == 0, 1.0, scales)
     scaled = (wide / scales[..., None]).clamp(-largest, largest)
     if to.codes == torch.int8:
         scaled = scaled.round()

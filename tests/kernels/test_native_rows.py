@@ -154,7 +154,7 @@ def test_nan_stays_in_its_row(dtype: torch.dtype, bad: float) -> None:
     x = normal((5, 262), dtype)
     x[2, 77] = bad
     good = [0, 1, 3, 4]
-    for to in (FORMATS[0], FORMATS[2], FORMATS[3]):
+    for to in FORMATS if bad != bad else (FORMATS[0], FORMATS[2], FORMATS[3]):  # a fixed scale clamps infinity
         weight = torch.ones(262, dtype=dtype)
         for op, arguments in {
             "quantize_rows": (x, to),

@@ -14,11 +14,11 @@ from .library import DTYPES, OUT_OF_MEMORY, Kernel, address, usable
 CODES = {torch.int8: 0, torch.float8_e4m3fn: 1}  # the codes of src/codes.h
 
 _CODES = "iippp"  # kind, group, fixed scale, codes, scales
-_quantize = Kernel("quantize", "iipii" + _CODES)
+_quantize = Kernel("quantize_rows", "iipii" + _CODES)
 _norm_codes = Kernel("norm_codes", "iiipiiiippffp" + _CODES)
 _gate_codes = Kernel("gate_codes", "iipiipi" + _CODES)
 
-Run = Callable[..., int]  # (the fields of Codes) -> status
+Run = Callable[..., int]  # (the fields of RowCodes) -> status
 
 
 def _encode(rows: int, width: int, to: RowFormat, dtype: torch.dtype, run: Run) -> QuantizedRows:

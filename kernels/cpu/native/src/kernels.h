@@ -32,10 +32,11 @@ enum Status : i64 { kDone = 0, kOutOfRange = 1, kOutOfMemory = 2 };
   X(AddGated, add_gated)       \
   X(Gather, gather)            \
   X(Route, route)              \
-  X(Quantize, quantize)        \
+  X(QuantizeRows, quantize_rows) \
   X(NormCodes, norm_codes)     \
   X(GateCodes, gate_codes)     \
   X(Linear, linear)            \
+  X(Moe, moe)                  \
   X(Greedy, greedy)            \
   X(Sample, sample)            \
   X(Probabilities, probabilities) \
@@ -63,7 +64,7 @@ class Worker {
   void barrier();            // until all have come
   char* scratch(i64 bytes);  // the thread's own memory, on a 64-byte boundary, contents arbitrary; null = there is none
 
-  static constexpr i64 kPhases = 4;
+  static constexpr i64 kPhases = 5;
 
  private:
   i64 take(i64 grain, i64 phase);

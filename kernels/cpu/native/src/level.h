@@ -33,6 +33,7 @@ INLINE void with_dtype(i64 dtype, F f) {
 #include "codes.h"
 #include "embedding.h"
 #include "routing.h"
+#include "moe.h"
 
 #include "ranking.h"
 

@@ -10,7 +10,7 @@ struct Route {
 
 // The top_k largest of n values in falling order, of equals the lower id first. NaN is larger than nothing; the ids are
 // distinct in any case.
-INLINE void largest(const float* values, i64 n, i64 top_k, float* best, i64* ids) {
+INLINE void choose(const float* values, i64 n, i64 top_k, float* best, i64* ids) {
   for (i64 i = 0, found = 0; i < n; ++i) {
     if (found == top_k && !(values[i] > best[top_k - 1])) continue;
     if (found < top_k) ++found;
@@ -31,7 +31,7 @@ static i64 route(const Route& r, Worker& worker) {
                  [&](auto type) { copy_row((const decltype(type)*)r.logits + row * r.experts, logits, r.experts); });
       for (i64 i = r.experts; i < padded; ++i) logits[i] = -kInfinity;
       float* const weights = r.weights + row * r.top_k;
-      largest(logits, r.experts, r.top_k, weights, r.ids + row * r.top_k);
+      choose(logits, r.experts, r.top_k, weights, r.ids + row * r.top_k);
       const float top = weights[0];
       f32x16 sums{};
       for (i64 i = 0; i < padded; i += kLanes) sums += exp2((load(logits + i) - top) * kLog2E);

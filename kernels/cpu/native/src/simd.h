@@ -5,6 +5,7 @@ typedef float f32x16 __attribute__((vector_size(64)));
 typedef std::int32_t i32x16 __attribute__((vector_size(64)));
 typedef std::uint32_t u32x16 __attribute__((vector_size(64)));
 typedef std::uint16_t u16x16 __attribute__((vector_size(32)));
+typedef std::uint8_t u8x16 __attribute__((vector_size(16)));
 
 constexpr i64 kLanes = 16;
 constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
@@ -30,6 +31,16 @@ INLINE u32x16 load_halves(const bf16* p) {
 }
 
 INLINE f32x16 load(const bf16* p) { return (f32x16)(load_halves(p) << 16); }
+
+// The low byte of each lane.
+INLINE void store_bytes(void* p, u32x16 v) {
+#if HAS_AVX512  // the portable form goes byte by byte
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v));
+#else
+  const u8x16 bytes = __builtin_convertvector(v, u8x16);
+  __builtin_memcpy(p, &bytes, sizeof bytes);
+#endif
+}
 
 INLINE void store(float* p, f32x16 v) { __builtin_memcpy(p, &v, sizeof v); }
 

@@ -16,7 +16,7 @@ static i64 rank_of(const Row& row, float x) {
   i64 rank = 1;
   for_groups(row, x, 0, row.groups(), [&](i64 group) {
     for (i64 c = group * kGroup; c < (group + 1) * kGroup && c < row.columns; c += kLanes)
-      rank += __builtin_popcount(bits_of(x_of(row, c) > x) & first_bits(row.columns - c));
+      rank += __builtin_popcount(bits_above(x_of(row, c), splat(x)) & first_bits(row.columns - c));
   });
   return rank;
 }

@@ -11,22 +11,27 @@ constexpr i64 kNoColumn = INT64_MAX;
 
 INLINE i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 
-// Bit j: lane j of a comparison's result is true.
-INLINE std::uint32_t bits_of(i32x16 truths) {
+// Bit j: lane j of a is not below that of b. The compiler's own comparisons of vectors make lanes of them first.
+INLINE std::uint32_t bits_from(f32x16 a, f32x16 b) {
 #if HAS_AVX512
-  return _mm512_movepi32_mask((__m512i)truths);
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ);
 #elif HAS_AVX2
   union Halves {
-    i32x16 whole;
+    f32x16 whole;
     __m256 half[2];
-  } t{truths};
-  return (std::uint32_t)(_mm256_movemask_ps(t.half[0]) | _mm256_movemask_ps(t.half[1]) << 8);
+  } x{a}, y{b};
+  const int low = _mm256_movemask_ps(_mm256_cmp_ps(x.half[0], y.half[0], _CMP_GE_OQ));
+  const int high = _mm256_movemask_ps(_mm256_cmp_ps(x.half[1], y.half[1], _CMP_GE_OQ));
+  return (std::uint32_t)(low | high << 8);
 #else
   std::uint32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= ((std::uint32_t)truths[i] & 1u) << i;
+  for (int i = 0; i < kLanes; ++i) bits |= (std::uint32_t)(a[i] >= b[i]) << i;
   return bits;
 #endif
 }
+
+// Bit j: lane j of a is above that of b; both are numbers.
+INLINE std::uint32_t bits_above(f32x16 a, f32x16 b) { return ~bits_from(b, a) & 0xFFFFu; }
 
 INLINE std::uint32_t first_bits(i64 n) { return n >= kLanes ? 0xFFFFu : n <= 0 ? 0u : (1u << n) - 1u; }
 
@@ -98,7 +103,7 @@ static void find_peaks(const float* logits, i64 columns, i64 first, i64 last, fl
     // A sum is NaN where a part is, or where infinities meet; few groups are looked at again.
     const f32x16 sum = (v[0] + v[1]) + (v[2] + v[3]);
     float peak = max_lanes(largest);
-    if (bits_of(sum != sum))
+    if (bits_from(sum, sum) != 0xFFFFu)
       for (i64 c = g * kGroup; c < columns && c < (g + 1) * kGroup; ++c)
         if (logits[c] != logits[c]) peak = logits[c];
     peaks[g] = peak;
@@ -116,7 +121,7 @@ static Top find_top(const float* logits, i64 columns, const float* peaks) {
   i64 best = 0;
   for (i64 g = 0; g < groups; g += kLanes) {
     const f32x16 some = load_row(peaks, groups, g);
-    if (bits_of(peaks[best] >= some) == 0xFFFFu) continue;
+    if (bits_from(splat(peaks[best]), some) == 0xFFFFu) continue;
     for (i64 i = g; i < groups && i < g + kLanes; ++i) {
       if (peaks[best] != peaks[best]) break;
       if (!(peaks[best] >= peaks[i])) best = i;
@@ -137,7 +142,7 @@ struct Kept {
 // Bit j: whether column + j, of this x, is kept.
 INLINE std::uint32_t kept_bits(const Kept& kept, f32x16 x, i64 column, i64 columns) {
   const std::uint32_t equals = kept.last == kNoColumn ? 0xFFFFu : first_bits(kept.last - column + 1);
-  return (bits_of(x > kept.floor) | (bits_of(x >= kept.floor) & equals)) & first_bits(columns - column);
+  return (bits_above(x, splat(kept.floor)) | (bits_from(x, splat(kept.floor)) & equals)) & first_bits(columns - column);
 }
 
 constexpr Kept kAll = {-kInfinity, kNoColumn};
@@ -147,7 +152,7 @@ template <class F>
 INLINE void for_groups(const Row& row, float floor, i64 first, i64 last, F f) {
   for (i64 g = first; g < last; g += kLanes) {
     const f32x16 peaks = scaled(row, load_row(row.peaks, last, g));
-    for_bits(bits_of(peaks >= floor) & first_bits(last - g), [&](i64 i) { f(g + i); });
+    for_bits(bits_from(peaks, splat(floor)) & first_bits(last - g), [&](i64 i) { f(g + i); });
   }
 }
 
@@ -221,6 +226,16 @@ INLINE i32x16 digits_of(f32x16 x, int round) {
   return ((i32x16)x & 0x7FFFFFFF) >> (32 - 8 * round) & 255;
 }
 
+INLINE std::uint32_t equal_digits(i32x16 digits, std::int32_t digit) {
+#if HAS_AVX512
+  return _mm512_cmpeq_epi32_mask((__m512i)digits, _mm512_set1_epi32(digit));
+#else
+  std::uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= (std::uint32_t)(digits[i] == digit) << i;
+  return bits;
+#endif
+}
+
 // The smallest beginning of the ranking of x whose amounts reach the target. Overwrites both arrays.
 //
 // A radix selection: each round keeps the numbers of the digit in which the target is reached. Four tables in turn, so
@@ -251,7 +266,7 @@ static Cut cut(float* x, float* amounts, i64 n, double target) {
     i64 same = 0;
     for (i64 i = 0; i < n; i += kLanes) {
       const f32x16 some = load_row(x, n, i), theirs = load_row(amounts, n, i);
-      const std::uint32_t bits = bits_of(digits_of(some, round) == chosen) & first_bits(n - i);
+      const std::uint32_t bits = equal_digits(digits_of(some, round), chosen) & first_bits(n - i);
       pack(x + same, some, bits);
       pack(amounts + same, theirs, bits);
       same += __builtin_popcount(bits);

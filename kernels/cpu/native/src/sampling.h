@@ -187,7 +187,7 @@ static void race(const Plan& p, const Source& source, i64 group, Draw& best) {
   for (i64 i = 0; i < 4; ++i) {
     const i64 column = first + i * kLanes;
     x[i] = x_of(p.row, column);
-    open[i] = kept_bits(p.kept, x[i], column, columns) & bits_of(x[i] >= best.value - kMostNoise);
+    open[i] = kept_bits(p.kept, x[i], column, columns) & bits_from(x[i], splat(best.value - kMostNoise));
     any |= open[i];
   }
   if (!any) return;
@@ -195,7 +195,7 @@ static void race(const Plan& p, const Source& source, i64 group, Draw& best) {
   words_of(source, group, words);
   for (i64 i = 0; i < 4; ++i) {
     const f32x16 u = uniform(words[i]);
-    for_bits(open[i] & bits_of(x[i] + noise_bound(u) >= best.value),
+    for_bits(open[i] & bits_from(x[i] + noise_bound(u), splat(best.value)),
              [&](i64 j) { best.take({x[i][j] + gumbel(u[j]), first + i * kLanes + j}); });
   }
 }

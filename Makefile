@@ -1,6 +1,6 @@
 # Everything a person types. Each target makes what it needs; a second call is instant.
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all lint format bench clean
+.PHONY: help serve test test-all sanitize lint format bench clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -38,6 +38,10 @@ test: $(VENV)/.installed-test  ## the default tests (minutes on two cores, no GP
 
 test-all: $(VENV)/.installed-test  ## the heavy suites as well
 	$(BIN)/python -m pytest $(ARGS)
+
+sanitize: $(VENV)/.installed-test  ## the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer (minutes)
+	$(BIN)/python tests/sanitizers/sanitize.py address $(ARGS)
+	$(BIN)/python tests/sanitizers/sanitize.py thread $(ARGS)
 
 lint: $(VENV)/.installed-lint  ## style and types
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli_bench_engine import bench_idealized, bench_prefill, bench_quality, bench_samples, bench_slo
+from .cli_bench_engine import bench_idealized, bench_kernels, bench_prefill, bench_quality, bench_samples, bench_slo
 from .cli_bench_scheduling import bench_capacity, bench_eviction, bench_fairness
 from .cli_options import err, option, out
 
@@ -164,3 +164,4 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 for name, command in COMMANDS.items():
     bench_app.command(name)(command)
+bench_app.command("kernels", context_settings={"allow_extra_args": True})(bench_kernels)

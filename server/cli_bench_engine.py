@@ -1,9 +1,11 @@
-"""`quire bench prefill | slo | samples | idealized | quality`: an engine in this process, measured without a server."""
+"""`quire bench prefill | slo | samples | idealized | quality | kernels`: measured in this process, without a server."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
+
+import typer
 
 from .cli_bench_report import JsonFile, Seed, measuring, show
 from .cli_options import option
@@ -186,3 +188,38 @@ def bench_quality(
             )
         )
     show(quality.table(result), result, json_file)
+
+
+def bench_kernels(
+    ctx: typer.Context,
+    device: Annotated[str, option(ENGINE, "cpu; the kernels of a GPU are measured by bench/gpu_check.py.")] = "cpu",
+    threads: Threads = None,
+    model: Annotated[
+        str | None,
+        option(
+            LOAD, 'Take the layers\' shape from "bundled", a folder, or a hub id; nothing = half a billion weights.'
+        ),
+    ] = None,
+    rows: Annotated[
+        list[str] | None, option(LOAD, "Tokens of a step: 1 16 256; nothing = powers from 1 to 1,024.", metavar="N …")
+    ] = None,
+    ops: Annotated[
+        list[str] | None, option(LOAD, "linear attention …; nothing = every op with a compiled kernel.", metavar="OP …")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """The compiled CPU kernels one by one: times and rates, beside the limits of the machine and torch's operators."""
+    with measuring():
+        from ..bench import kernels
+
+        words = [*(rows or []), *(ops or []), *ctx.args]  # one option takes several words; a number can only be of rows
+        result = kernels.run(
+            kernels.KernelsConfig(
+                device=device,
+                threads=threads,
+                model=model,
+                rows=tuple(int(word) for word in words if word.isdigit()) or kernels.ROWS,
+                ops=tuple(word for word in words if not word.isdigit()),
+            )
+        )
+    show(kernels.table(result), result, json_file)

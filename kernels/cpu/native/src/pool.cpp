@@ -85,6 +85,7 @@ class Pool {
  private:
   // How many threads there are of those wanted: fewer where the system gives no more.
   i64 hire(i64 wanted) {
+    if (wanted > kMaxThreads) wanted = kMaxThreads;
     try {
       for (; num_threads_ < wanted; ++num_threads_)
         std::thread([this, index = num_threads_, seen = jobs_.load()] { live(index, seen); }).detach();
@@ -96,7 +97,7 @@ class Pool {
   void wake(const Job& job) {
     job_ = job;
     working_.store(job.threads - 1, std::memory_order_relaxed);
-    jobs_.fetch_add(1);
+    jobs_.store((jobs_.load() / kMaxThreads + 1) * kMaxThreads + job.threads - 1);
     if (sleepers_.load() > 0) {
       {
         std::lock_guard<std::mutex> lock(sleep_);
@@ -115,9 +116,9 @@ class Pool {
         wakeup_.wait(lock, called);
         sleepers_.fetch_sub(1);
       }
-      ++seen;
+      seen = jobs_.load();
+      if (index > seen % kMaxThreads) continue;  // nobody waits for this thread: job_ may be the next one's already
       const Job job = job_;
-      if (index >= job.threads) continue;
       work(job, index);
       working_.fetch_sub(1, std::memory_order_release);
     }
@@ -132,6 +133,8 @@ class Pool {
   std::mutex callers_, sleep_;
   std::condition_variable wakeup_;
   Job job_{};
+  // The number of the last job, and in the digits below kMaxThreads how many threads it has beside the caller.
+  static constexpr i64 kMaxThreads = 1 << 16;
   std::atomic<i64> jobs_{0}, sleepers_{0}, working_{0};
   i64 num_threads_ = 1;  // with the caller's
   alignas(64) std::atomic<i64> arrived_{0};
@@ -186,9 +189,7 @@ void Worker::barrier() { the_pool->barrier(count); }
 char* Worker::scratch(i64 bytes) { return quire::scratch.get(bytes); }
 i64 Worker::take(i64 grain, i64 phase) { return the_pool->take(grain, phase); }
 
-i64 run_calls(const Level& level, const Call* calls, i64 count, i64 threads, i64 rows) {
-  for (i64 i = 0; i < count; ++i)
-    if (calls[i].sized) calls[i].slots[0] = rows;
+i64 run_calls(const Level& level, const Call* calls, i64 count, i64 threads) {
   return pool().run({&level, calls, count, threads});
 }
 

@@ -215,7 +215,7 @@ static double weigh(const float* x, float* amounts, i64 n, bool by_mass) {
   return sum;
 }
 
-struct Cut {
+struct Threshold {
   float floor;
   i64 equals;  // so many of those at the floor are within
 };
@@ -240,7 +240,7 @@ INLINE std::uint32_t equal_digits(i32x16 digits, std::int32_t digit) {
 //
 // A radix selection: each round keeps the numbers of the digit in which the target is reached. Four tables in turn, so
 // that one number's sum does not wait for its neighbour's.
-static Cut cut(float* x, float* amounts, i64 n, double target) {
+static Threshold cut(float* x, float* amounts, i64 n, double target) {
   constexpr int kDigits = 256, kTables = 4;
   double before = 0;
   for (int round = 0; round < 5; ++round) {
@@ -290,7 +290,7 @@ static float floor_of(const Row& row, bool by_mass, double target, List& list) {
 // The smallest beginning of the list's ranking whose amounts reach the target. weigh() has filled the amounts.
 static Kept leading(List& list, double target) {
   __builtin_memcpy(list.left, list.x, list.size * sizeof(float));
-  const Cut found = cut(list.left, list.amounts, list.size, target);
+  const Threshold found = cut(list.left, list.amounts, list.size, target);
   i64 seen = 0, i = 0;
   for (;; ++i)
     if (list.x[i] == found.floor && ++seen == found.equals) return {found.floor, list.columns[i]};

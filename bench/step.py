@@ -44,12 +44,12 @@ def measure(core: EngineCore, batch: int, context: int, steps: int) -> dict[str,
     vocab = core.ready.vocab_size
     for i in range(batch):
         prompt = [rng.randrange(vocab) for _ in range(context)]
-        params = SamplingParams(max_tokens=steps + batch, temperature=0.0, ignore_eos=True)
+        params = SamplingParams(max_tokens=steps + 8 * batch, temperature=0.0, ignore_eos=True)
         core.handle(AddRequest(f"{batch}-{i}", prompt, params))
     forward, draw = Stopwatch(), Stopwatch()
     decoder, sampler = core.runner.decoder, core.runner.sampler
-    originals = decoder.forward, decoder.logits, sampler.draw, sampler.finish
-    decoder.forward, decoder.logits = forward.wrap(decoder.forward), forward.wrap(decoder.logits)  # type: ignore[method-assign]
+    originals = decoder.forward, decoder.logits_at, sampler.draw, sampler.finish
+    decoder.forward, decoder.logits_at = forward.wrap(decoder.forward), forward.wrap(decoder.logits_at)  # type: ignore[method-assign]
     sampler.draw, sampler.finish = draw.wrap(sampler.draw), draw.wrap(sampler.finish)  # type: ignore[method-assign]
     rows: list[tuple[float, float, float, float]] = []
     while core.has_work:
@@ -59,7 +59,7 @@ def measure(core: EngineCore, batch: int, context: int, steps: int) -> dict[str,
         total = time.perf_counter() - started
         if core.stats.step_tokens == core.stats.step_seqs == batch:
             rows.append((total, forward.seconds, draw.seconds, core.stats.schedule_seconds))
-    decoder.forward, decoder.logits, sampler.draw, sampler.finish = originals  # type: ignore[method-assign]
+    decoder.forward, decoder.logits_at, sampler.draw, sampler.finish = originals  # type: ignore[method-assign]
     total, model, sampling, scheduling = (1e3 * statistics.median(column) for column in zip(*rows, strict=True))
     overhead = 1e3 * statistics.median(row[0] - row[1] for row in rows)
     return {

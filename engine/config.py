@@ -25,8 +25,7 @@ class EngineConfig:
     max_num_seqs            sequences that may run at once
     max_num_batched_tokens  tokens of one step over all sequences
     max_num_prefill_tokens  of these, prompt tokens while any stream decodes: the bound on how long a prompt holds it
-                            up. On two cores and a model of 0.4 B parameters four streams with a median gap of 44 ms
-                            waited at most 108 ms for a prompt of 2,000 with 64, 193 with 128 (docs/performance.md)
+                            up. None = as many as a step of 80 ms is predicted to take in (scheduler/budget.py)
     scheduling_policy       who runs first (scheduler/policy.py): "fcfs", "priority", "fair" between tenants, "deadline"
     overtaking              a prompt stands behind those that come within so many times its own prefill time: short ones
                             may overtake long ones for so long, and no longer. 0 = strictly in order of arrival. Under
@@ -63,7 +62,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
-    max_num_prefill_tokens: int = 64
+    max_num_prefill_tokens: int | None = None
     scheduling_policy: str = "fcfs"
     overtaking: float = 200.0
     tenant_weights: dict[str, float] = field(default_factory=dict)

@@ -39,6 +39,7 @@ from .loader import load_decoder, locate_model
 from .memory import CudaMeter, describe, measure
 from .messages import Abort, AddRequest, Down, EngineReady, Shutdown, StepOutputs, StepStats, Up
 from .model_config import DecoderConfig
+from .recorded import recorded
 from .resolve import Resolved, look_at_machine, resolve, with_kv_cache
 from .runner import Launched, ModelRunner
 from .sampler import Sampler
@@ -188,7 +189,8 @@ class EngineCore:
         cache = self._allocate(path, model, settings)
         slots = SlotTable(settings.max_num_seqs, settings.max_model_len, settings.block_size, settings.device)
         sampler = Sampler(kernels, model.vocab_size, settings.max_num_seqs, tuple(model.eos_token_ids), settings.device)
-        return ModelRunner(decoder, kernels, cache, slots, sampler, CudaCapture() if settings.graphs else None)
+        taped = recorded(decoder, kernels, cache, settings.max_num_batched_tokens, settings.max_num_seqs)
+        return ModelRunner(taped, kernels, cache, slots, sampler, CudaCapture() if settings.graphs else None)
 
     def _allocate(self, path: Path, model: DecoderConfig, settings: Resolved) -> list[LayerKV]:
         spec = kv_spec(model, settings.block_size, settings.kv_cache_dtype)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import Kernels
@@ -129,10 +128,7 @@ def _activation(config: DecoderConfig, kernels: Kernels, rows: RowFormat | None)
 
 
 class MixtureOfExperts:
-    """The top_k most probable experts of each token, weighed by their probability (Shazeer et al. 2017, section 2).
-
-    The softmax runs over all experts in fp32; `renormalize` then scales the chosen ones to sum to 1.
-    """
+    """The experts that a router chooses for each token, weighed by their probability, and one that all tokens pass."""
 
     rows: RowFormat | None = None  # the router wants plain activations; the experts quantize the rows they gather
 
@@ -150,16 +146,14 @@ class MixtureOfExperts:
             raise ValueError("the configuration has no mixture of experts")
         self.router, self.experts, self.shared = router, experts, shared
         self.top_k, self.renormalize, self.activation = moe.top_k, moe.renormalize, config.activation
+        self.route, self.add_gated = kernels.route.run, kernels.add_gated.run
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
-        probabilities = torch.softmax(self.router(x), dim=-1, dtype=torch.float32)
-        weights, ids = torch.topk(probabilities, self.top_k, dim=-1)
-        if self.renormalize:
-            weights = weights / weights.sum(-1, keepdim=True)
+        weights, ids = self.route(self.router(x), self.top_k, self.renormalize)
         out = self.experts.run(x, self.experts.packed, weights, ids, self.activation)
         if self.shared is not None:
             expert, gate = self.shared
-            out = out + torch.sigmoid(gate(x)) * expert(x, step)
+            out = self.add_gated(out, gate(x), expert(x, step))
         return out
 
 
@@ -183,10 +177,10 @@ def make_join(
     Either weight [d] may be None. Llama has only `enter`, OLMo 2 only `leave` (but for the final norm), Gemma both.
     rows: as the next block wants the norm.
     """
-    norm, eps, offset = kernels.rms_norm.run, config.eps, config.norm_offset
+    norm, add, eps, offset = kernels.rms_norm.run, kernels.add_residual.run, config.eps, config.norm_offset
 
     def post(delta: Tensor, residual: Tensor) -> tuple[Rows, Tensor]:
-        total = residual + norm(delta, leave, eps, offset)
+        total = add(norm(delta, leave, eps, offset), residual)
         return total, total
 
     if enter is None:
@@ -225,29 +219,37 @@ class Decoder:
         self.windows = windows
         # Rounded as the weights are: Gemma was trained with sqrt(hidden) in the checkpoint's precision.
         self.embedding_scale = torch.tensor(config.embedding_scale, dtype=embedding.dtype).item()
+        self.embed, self.take_rows = kernels.embed.run, kernels.take_rows.run
         self.prepare_attention = kernels.attention.prepare
 
     def forward(self, batch: RaggedBatch, cache: Sequence[LayerKV]) -> Tensor:
         """Hidden rows [T, d] after the final norm; this step's keys and values go into the cache (one per layer)."""
-        step, x, residual = self.begin(batch, cache)
+        return self.run(batch.input_ids, self.step(batch, cache))
+
+    def step(self, batch: RaggedBatch, cache: Sequence[LayerKV]) -> Step:
+        """What all layers share."""
+        block_size = cache[0].spec.block_size
+        plans = [self.prepare_attention(batch, block_size, window) for window in self.windows]
+        return Step(batch.positions, batch.slot_mapping, cache, plans)
+
+    def run(self, input_ids: Tensor, step: Step) -> Tensor:
+        """The layers, of token ids [T]: hidden rows [T, d]."""
+        x, residual = self.enter(input_ids)
         for block, join in self.blocks:
             x, residual = join(block(x, step), residual)
         return x
 
-    def begin(self, batch: RaggedBatch, cache: Sequence[LayerKV]) -> tuple[Step, Rows, Tensor]:
-        """What the first block is given: what all layers share, x and the residual [T, d]."""
-        block_size = cache[0].spec.block_size
-        plans = [self.prepare_attention(batch, block_size, window) for window in self.windows]
-        residual = self._embed(batch.input_ids)
-        x = residual if self.first_norm is None else self.first_norm(residual)
-        return Step(batch.positions, batch.slot_mapping, cache, plans), x, residual
+    def enter(self, input_ids: Tensor) -> tuple[Rows, Tensor]:
+        """What the first block is given: x and the residual [T, d]."""
+        residual = self.embed(input_ids, self.embedding, self.embedding_scale)
+        return residual if self.first_norm is None else self.first_norm(residual), residual
 
-    def _embed(self, input_ids: Tensor) -> Tensor:
-        rows = F.embedding(input_ids, self.embedding)
-        return rows if self.embedding_scale == 1.0 else rows * self.embedding_scale
+    def logits_at(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """`logits` of the hidden rows of these numbers [L] int64."""
+        return self.logits(self.take_rows(hidden, rows))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of hidden rows [L, d]: [L, V] fp32, soft-capped where the model is."""
-        logits = self.lm_head(hidden).float()
+        logits = self.lm_head(hidden)
         cap = self.config.logit_softcap
         return logits if cap == 0 else torch.tanh(logits / cap) * cap

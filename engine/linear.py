@@ -39,6 +39,14 @@ def make_linear(kernels: Kernels, weight: Tensor | PackedWeight, bias: Tensor | 
     return Linear(op.run, op.prepare(weight, bias), form.rows(weight))
 
 
+def make_logits(kernels: Kernels, weight: Tensor | PackedWeight) -> Linear:
+    """weight [V, d]: hidden rows to logits in fp32, [L, d] -> [L, V]."""
+    if isinstance(weight, Tensor):
+        return Linear(kernels.logits.run, kernels.logits.prepare(weight, None))
+    narrow = make_linear(kernels, weight, None)
+    return Linear(lambda x, linear: linear(x).float(), narrow)
+
+
 class Experts(NamedTuple):
     """The op of the experts' format with their weights: run(x, packed, topk_weights, topk_ids, activation)."""
 

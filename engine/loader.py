@@ -34,7 +34,7 @@ from .layout import (
     iter_weights,
     model_weights,
 )
-from .linear import Rows, make_linear
+from .linear import Rows, make_logits
 from .model_config import DecoderConfig, RopeConfig
 from .quant.scheme import Packing
 from .reader import Reader
@@ -130,9 +130,9 @@ class _Builder:
             blocks.append(self._attention(index, layer.attention))
             blocks.append(self._moe(layer.ffn) if isinstance(layer.ffn, MoeWeights) else self._feed_forward(layer.ffn))
         if weights.lm_head is None:
-            lm_head = make_linear(self.kernels, embedding, None)
+            lm_head = make_logits(self.kernels, embedding)
         else:
-            lm_head = self.reader.as_stored(weights.lm_head)
+            lm_head = self.reader.logits(weights.lm_head)
         first, joins = self._norms(weights, [block.rows for block in blocks])
         return Decoder(
             self.config, self.kernels, embedding, first, list(zip(blocks, joins, strict=True)), lm_head, self.windows

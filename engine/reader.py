@@ -16,7 +16,7 @@ from ..kernels import Kernels
 from ..kernels.packed import PackedWeight, join_rows, stack_experts
 from .errors import EngineStartError
 from .layout import Weight
-from .linear import Experts, Linear, make_experts, make_linear, side_by_side
+from .linear import Experts, Linear, make_experts, make_linear, make_logits, side_by_side
 from .quant.rounding import round_weight
 from .quant.scheme import Packing
 from .weights import Checkpoint, Source
@@ -50,8 +50,15 @@ class Reader:
         """Whether all of it is stored as floats."""
         return all(source.storage is None for source in self.checkpoint.sources(weight))
 
+    def logits(self, weight: Weight) -> Linear:
+        """The logits' matrix, never rounded."""
+        if self.is_plain(weight):
+            return make_logits(self.kernels, self.floats(weight))
+        (source,) = self.checkpoint.sources(weight)
+        return make_logits(self.kernels, self._part(source))
+
     def as_stored(self, weight: Weight) -> Linear:
-        """A linear without a bias that is never rounded: the logits' matrix, routers."""
+        """A linear without a bias that is never rounded: routers, the gate of a shared expert."""
         if self.is_plain(weight):
             return make_linear(self.kernels, self.floats(weight), None)
         return self._joined([self._part(source) for source in self.checkpoint.sources(weight)], None)

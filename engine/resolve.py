@@ -67,7 +67,7 @@ class Resolved:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    max_num_prefill_tokens: int
+    max_num_prefill_tokens: int | None
     block_size: int
     num_blocks: int
     kv_cache_bytes: int

@@ -24,6 +24,7 @@ from ..kernels.batch import LayerKV
 from ..scheduler.plan import Draw, NewSeq, Row, RowResult, StepPlan, StepResult
 from .decoder import Decoder
 from .graphs import Capture, Graphs
+from .recorded import RecordedDecoder
 from .sampler import Drawn, Rated, Sampler
 from .slots import SlotTable
 from .transfer import upload
@@ -51,7 +52,7 @@ class Launched:
 class ModelRunner:
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: Decoder | RecordedDecoder,
         kernels: Kernels,
         cache: list[LayerKV],
         slots: SlotTable,
@@ -83,8 +84,8 @@ class ModelRunner:
     @torch.inference_mode()
     def rehearse(self, rows: list[Row]) -> None:
         """The forward pass of these rows, whose slots are free: they read and write the null block only."""
-        _, last = self._forward(rows)
-        self.decoder.logits(last).sum().item()  # waits for the device
+        hidden, drawing = self._forward(rows)
+        self.decoder.logits_at(hidden, drawing).sum().item()  # waits for the device
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
@@ -151,7 +152,7 @@ class ModelRunner:
     def _try(self, step: Launched, rows: list[Placed]) -> None:
         """The rows together; if that raises, each alone, to find the one at fault. Writing K/V twice does no harm."""
         try:
-            hidden, last = self._forward([row for row, _ in rows])
+            hidden, drawing = self._forward([row for row, _ in rows])
         except Exception as error:
             log.exception("a step of %d sequences failed", len(rows))
             if len(rows) == 1:
@@ -160,26 +161,27 @@ class ModelRunner:
                 for placed in rows:
                     self._try(step, [placed])
             return
-        self._draw(step, rows, hidden, last)
+        self._draw(step, rows, hidden, drawing)
 
     def _forward(self, rows: list[Row]) -> tuple[Tensor, Tensor]:
-        """Hidden states of all tokens [T, d], and of the last one of each row that draws."""
+        """Hidden states of all tokens [T, d], and the numbers of those that the next tokens are drawn from."""
         ends = itertools.accumulate(row.num_tokens for row in rows)
         drawing = [end - 1 for row, end in zip(rows, ends, strict=True) if row.samples]
         if self.graphs is not None and all(row.num_tokens == 1 for row in rows):
             hidden = self.graphs.run(rows)
             if hidden is not None:
                 self.graph_steps += 1
-                return hidden, hidden[upload([np.array(drawing, np.int64)], self.slots.device)[0]]
+                return hidden, upload([np.array(drawing, np.int64)], self.slots.device)[0]
         batch = self.slots.gather(rows, drawing)
         hidden = self.decoder.forward(batch, self.cache)
         self.eager_steps += 1
-        return hidden, hidden[batch.logit_rows]
+        return hidden, batch.logit_rows
 
     def _draw(self, step: Launched, rows: list[Placed], hidden: Tensor, last: Tensor) -> None:
+        """last: the numbers of the hidden rows that tokens are drawn from."""
         drawing = [(row, result) for row, result in rows if row.samples]
         if drawing:
-            logits = self.decoder.logits(last)
+            logits = self.decoder.logits_at(hidden, last)
             for i, (row, _) in enumerate(drawing):
                 if row.keeps is not None:
                     self._kept[row.keeps] = logits[i].clone()  # the sampler may edit its rows in place

@@ -15,6 +15,7 @@ from .registry import Implementation, Kernels, Target, implementations, ops, res
 REFERENCE = (
     "activation",
     "attention",
+    "embedding",
     "fp8",
     "hadamard",
     "int4",
@@ -25,13 +26,25 @@ REFERENCE = (
     "low_rank",
     "moe",
     "norm",
+    "residual",
     "rope",
+    "routing",
     "rows",
     "sampling",
     "verify",
 )
 CPU = ("activation", "attention", "kv", "linear", "moe", "norm", "rope", "sampling")
-NATIVE = ("attention", "linear", "rowwise")
+NATIVE = (
+    "attention",
+    "cache",
+    "embedding",
+    "linear",
+    "linear_quantized",
+    "moe",
+    "rows",
+    "rowwise",
+    "sampling",
+)
 TRITON: tuple[str, ...] = (
     "activation",
     "attention",

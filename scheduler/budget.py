@@ -14,6 +14,10 @@ from .step_time import StepCost, StepShape
 # one step sooner. More would cost throughput for everybody.
 BLOCK_END = 1 / 8
 
+# Seconds that a step beside streams may take where nobody said otherwise. On two cores and a model of 0.4 B parameters
+# such steps take in 130 to 200 tokens of a prompt, and no stream waits 0.1 s (docs/performance.md).
+UNPROMISED = 0.08
+
 
 class Budget:
     def __init__(self, cost: StepCost, shape: StepShape, tokens: int, seconds: float, block_size: int) -> None:

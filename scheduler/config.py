@@ -16,8 +16,8 @@ class SchedulerConfig:
     block_size: int
     max_num_seqs: int
     max_num_batched_tokens: int
-    max_num_prefill_tokens: int
     max_model_len: int
+    max_num_prefill_tokens: int | None = None
     eos_token_ids: frozenset[int] = frozenset()
     prefix_caching: bool = True
     cache_context: tuple[str, ...] = ()  # what else K/V depends on: model, KV format, RoPE
@@ -34,7 +34,7 @@ class SchedulerConfig:
                 f"max_num_batched_tokens is {self.max_num_batched_tokens} and max_num_seqs {self.max_num_seqs}: "
                 "a step must hold one token of every sequence; raise the first or lower the second"
             )
-        if self.max_num_prefill_tokens < 1:
+        if self.max_num_prefill_tokens is not None and self.max_num_prefill_tokens < 1:
             raise ValueError(f"max_num_prefill_tokens is {self.max_num_prefill_tokens}: at least 1 is needed")
         capacity = (self.num_blocks - 1) * self.block_size
         if self.max_model_len > capacity:

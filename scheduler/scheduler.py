@@ -27,7 +27,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from .block_pool import BlockPool
-from .budget import Budget, equal_time_seconds
+from .budget import UNPROMISED, Budget, equal_time_seconds
 from .config import Counters, SchedulerConfig
 from .forecast import wait_seconds
 from .packing import Want, pack
@@ -160,12 +160,11 @@ class Scheduler:
     def wait_seconds(self) -> float:
         """Predicted wait of a request that came now."""
         decodes = StepShape(len(self.running), sum(request.num_tokens for request in self.running), 0.0)
-        tokens = self.config.max_num_prefill_tokens if self.running else self.config.max_num_batched_tokens
         return wait_seconds(
             self.steps.cost,
             decodes,
             prefill_seconds=self.waiting.work,
-            prefill_tokens=self._budget(decodes, self.running).chunk(0, self.config.max_model_len) or tokens,
+            prefill_tokens=self._budget(decodes, self.running).chunk(0, self.config.max_model_len) or 1,
             num_waiting=len(self.waiting) - len(self.residency.free_slots),
             num_running=len(self.running),
             mean_output=self._mean_output,
@@ -262,8 +261,11 @@ class Scheduler:
             limits.append(config.slo_itl)
         if decoding and limits:
             seconds = min(limits) / self.steps.margin
-        elif decoding:
+        elif decoding and config.max_num_prefill_tokens is not None:
             tokens = min(tokens, max(config.max_num_prefill_tokens, self._owed_tokens(decoding)))
+        elif decoding:
+            owed = self._owed_tokens(decoding)
+            seconds = max(UNPROMISED / self.steps.margin, cost.seconds(shape.plus(0, owed)) if owed else 0.0)
         if config.chunking == "time":
             seconds = min(seconds, equal_time_seconds(cost, shape, tokens))
         return Budget(cost, shape, tokens, seconds, config.block_size)

@@ -111,10 +111,11 @@ def serve(
         int, option(BATCH, "Tokens of one step over all sequences.", min=1)
     ] = ENGINE.max_num_batched_tokens,
     max_num_prefill_tokens: Annotated[
-        int,
+        int | None,
         option(
             BATCH,
-            "Of these, prompt tokens while any stream decodes: less = steadier streams, more = faster prompts.",
+            "Of these, prompt tokens while any stream decodes: less = steadier streams, more = faster prompts. "
+            "Nothing = as many as fit in a step of 80 ms.",
             min=1,
         ),
     ] = ENGINE.max_num_prefill_tokens,

@@ -102,7 +102,8 @@ def _quantize_layers(
     spec = kv_spec(config, BLOCK_SIZE, "fp32")
     blocks = -(-max(map(len, windows)) // BLOCK_SIZE) + 1
     cache = [allocate_layer(spec, blocks, device) for _ in range(config.num_layers)]
-    samples = [decoder.begin(one_prompt(window, device), cache) for window in windows]
+    batches = [one_prompt(window, device) for window in windows]
+    samples = [(decoder.step(batch, cache), *decoder.enter(batch.input_ids)) for batch in batches]
     for (block, join), (linears, weights) in zip(decoder.blocks, _linears(config), strict=True):
         recorders = [Recorder(getattr(block, name)) for name in linears]
         for name, recorder in zip(linears, recorders, strict=True):

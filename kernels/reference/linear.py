@@ -24,3 +24,13 @@ def prepare_linear(weight: Tensor, bias: Tensor | None) -> PackedLinear:
 def linear(x: Tensor, packed: Any) -> Tensor:
     """x · weightᵀ + bias: x [T, K] -> [T, N] in x's dtype, accumulated in fp32."""
     return F.linear(x, packed.weight, packed.bias)
+
+
+@op(prepare=prepare_linear)
+def logits(x: Tensor, packed: Any) -> Tensor:
+    """x · weightᵀ + bias: x [L, d], weight [V, d] -> [L, V] fp32.
+
+    What the library's product gives is rounded to x's dtype, which in bf16 leaves 8 bits of a logit; an implementation
+    may leave the sums as they are.
+    """
+    return F.linear(x, packed.weight, packed.bias).float()

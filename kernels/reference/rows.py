@@ -17,7 +17,8 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 def quantize_rows(x: Tensor, to: RowFormat) -> QuantizedRows:
     """x [T, K] as codes and scales: scale = max |x| / the largest code, per row and group, or the format's fixed one.
 
-    To nearest even (of fp8: of its own grid), clamped to ±127 or ±448. A group of zeros has the scale 1.
+    To nearest even (of fp8: of its own grid), clamped to ±127 or ±448. A group of zeros has the scale 1,
+    and on a CPU one with a NaN has the scale NaN, for int8 has none.
     """
     tokens, inputs = x.shape
     group = to.group or inputs
@@ -27,7 +28,7 @@ def quantize_rows(x: Tensor, to: RowFormat) -> QuantizedRows:
         scales = to.scale.float().expand(tokens, wide.shape[1])
     else:
         scales = wide.abs().amax(-1) / largest
-        scales = torch.where(scales > 0, scales, 1.0)
+        scales = torch.where(scales == 0, 1.0, scales)
     scaled = (wide / scales[..., None]).clamp(-largest, largest)
     if to.codes == torch.int8:
         scaled = scaled.round()

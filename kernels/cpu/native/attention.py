@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ...batch import LayerKV, RaggedBatch, SharedPrefix
 from ...registry import implements
-from .library import DTYPES, OUT_OF_MEMORY, OUT_OF_RANGE, Kernel, address, usable_on_cache
+from .library import DTYPES, FORMATS, OUT_OF_MEMORY, OUT_OF_RANGE, Kernel, address, usable_on_cache
 
-_attention = Kernel("attention", "ipiipiippiiiiffppp")
+_attention = Kernel("attention", "ipiipiippppiiiiffppp")
+_steps = itertools.count()
 
 
 class _Batch(ctypes.Structure):
@@ -38,6 +39,7 @@ class _Batch(ctypes.Structure):
         ("members", ctypes.c_void_p),
         ("shared_keys", ctypes.c_void_p),
         ("num_groups", ctypes.c_int64),
+        ("step", ctypes.c_int64),
     )
 
 
@@ -79,8 +81,14 @@ def prepare_attention(batch: RaggedBatch, block_size: int, window: int | None) -
         members,
         keys,
         len(groups),
+        next(_steps),
     )
     return NativePlan(ctypes.addressof(structure), structure, tensors)
+
+
+def overlay(plan: NativePlan, new: NativePlan) -> None:
+    """Make what points to `plan` see `new`, for as long as both are kept."""
+    ctypes.memmove(plan.address, new.address, ctypes.sizeof(_Batch))
 
 
 def _lists(groups: tuple[SharedPrefix, ...], block_size: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -98,7 +106,7 @@ def _lists(groups: tuple[SharedPrefix, ...], block_size: int) -> tuple[Tensor | 
 def attention(
     q: Tensor, cache: LayerKV, plan: Any, scale: float, softcap: float, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """See the reference. Products in bf16 with fp32 sums where there is AMX and all is bf16, else in fp32.
+    """See the reference. Products in bf16 with fp32 sums where there is AMX, q is bf16 and the cache is not fp32; else fp32.
 
     IndexError for a block that the table or the cache lacks, and for a group that is none.
     """
@@ -112,12 +120,14 @@ def attention(
         rows,
         plan.address,
         DTYPES[q.dtype],
-        DTYPES[keys.dtype],
+        FORMATS[cache.spec.format],
         q.data_ptr(),
         q.stride(0),
         q.stride(1),
         keys.data_ptr(),
         cache.v.data_ptr(),
+        address(cache.k_scale),
+        address(cache.v_scale),
         keys.shape[0],
         heads,
         keys.shape[2],

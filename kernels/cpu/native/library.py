@@ -20,19 +20,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...kv_formats import kv_format
 from ...registry import Target
 
 log = logging.getLogger(__name__)
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # the codes of src/kernels.h
-FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FORMATS = {"fp32": 0, "bf16": 1, "fp16": 2, "fp8_e4m3": 3, "int8_per_token_head": 4, "int4_per_token_head": 5}
 OUT_OF_RANGE, OUT_OF_MEMORY = 1, 2  # what kernels return where they fail, 0 otherwise
-
-
-class Call(ctypes.Structure):
-    """`Call` of src/pool.h."""
-
-    _fields_ = (("kernel", ctypes.c_int64), ("slots", ctypes.c_char_p), ("sized", ctypes.c_int64))
 
 
 def _find() -> Path | None:
@@ -54,6 +49,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         library.quire_kernel.argtypes, library.quire_kernel.restype = [ctypes.c_int64], ctypes.c_char_p
         library.quire_slots.argtypes, library.quire_slots.restype = [ctypes.c_int64], ctypes.c_int64
         library.quire_use_level.argtypes, library.quire_use_level.restype = [ctypes.c_int64], None
+        library.quire_call.argtypes = [ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64]
+        library.quire_call.restype = ctypes.c_int64
         library.quire_run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
         library.quire_run.restype = ctypes.c_int64
     except (OSError, AttributeError) as error:
@@ -100,12 +97,13 @@ class Kernel:
         slots = self._pack(*values)
         if recorder is not None:
             return recorder(self.number, slots)
-        call = Call(self.number, slots, 0)
-        return run(ctypes.addressof(call), 1, values[0])
+        if _library is None:
+            raise RuntimeError(str(problem))
+        return _library.quire_call(self.number, slots, torch.get_num_threads())
 
 
-def run(calls: int, count: int, rows: float) -> int:
-    """Calls of kernels, by the address of their first; see src/pool.h. Returns a status."""
+def run(calls: int, count: int, rows: int) -> int:
+    """`count` calls, by the address of the first of src/pool.h's structures, with so many rows. Returns a status."""
     if _library is None:
         raise RuntimeError(str(problem))
     return _library.quire_run(calls, count, torch.get_num_threads(), rows)
@@ -143,7 +141,7 @@ def usable(target: Target) -> str | None:
 def usable_on_cache(target: Target) -> str | None:
     """The same for ops that touch keys and values."""
     if target.kv_format not in FORMATS:
-        return f"reads and writes keys and values in bf16 and fp32, the cache holds {target.kv_format}"
+        return f"reads and writes keys and values in {', '.join(FORMATS)}; the cache holds {target.kv_format}"
     if target.head_dim % 16:
         return f"needs a head size that is a multiple of 16, the target's is {target.head_dim}"
-    return usable(target)
+    return kv_format(target.kv_format).refuses(target.head_dim) or usable(target)

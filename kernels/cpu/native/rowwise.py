@@ -1,18 +1,18 @@
-"""Norms, rotation, cache writes and gated activations: one pass over the rows each, in place where that is allowed."""
+"""Norms, rotation and gated activations: one pass over the rows each, in place where that is allowed."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ...batch import LayerKV
 from ...registry import implements
-from .library import DTYPES, Kernel, usable, usable_on_cache
+from .library import DTYPES, Kernel, usable
 
 _norm = Kernel("norm", "iiipiiiippffp")
 _rope = Kernel("rope", "iippiiiiiiippiii")
-_kv_write = Kernel("kv_write", "iiippiiiiiippip")
 _gate = Kernel("gate", "iipiipi")
+_add_residual = Kernel("add_residual", "iippi")
+_add_gated = Kernel("add_gated", "iipppi")
 
 
 @implements("rms_norm", "native", when=usable)
@@ -92,51 +92,6 @@ def rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor, interleaved: bo
     return q, k
 
 
-@implements("kv_write", "native", when=usable_on_cache)
-def kv_write(k: Tensor, v: Tensor, cache: LayerKV, slot_mapping: Tensor) -> None:
-    """See the reference. IndexError for a slot that the cache lacks."""
-    rows, heads, dim = k.shape
-    k_row, k_head, _ = k.stride()
-    v_row, v_head, _ = v.stride()
-    blocks, block_size = cache.k.shape[:2]
-    status = _kv_write(
-        rows,
-        DTYPES[k.dtype],
-        DTYPES[cache.k.dtype],
-        k.data_ptr(),
-        v.data_ptr(),
-        k_row,
-        k_head,
-        v_row,
-        v_head,
-        heads,
-        dim,
-        cache.k.data_ptr(),
-        cache.v.data_ptr(),
-        blocks * block_size,
-        slot_mapping.data_ptr(),
-    )
-    if status:
-        raise IndexError(f"slots {slot_mapping.aminmax()} are outside of the cache of {blocks * block_size}")
-
-
-@implements("rope_kv_write", "native", when=usable_on_cache)
-def rope_kv_write(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    table: Tensor,
-    interleaved: bool,
-    cache: LayerKV,
-    slot_mapping: Tensor,
-) -> Tensor:
-    """See the reference. Overwrites q and k."""
-    q, k = rope(q, k, positions, table, interleaved)
-    kv_write(k, v, cache, slot_mapping)
-    return q
-
-
 def _gated(x: Tensor, gelu: bool) -> Tensor:
     if x.stride(-1) != 1:
         x = x.contiguous()
@@ -156,3 +111,21 @@ def silu_and_mul(x: Tensor) -> Tensor:
 def gelu_and_mul(x: Tensor) -> Tensor:
     """See the reference."""
     return _gated(x, gelu=True)
+
+
+@implements("add_residual", "native", when=usable)
+def add_residual(x: Tensor, residual: Tensor) -> Tensor:
+    """See the reference. The sum overwrites x where it lies together."""
+    x, residual = x.contiguous(), residual.contiguous()
+    rows, width = x.shape
+    _add_residual(rows, DTYPES[x.dtype], x.data_ptr(), residual.data_ptr(), width)
+    return x
+
+
+@implements("add_gated", "native", when=usable)
+def add_gated(out: Tensor, gate: Tensor, expert: Tensor) -> Tensor:
+    """See the reference. The sum overwrites out where it lies together."""
+    out, gate, expert = out.contiguous(), gate.contiguous(), expert.contiguous()
+    rows, width = out.shape
+    _add_gated(rows, DTYPES[out.dtype], out.data_ptr(), gate.data_ptr(), expert.data_ptr(), width)
+    return out

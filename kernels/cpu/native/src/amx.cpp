@@ -1,6 +1,6 @@
 // AMX with bf16 tiles: Sapphire Rapids and later.
 #if defined(__x86_64__)
-#pragma GCC target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#pragma GCC target("amx-tile,amx-bf16,avx512bf16,avx512vbmi,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #define LEVEL amx
 #define LEVEL_NAME "amx"
 #define HAS_AVX2 1

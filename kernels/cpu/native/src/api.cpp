@@ -28,8 +28,8 @@ const std::vector<const Level*>& levels() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    const bool amx = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
-                     __builtin_cpu_supports("amx-bf16");
+    const bool amx = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
+                     __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16");
     if (amx && may_use_tiles()) found.push_back(&kAmx);
     if (avx512) found.push_back(&kAvx512);
     if (avx2) found.push_back(&kAvx2);
@@ -71,7 +71,14 @@ API const char* quire_kernel(i64 index) { return index < kKernels ? quire::kBase
 // How many 8-byte fields its arguments have.
 API i64 quire_slots(i64 index) { return quire::kBase.kernels[index].slots; }
 
-// See pool.h.
+// One kernel, on so many threads. Returns a Status.
+API i64 quire_call(i64 kernel, i64* slots, i64 threads) {
+  const quire::Call call{kernel, slots};
+  return quire::run_calls(*quire::chosen, &call, 1, threads);
+}
+
+// A tape: kernels one after another, all with so many rows. Returns a Status.
 API i64 quire_run(const quire::Call* calls, i64 count, i64 threads, i64 rows) {
-  return quire::run_calls(*quire::chosen, calls, count, threads, rows);
+  for (i64 i = 0; i < count; ++i) calls[i].slots[0] = rows;
+  return quire::run_calls(*quire::chosen, calls, count, threads);
 }

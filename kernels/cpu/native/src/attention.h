@@ -3,35 +3,50 @@
 //
 //     segment = 512 keys of the sequence, wherever the rows begin      state = (o, l, m), merged in the segments' order
 //
-// Tiles and segments lie at multiples of their size and a masked key adds an exact zero. So the bits of a row follow
-// from its own query, keys and mask, not from the rows it shares a task with, nor from who computes which segment.
-// Nor, therefore, from whether a prefix was summed for a group of sequences at once: its rows go on from that state.
+// A lane is a row, from the scores to the state: nothing is ever summed across lanes. Tiles and segments lie at
+// multiples of their size and a masked key adds an exact zero. So the bits of a row follow from its own query, keys and
+// mask, not from the rows it shares a task with, nor from who computes which segment. Nor, therefore, from whether a
+// prefix was summed for a group of sequences at once: its rows go on from that state.
+
+INLINE i64 least(i64 a, i64 b) { return a < b ? a : b; }
 
 static void clear(StateView state, i64 rows, i64 dim) {
-  for (i64 i = 0; i < padded_rows(rows) * dim; i += kLanes) store(state.o + i, f32x16{});
-  for (i64 m = 0; m < rows; ++m) {
-    store(state.l + m * kLanes, f32x16{});
-    state.m[m] = -kInfinity;
-  }
+  const i64 n = padded_rows(rows);
+  for (i64 i = 0; i < n * (dim + 1); i += kLanes) store(state.o + i, f32x16{});  // l lies behind o
+  for (i64 i = 0; i < n; i += kLanes) store(state.m + i, splat(-kInfinity));
 }
+
+// What exponents are relative to: m, or anything where nothing was seen yet.
+INLINE f32x16 base_of(f32x16 m) { return m == -kInfinity ? f32x16{} : m; }
 
 // whole += part, two sums over disjoint keys.
 static void fold(StateView whole, StateView part, i64 rows, i64 dim) {
-  for (i64 m = 0; m < rows; ++m) {
-    if (sum_lanes(load(part.l + m * kLanes)) == 0) continue;  // it saw nothing
-    const float top = whole.m[m] > part.m[m] ? whole.m[m] : part.m[m];
-    const f32x16 old = exp2(splat(whole.m[m] - top)), young = exp2(splat(part.m[m] - top));
+  for (i64 block = 0; block < rows; block += kBlockRows) {
+    const f32x16 before = load(whole.m + block), after = load(part.m + block), top = max(before, after);
+    const f32x16 old = exp2(before - base_of(top)), young = exp2(after - base_of(top));
     const auto add = [&](float* to, const float* from) { store(to, fma(load(from), young, load(to) * old)); };
-    for (i64 d = 0; d < dim; d += kLanes) add(whole.o + m * dim + d, part.o + m * dim + d);
-    add(whole.l + m * kLanes, part.l + m * kLanes);
-    whole.m[m] = top;
+    for (i64 d = 0; d < dim; ++d) add(whole.o + block * dim + d * kLanes, part.o + block * dim + d * kLanes);
+    add(whole.l + block, part.l + block);
+    store(whole.m + block, top);
   }
 }
 
-// Number `index` of the states that the prefix left, from the task's first row on.
-static StateView state_of(const Prefix& p, i64 index, i64 dim) {
+// The task's rows of state number `index` that the prefix left.
+static void take_over(const Prefix& p, i64 index, StateView to, i64 rows, i64 dim) {
   const StateView all = state_at(p.states + index * state_floats(p.rows, dim), p.rows, dim);
-  return {all.o + p.first * dim, all.l + p.first * kLanes, all.m + p.first};
+  clear(to, rows, dim);
+  for (i64 row = 0; row < rows;) {
+    const i64 from = p.first + row, lane = from % kLanes, at = row % kLanes;
+    const i64 count = least(rows - row, kLanes - (lane > at ? lane : at));
+    const float* o = all.o + (from - lane) * dim + lane;
+    float* const mine = to.o + (row - at) * dim + at;
+    for (i64 d = 0; d < dim; ++d)
+      for (i64 i = 0; i < count; ++i) mine[d * kLanes + i] = o[d * kLanes + i];
+    for (i64 i = 0; i < count; ++i, ++row) {
+      to.l[row] = all.l[p.first + row];
+      to.m[row] = all.m[p.first + row];
+    }
+  }
 }
 
 // The batch row of a task's row.
@@ -39,29 +54,38 @@ INLINE i64 token(const Batch& b, const Task& t, i64 row) {
   return t.tokens ? t.tokens[row] : b.cu_q[t.seq] + t.first_row + row;
 }
 
-// The state's sums to rows of out and lse; a sink joins the denominator here.
+// The state's sums to rows of out and lse; a sink joins the denominator here, and a scale that all values of a head have.
 template <class Tq>
 static void finish(const Attention& a, const Task& t, StateView state) {
-  const i64 group = a.q_heads / a.kv_heads;
-  for (i64 m = 0; m < t.num_rows * group; ++m) {
-    const i64 head = t.kv_head * group + m % group;
-    const i64 at = token(*a.batch, t, m / group) * a.q_heads + head;
-    const float sink = a.sinks ? a.sinks[head] * kLog2E : -kInfinity;
-    const float sum = sum_lanes(load(state.l + m * kLanes));
-    float share = 0, lse = -kInfinity;
-    if (sum != 0 || sink != -kInfinity) {
-      const float top = state.m[m] > sink ? state.m[m] : sink;
-      const float scaled = exp2(state.m[m] - top), total = sum * scaled + exp2(sink - top);
-      share = scaled / total;
-      lse = top * kLn2 + __builtin_logf(total);
+  const i64 group = a.q_heads / a.kv_heads, rows = t.num_rows * group;
+  const float value_scale = a.format == kKvFp8 ? ((const float*)a.v_scale)[t.kv_head] : 1.0f;
+  for (i64 block = 0; block < rows; block += kBlockRows) {
+    const i64 count = least(rows - block, kBlockRows);
+    i64 at[kBlockRows] = {};
+    float sinks[kBlockRows] = {}, totals[kBlockRows], tops[kBlockRows];
+    for (i64 i = 0; i < count; ++i) {
+      const i64 head = t.kv_head * group + (block + i) % group;
+      at[i] = token(*a.batch, t, (block + i) / group) * a.q_heads + head;
+      sinks[i] = a.sinks ? a.sinks[head] * kLog2E : -kInfinity;
     }
-    Tq* const out = (Tq*)a.out + at * a.dim;
-    for (i64 d = 0; d < a.dim; d += kLanes) store(out + d, load(state.o + m * a.dim + d) * share);
-    a.lse[at] = lse;
+    const f32x16 sink = load(sinks), m = load(state.m + block), top = max(m, sink);
+    const f32x16 scaled = exp2(m - base_of(top)), total = load(state.l + block) * scaled + exp2(sink - base_of(top));
+    const f32x16 share = total == 0 ? f32x16{} : value_scale * (scaled / total);
+    store(totals, total);
+    store(tops, top);
+    for (i64 i = 0; i < count; ++i) a.lse[at[i]] = totals[i] == 0 ? -kInfinity : tops[i] * kLn2 + __builtin_logf(totals[i]);
+    for (i64 d = 0; d < a.dim; d += kLanes) {
+      float columns[kLanes * kLanes], turned[kLanes * kLanes];
+      const void* rows_of[kLanes];
+      for (i64 i = 0; i < kLanes; ++i) {
+        store(columns + i * kLanes, load(state.o + block * a.dim + (d + i) * kLanes) * share);
+        rows_of[i] = columns + i * kLanes;
+      }
+      transpose(rows_of, kLanes, (std::uint32_t*)turned, kLanes);
+      for (i64 i = 0; i < count; ++i) store((Tq*)a.out + at[i] * a.dim + d, load(turned + i * kLanes));
+    }
   }
 }
-
-INLINE i64 least(i64 a, i64 b) { return a < b ? a : b; }
 
 struct Workspace {
   char* next;
@@ -89,81 +113,142 @@ INLINE std::uint64_t visible(const Batch& b, const Task& t, i64 context, i64 off
   return seen & below(t.last_key - tile) & ~below(t.first_key - tile);
 }
 
-template <class Product, class Tq, class Tkv>
+INLINE u32x16 load_words(const std::uint32_t* p) {
+  u32x16 v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+INLINE bool any(i32x16 lanes) {
+#if HAS_AVX512
+  return _mm512_movepi32_mask((__m512i)lanes) != 0;
+#else
+  std::int32_t found = 0;
+  for (int i = 0; i < kLanes; ++i) found |= lanes[i];
+  return found != 0;
+#endif
+}
+
+template <class Product>
 struct Attend {
   using Operand = typename Product::Operand;
 
   const Attention& a;
   const Task& t;
-  const i64 dim = a.dim, group = a.q_heads / a.kv_heads, rows = t.num_rows * group, padded = padded_rows(rows);
+  const i64 dim = a.dim, wide = padded_dim(dim), group = a.q_heads / a.kv_heads;
+  const i64 rows = t.num_rows * group, padded = padded_rows(rows);
   const i64 context = a.batch->seq_lens[t.seq] - (a.batch->cu_q[t.seq + 1] - a.batch->cu_q[t.seq]);
   Workspace memory;
-  float* const keys = memory.take<float>(kTileKeys * dim);
-  float* const values = memory.take<float>(kTileKeys * dim);
-  float* const widened = memory.take<float>(kTileKeys * dim);
-  float* const scores = memory.take<float>(kBlockRows * kTileKeys);
-  Operand* const weights = memory.take<Operand>(kBlockRows * kTileKeys);
-  Operand* const queries = memory.take<Operand>(padded * dim);
+  Operand* const keys = memory.take<Operand>(kTileKeys * wide);
+  Operand* const values = memory.take<Operand>(kTileKeys * dim);
+  Operand* const between = memory.take<Operand>(kTileKeys * dim);
+  float* const scores = memory.take<float>(2 * kTileKeys * kBlockRows);
+  Operand* const weights = memory.take<Operand>(kTileKeys * kBlockRows);
+  Operand* const queries = memory.take<Operand>(padded * wide);
+  Operand* const staged = memory.take<Operand>(kBlockRows * wide);
   float* const whole = memory.take<float>(state_floats(rows, dim));
   float* const part = memory.take<float>(state_floats(rows, dim));
-  std::uint64_t* const seen = memory.take<std::uint64_t>(padded);
+  std::uint32_t* const seen = memory.take<std::uint32_t>(2 * padded);  // of the tile's halves: [padded] each
   const void** const key_rows = memory.take<const void*>(kTileKeys);
   const void** const value_rows = memory.take<const void*>(kTileKeys);
-  Tkv* const nothing = memory.take<Tkv>(dim);
+  fp16* const key_scales = memory.take<fp16>(kTileKeys);
+  fp16* const value_scales = memory.take<fp16>(kTileKeys);
+  float* const score_factors = memory.take<float>(kTileKeys);   // a key's scale, and that of all scores
+  float* const weight_factors = memory.take<float>(kTileKeys);  // a value's
+  char* const nothing = memory.take<char>(4 * dim);
 
   Attend(const Attention& a, const Task& t, char* scratch) : a(a), t(t), memory{scratch} {}
 
   bool run() {
-    __builtin_memset(nothing, 0, dim * sizeof(Tkv));
-    __builtin_memset(weights, 0, kBlockRows * kTileKeys * sizeof(Operand));
+    __builtin_memset(nothing, 0, 4 * dim);
+    if (wide > dim) __builtin_memset(keys, 0, kTileKeys * wide * sizeof(Operand));
+    for (i64 j = 0; j < kTileKeys; ++j) score_factors[j] = score_scale();
+    for (i64 m = 0; m < 2 * padded; ++m) seen[m] = 0;
     pack_queries();
     const StateView sum = state_at(t.partial ? t.partial : whole, rows, dim), next = state_at(part, rows, dim);
     clear(sum, rows, dim);
-    for (i64 s = 0; s < t.prefix.num_closed; ++s) fold(sum, state_of(t.prefix, s, dim), rows, dim);
+    for (i64 s = 0; s < t.prefix.num_closed; ++s) {
+      take_over(t.prefix, s, next, rows, dim);
+      fold(sum, next, rows, dim);
+    }
     for (i64 s = 0; s < t.num_segments; ++s) {
-      clear(next, rows, dim);
-      if (s == 0 && t.prefix.open) fold(next, state_of(t.prefix, t.prefix.num_closed, dim), rows, dim);
+      if (s == 0 && t.prefix.open)
+        take_over(t.prefix, t.prefix.num_closed, next, rows, dim);
+      else
+        clear(next, rows, dim);
       if (!segment(t.first_segment + s, next)) return false;
       fold(sum, next, rows, dim);
     }
-    if (!t.partial) finish<Tq>(a, t, sum);
+    if (!t.partial) with_dtype(a.dtype, [&](auto q) { finish<decltype(q)>(a, t, sum); });
     return true;
   }
 
-  void pack_queries() {
-    for (i64 r = 0; r < t.num_rows; ++r)
-      for (i64 g = 0; g < group; ++g) {
-        const Tq* from = (const Tq*)a.q + token(*a.batch, t, r) * a.q_row;
-        from += (t.kv_head * group + g) * a.q_head;
-        Operand* to = queries + (r * group + g) * dim;
-        copy_row(from, to, dim);
-      }
-    __builtin_memset(queries + rows * dim, 0, (padded - rows) * dim * sizeof(Operand));
+  // To base 2, but for what tokens have of their own; with a soft cap, of what the tangent is taken of.
+  float score_scale() const {
+    const float head = a.format == kKvFp8 ? ((const float*)a.k_scale)[t.kv_head] : 1.0f;
+    return (float)a.scale * head * (a.softcap == 0 ? kLog2E : 1.0f / (float)a.softcap);
   }
 
+  // Turned as the keys are, where they are.
+  void pack_queries() {
+    for (i64 block = 0; block < rows; block += kBlockRows) {
+      __builtin_memset(staged, 0, kBlockRows * wide * sizeof(Operand));
+      for (i64 i = 0; i < least(rows - block, kBlockRows); ++i) {
+        const i64 at = token(*a.batch, t, (block + i) / group) * a.q_row;
+        const i64 head = (t.kv_head * group + (block + i) % group) * a.q_head;
+        with_dtype(a.dtype, [&](auto q) {
+          const auto* const from = (const decltype(q)*)a.q + at + head;
+          if (a.format != kKvInt4) return copy_row(from, staged + i * wide, dim);
+          copy_row(from, part, dim);
+          turn(part, dim);
+          copy_row(part, staged + i * wide, dim);
+        });
+      }
+      Product::pack_queries(staged, wide, queries + block * wide);
+    }
+  }
+
+  // The scores of a block are made while the one before it is softened: tiles and vectors work at the same time.
   bool segment(i64 index, StateView state) {
     i64 tile = index * kSegmentKeys, end = tile + kSegmentKeys;
     if (tile < t.first_key) tile = t.first_key / kTileKeys * kTileKeys;
     if (end > t.last_key) end = t.last_key;
     if (tile < end && !locate(tile)) return false;
     for (; tile < end; tile += kTileKeys) {
-      Product::template pack_keys<Tkv>(key_rows, dim, widened, keys);
-      Product::template pack_values<Tkv>(value_rows, dim, values);
+      const KeysOf<Operand> lie = read_keys(tile);
+      Product::values(a.format, value_rows, dim, between, values);
+      if (has_token_scales(a.format)) read_scales();
       if (tile + kTileKeys < end && !locate(tile + kTileKeys)) return false;
       const bool masked = look(tile);
+      score(lie, 0);
       for (i64 block = 0; block < rows; block += kBlockRows) {
-        const i64 count = least(rows - block, kBlockRows);
-        Product::scores(count, dim, queries + block * dim, keys, scores);
-        for (i64 i = 0; i < count; ++i) {
-          if (!masked)
-            soften<false>(i, block + i, state);
-          else
-            soften<true>(i, block + i, state);
-        }
-        Product::add_values(count, dim, weights, values, state.o + block * dim);
+        if (block + kBlockRows < rows) score(lie, block + kBlockRows);
+        if (has_token_scales(a.format))
+          masked ? soften<true, true>(block, state) : soften<false, true>(block, state);
+        else
+          masked ? soften<true, false>(block, state) : soften<false, false>(block, state);
+        Product::add_values(dim, values, weights, state.o + block * dim);
       }
     }
     return true;
+  }
+
+  float* scores_of(i64 block) const { return scores + block % (2 * kBlockRows) * kTileKeys; }
+
+  void score(const KeysOf<Operand>& lie, i64 block) {
+    Product::scores(wide, lie, queries + block * wide, scores_of(block));
+  }
+
+  // In the pages where they lie as the product wants them, else decoded.
+  KeysOf<Operand> read_keys(i64 tile) {
+    const bool plain = a.format == (sizeof(Operand) == 4 ? kKvFloat32 : kKvBfloat16);
+    if (plain && wide == dim && a.batch->block_size % 16 == 0 && tile >= t.first_key && tile + kTileKeys <= t.last_key) {
+      KeysOf<Operand> there = {{}, a.kv_heads * dim};
+      for (int i = 0; i < 4; ++i) there.sixteen[i] = (const Operand*)key_rows[16 * i];
+      return there;
+    }
+    Product::keys(a.format, key_rows, dim, wide, keys);
+    return {{keys, keys + 16 * wide, keys + 32 * wide, keys + 48 * wide}, wide};
   }
 
   // Where the keys and values of a tile lie, fetched ahead of their use: they are strewn over blocks, and the processor
@@ -171,104 +256,130 @@ struct Attend {
   bool locate(i64 tile) {
     const Batch& b = *a.batch;
     const std::int32_t* table = b.block_table + t.seq * b.table_width;
-    const i64 key_stride = a.kv_heads * dim;
+    const i64 bytes = row_bytes(a.format, dim), step = a.kv_heads * bytes;
     for (i64 j = 0; j < kTileKeys;) {
       const i64 key = tile + j;
       if (key < t.first_key || key >= t.last_key) {
         key_rows[j] = value_rows[j] = nothing;
+        key_scales[j] = value_scales[j] = fp16{0};
         ++j;
         continue;
       }
       const i64 block = table[key / b.block_size], offset = key % b.block_size;
       if (block < 0 || block >= a.num_blocks) return false;
-      i64 at = ((block * b.block_size + offset) * a.kv_heads + t.kv_head) * dim;
-      const i64 last = least(least(j + b.block_size - offset, kTileKeys), t.last_key - tile);
-      for (; j < last; ++j, at += key_stride) {
-        key_rows[j] = (const Tkv*)a.k + at;
-        value_rows[j] = (const Tkv*)a.v + at;
-        for (i64 byte = 0; byte < dim * (i64)sizeof(Tkv); byte += 64) {
-          __builtin_prefetch((const char*)key_rows[j] + byte);
-          __builtin_prefetch((const char*)value_rows[j] + byte);
-        }
+      const i64 first = (block * b.block_size + offset) * a.kv_heads + t.kv_head;
+      const i64 count = least(least(b.block_size - offset, kTileKeys - j), t.last_key - key);
+      const char *k = (const char*)a.k + first * bytes, *v = (const char*)a.v + first * bytes;
+      for (i64 i = j; i < j + count; ++i, k += step, v += step) {
+        key_rows[i] = k;
+        value_rows[i] = v;
+        __builtin_prefetch(k);  // the processor fetches what lies next to it
+        __builtin_prefetch(v);
       }
+      if (has_token_scales(a.format))
+        for (i64 i = 0; i < count; ++i) {
+          key_scales[j + i] = ((const fp16*)a.k_scale)[first + i * a.kv_heads];
+          value_scales[j + i] = ((const fp16*)a.v_scale)[first + i * a.kv_heads];
+        }
+      j += count;
     }
     return true;
   }
 
-  // What each row sees of a tile, and whether any sees less than all of it.
+  void read_scales() {
+    for (i64 j = 0; j < kTileKeys; j += kLanes) {
+      store(score_factors + j, load(key_scales + j) * score_scale());
+      store(weight_factors + j, load(value_scales + j));
+    }
+  }
+
+  // What each row sees of a tile, and whether any sees less than all of it. Lanes without a row see nothing.
   bool look(i64 tile) {
     if (t.tokens) return false;
     std::uint64_t all = ~0ull;
     for (i64 r = 0; r < t.num_rows; ++r) {
       const std::uint64_t bits = visible(*a.batch, t, context, t.first_row + r, tile);
-      for (i64 g = 0; g < group; ++g) seen[r * group + g] = bits;
+      for (i64 m = r * group; m < (r + 1) * group; ++m) {
+        seen[m] = (std::uint32_t)bits;
+        seen[padded + m] = (std::uint32_t)(bits >> 32);
+      }
       all &= bits;
     }
     return all != ~0ull;
   }
 
-  // Row i of the block, row m of the task: scores become weights relative to 2^m. What m is does not matter as long as
-  // nothing overflows, so it moves only when a score exceeds it by kSlack: weights reach 2^8, their sums 2^17.
-  template <bool Masked>
-  inline __attribute__((always_inline)) void soften(i64 i, i64 m, StateView state) {
-    constexpr int kVectors = kTileKeys / kLanes;
+  // A block's scores become weights relative to 2^m. What m is does not matter as long as nothing overflows, so it moves
+  // only when a score exceeds it by kSlack: weights reach 2^8, their sums 2^17.
+  template <bool Masked, bool Scaled>
+  void soften(i64 block, StateView state) {
     constexpr float kSlack = 8;
-    Operand* const out = weights + i * kTileKeys;
-    const std::uint64_t bits = Masked ? seen[m] : ~0ull;
-    if (Masked && bits == 0) {
-      for (int v = 0; v < kVectors; ++v) store(out + v * kLanes, f32x16{});
-      return;
-    }
-    f32x16 s[kVectors], highest = splat(-kInfinity);
-    for (int v = 0; v < kVectors; ++v) {
-      s[v] = load(scores + i * kTileKeys + v * kLanes);
-      if (a.softcap == 0)
-        s[v] *= (float)a.scale * kLog2E;
-      else
-        s[v] = tanh(s[v] * ((float)a.scale / (float)a.softcap)) * ((float)a.softcap * kLog2E);
-      if (Masked) s[v] = keep(s[v], (bits >> (v * kLanes)) & 0xffff);
-      highest = max(highest, s[v]);
-    }
-    float top = state.m[m];
-    float* const l = state.l + m * kLanes;
-    if (any_above(highest, top + kSlack)) {
-      const float found = max_lanes(highest);
-      if (top != -kInfinity) {
-        const f32x16 shrink = exp2(splat(top - found));
-        float* const o = state.o + m * dim;
-        for (i64 d = 0; d < dim; d += kLanes) store(o + d, load(o + d) * shrink);
-        store(l, load(l) * shrink);
+    constexpr int kChains = 4;  // of additions, which wait for each other
+    float* const s = scores_of(block);
+    const f32x16 constant = splat(a.softcap == 0 ? score_scale() : 1.0f);
+    const bool per_key = Scaled && a.softcap == 0;
+    if (a.softcap != 0) cap(s);
+    const u32x16 seen_half[2] = {Masked ? load_words(seen + block) : u32x16{},
+                                 Masked ? load_words(seen + padded + block) : u32x16{}};
+    const auto hidden = [&](i64 j) __attribute__((always_inline)) {
+      return (seen_half[j / 32] & (1u << j % 32)) == 0;
+    };
+    const auto factor = [&](i64 j) __attribute__((always_inline)) {
+      return per_key ? splat(score_factors[j]) : constant;
+    };
+    f32x16 highest[kChains];
+    for (int c = 0; c < kChains; ++c) highest[c] = splat(-kInfinity);
+    for (i64 j = 0; j < kTileKeys; j += kChains)
+      for (int c = 0; c < kChains; ++c) {
+        f32x16 x = load(s + (j + c) * kLanes) * factor(j + c);
+        if (Masked) x = hidden(j + c) ? splat(-kInfinity) : x;
+        highest[c] = max(highest[c], x);
       }
-      state.m[m] = top = found;
+    const f32x16 found = max(max(highest[0], highest[1]), max(highest[2], highest[3]));
+    f32x16 top = load(state.m + block);
+    if (any(found > top + kSlack)) top = raise(block, state, found > top + kSlack ? found : top);
+    const f32x16 minus = -base_of(top);
+    f32x16 total[kChains] = {};
+    for (i64 j = 0; j < kTileKeys; j += kChains) {
+      f32x16 p[kChains];
+      for (int c = 0; c < kChains; ++c) {
+        p[c] = Product::power(fma(load(s + (j + c) * kLanes), factor(j + c), minus));
+        if (Masked) p[c] = hidden(j + c) ? f32x16{} : p[c];
+        total[c] += p[c];
+        if (Scaled) p[c] *= splat(weight_factors[j + c]);
+      }
+      Product::put(weights, j, p[0], p[1]);
+      Product::put(weights, j + 2, p[2], p[3]);
     }
-    f32x16 total = load(l);
-    for (int v = 0; v < kVectors; ++v) {
-      const f32x16 p = exp2(s[v] - top);
-      total += p;
-      store(out + v * kLanes, p);
-    }
-    store(l, total);
+    store(state.l + block, load(state.l + block) + ((total[0] + total[1]) + (total[2] + total[3])));
+  }
+
+  // Moves the rows of a block whose m is another than before.
+  f32x16 raise(i64 block, StateView state, f32x16 top) {
+    const f32x16 before = load(state.m + block);
+    const f32x16 shrink = exp2(before == top ? f32x16{} : before - top);
+    float* const o = state.o + block * dim;
+    for (i64 d = 0; d < dim; ++d) store(o + d * kLanes, load(o + d * kLanes) * shrink);
+    store(state.l + block, load(state.l + block) * shrink);
+    store(state.m + block, top);
+    return top;
+  }
+
+  void cap(float* s) const {
+    for (i64 j = 0; j < kTileKeys; ++j)
+      store(s + j * kLanes, tanh(load(s + j * kLanes) * score_factors[j]) * ((float)a.softcap * kLog2E));
   }
 };
 
 #if HAS_AMX
-// Tiles multiply pairs of bf16, 32 to a row; everything else is for the vectors.
-static bool tiles_serve(const Attention& a) {
-  return a.dtype == kBfloat16 && a.cache_dtype == kBfloat16 && a.dim % 32 == 0;
-}
+// Tiles multiply pairs of bf16; everything else is for the vectors.
+static bool tiles_serve(const Attention& a) { return a.dtype == kBfloat16 && a.format != kKvFloat32; }
 #endif
 
 static bool attend(const Attention& a, const Task& t, char* scratch) {
 #if HAS_AMX
-  if (tiles_serve(a)) return Attend<TileProduct, bf16, bf16>(a, t, scratch).run();
+  if (tiles_serve(a)) return Attend<TileProduct>(a, t, scratch).run();
 #endif
-  bool ok = false;
-  with_dtype(a.dtype, [&](auto q) {
-    with_dtype(a.cache_dtype, [&](auto kv) {
-      ok = Attend<VectorProduct, decltype(q), decltype(kv)>(a, t, scratch).run();
-    });
-  });
-  return ok;
+  return Attend<VectorProduct>(a, t, scratch).run();
 }
 
 static void merge(const Attention& a, const Task& t) {

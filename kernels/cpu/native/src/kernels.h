@@ -14,6 +14,9 @@ struct bf16 {
 
 enum Dtype : i64 { kFloat32 = 0, kBfloat16 = 1 };  // the codes that library.py passes
 
+// Of keys and values in the cache, plain ones by their Dtype's code; library.py passes these too.
+enum KvFormat : i64 { kKvFloat32, kKvBfloat16, kKvFloat16, kKvFp8, kKvInt8, kKvInt4 };
+
 enum Status : i64 { kDone = 0, kOutOfRange = 1, kOutOfMemory = 2 };
 
 // Every kernel by name, one line each: X(type of its arguments, function). The arguments are a struct of 8-byte fields
@@ -21,9 +24,23 @@ enum Status : i64 { kDone = 0, kOutOfRange = 1, kOutOfMemory = 2 };
 #define QUIRE_KERNELS(X)       \
   X(Norm, norm)                \
   X(Rope, rope)                \
-  X(KvWrite, kv_write)         \
+  X(RopeKvWrite, rope_kv_write) \
+  X(Move, move)                \
+  X(Hadamard, hadamard)        \
   X(Gate, gate)                \
+  X(AddResidual, add_residual) \
+  X(AddGated, add_gated)       \
+  X(Gather, gather)            \
+  X(Route, route)              \
+  X(Quantize, quantize)        \
+  X(NormCodes, norm_codes)     \
+  X(GateCodes, gate_codes)     \
   X(Linear, linear)            \
+  X(Greedy, greedy)            \
+  X(Sample, sample)            \
+  X(Probabilities, probabilities) \
+  X(TokenLogprobs, token_logprobs) \
+  X(ProcessLogits, process_logits) \
   X(Attention, attention)
 
 // One of the threads that run a kernel together: all of them call the same function with the same arguments.

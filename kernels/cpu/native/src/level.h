@@ -13,6 +13,8 @@ namespace quire::LEVEL {
 
 #include "simd.h"
 
+#include "kv_formats.h"
+
 #include "matmul.h"
 
 template <class F>
@@ -24,8 +26,24 @@ INLINE void with_dtype(i64 dtype, F f) {
 }
 
 #include "attention.h"
+#include "linear_args.h"
+#include "tiles.h"
 #include "linear.h"
 #include "rowwise.h"
+#include "codes.h"
+#include "embedding.h"
+#include "routing.h"
+
+#include "ranking.h"
+
+#include "noise.h"
+
+#include "sampling.h"
+
+#include "edits.h"
+#include "logprobs.h"
+
+#include "cache.h"
 
 static i64 attention(const Attention&, Worker&);
 

@@ -1,137 +1,329 @@
-// out = x * weight^T + bias by bf16 matrix tiles, on weights that lie as such tiles (linear.py packs them).
+// out = x * weight^T + bias by bf16 matrix tiles (tiles.h), on weights that lie as such tiles (linear_args.h).
 //
-// Tile (n, k) holds 16 outputs and 32 inputs as the second factor of a tile product wants them: word [pair of inputs]
-// [output]. Tiles of 16 outputs follow each other over the inputs, so every thread reads the weights once, in order:
-// few rows run at the speed of memory. x is the first factor as it lies. A row's sums run over the inputs in order,
-// whatever the number of rows: its bits do not depend on the others.
-
-struct Linear {  // bf16; rows beyond 16 come in multiples of 16, inputs in multiples of 32
-  i64 rows;
-  const void* x;       // [rows, inputs]
-  const void* weight;  // [outputs / 16, inputs / 32, 16, 16, 2]: tiles of pairs of inputs by outputs, padded with zeros
-  const float* bias;   // [outputs, padded to 16] or null
-  i64 inputs, outputs;
-  void* out;  // [rows, outputs]
-};
+//   x ──lay out──▶ tiles of x, once per call ──┐
+//   weight ──(codes: widen)────────────────────┴─▶ sums ──scales, zeros, bias──▶ out
+//
+// The unit of work is two tiles of outputs, whose weights lie together; a thread takes the next one before it is done
+// with this, so that weights are always on their way.
+//
+// Up to 16 rows, time goes by the bytes of the weights: `stream` goes through a unit once, codes are widened two steps
+// before their product, sums stay in tiles.
+//
+// More rows share what is read (`run`). Weights are taken by panels, some inputs of both tiles, and a panel meets up to
+// 512 rows before the next: it comes from memory once and then out of L1, codes are widened once, x comes out of L2,
+// and sums wait in memory in between.
+//
+// A row's sums run over the inputs in order, those of a group of codes by themselves, whatever the number of rows: its
+// bits do not depend on the others.
 
 #if HAS_AMX
 
-constexpr i64 kTileInputs = 32, kTileOutputs = 16, kTileElements = kTileInputs * kTileOutputs;
+// How a product is cut. Inputs and outputs are counted in tiles, rows in blocks of 16.
+struct Cut {
+  i64 tile_rows;  // of a block of rows: 16, or all where there are fewer
+  i64 blocks, inputs, outputs;
+  i64 groups, group;               // of codes, folded one by one; with one scale for all inputs groups = 0
+  i64 panel;                       // inputs of a panel
+  i64 reach;                       // inputs for which x stays in L2, a multiple of `panel`
+  i64 unit_blocks, unit_outputs;   // of a unit
+  i64 stored_bytes;                // of a tile of weights
+};
 
-// One row of sums to bf16, with the bias; `count` of the 16 outputs exist.
-INLINE void finish(const Linear& l, const float* sums, i64 rows, i64 row, i64 output) {
-  const i64 count = l.outputs - output < kTileOutputs ? l.outputs - output : kTileOutputs;
-  bf16* out = (bf16*)l.out + row * l.outputs + output;
-  const f32x16 bias = l.bias ? load(l.bias + output) : f32x16{};
-  for (i64 i = 0; i < rows; ++i, out += l.outputs) {
-    const u16x16 halves = to_bf16(load(sums + i * kTileOutputs) + bias);
-    if (count == kTileOutputs)
-      __builtin_memcpy(out, &halves, sizeof halves);
-    else
-      __builtin_memcpy(out, &halves, count * sizeof(bf16));
+constexpr i64 up(i64 n, i64 step) { return (n + step - 1) / step; }
+
+INLINE Cut cut(const Linear& l, i64 threads) {
+  constexpr i64 kPanel = 16;                        // 32 KiB of weights in an L1 of 48
+  constexpr i64 kUnitBlocks = 32;
+  constexpr i64 kReach = 1 << 20, kSums = 1 << 20;  // bytes, together in an L2 of 2 MiB
+  Cut c;
+  c.tile_rows = least(l.rows, kBlockRows);
+  c.blocks = up(l.rows, kBlockRows);
+  c.inputs = up(l.inputs, kTileInputs);
+  c.outputs = up(l.outputs, kTileOutputs);
+  c.stored_bytes = kTileBytes >> l.kind;
+  c.groups = l.kind == kFloats || l.group >= l.inputs ? 0 : up(l.inputs, l.group);
+  c.group = c.groups ? l.group / kTileInputs : c.inputs;
+  c.panel = !c.groups ? up(c.inputs, up(c.inputs, kPanel)) : c.group >= kPanel ? c.group : kPanel / c.group * c.group;
+  c.unit_blocks = up(c.blocks, up(c.blocks, kUnitBlocks));
+  const i64 reaches = up(c.unit_blocks * c.inputs * kTileBytes, kReach);
+  c.reach = up(up(c.inputs, c.panel), reaches) * c.panel;
+  c.unit_outputs = 2;
+  if (reaches > 1) {  // then the sums of many outputs wait for the rest of the inputs
+    const i64 most = kSums / (c.unit_blocks * kTileBytes), share = up(c.outputs, threads);
+    c.unit_outputs = up(least(most, share), 2) * 2;
+  }
+  return c;
+}
+
+// Row `row` of x, or zeros behind the last, into its line of each tile; with kInt4 the sums of its groups, too.
+INLINE void lay_out(const Linear& l, const Cut& c, i64 row, char* tiles, float* group_sums) {
+  const bf16* x = (const bf16*)l.x + row * l.x_row;
+  char* line = tiles + row / kBlockRows * c.inputs * c.tile_rows * kLine + row % kBlockRows * kLine;
+  f32x16 sum{};
+  for (i64 k = 0, left = row < l.rows ? l.inputs : 0; k < c.inputs; ++k, x += kTileInputs, left -= kTileInputs) {
+    const __mmask32 mask = left >= kTileInputs ? ~0u : left > 0 ? (1u << left) - 1 : 0;
+    const __m512i pairs = _mm512_maskz_loadu_epi16(mask, x);
+    _mm512_storeu_si512(line + k * c.tile_rows * kLine, pairs);
+    if (l.kind != kInt4) continue;
+    sum += (f32x16)_mm512_slli_epi32(pairs, 16) + (f32x16)_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000));
+    if ((k + 1) % c.group == 0 || k + 1 == c.inputs) {
+      group_sums[row * (c.groups ? c.groups : 1) + k / c.group] = sum_lanes(sum);
+      sum = f32x16{};
+    }
   }
 }
 
-// Sums stay in tiles 0 to 3 over all inputs; tiles 4 and 5 are of x, 6 and 7 of the weights.
-template <int Outputs>
-INLINE void one_by(const Linear& l, i64 row, i64 output, float* sums) {
-  const bf16* x = (const bf16*)l.x + row * l.inputs;
-  const bf16* w = (const bf16*)l.weight + output * l.inputs;
-  const i64 next = kTileOutputs * l.inputs, rows = l.rows < kBlockRows ? l.rows : kBlockRows;
+// Some rows by some outputs.
+struct Unit {
+  const char* x;            // its first block of rows, as tiles
+  const float* group_sums;  // of its first row
+  i64 first_row, blocks, first_output, outputs;
+};
+
+// What a group of codes gives, from the sums of one row.
+INLINE f32x16 folded(const Linear& l, f32x16 sum, f32x16 scale, f32x16 zero, const float* x_sum, f32x16 total) {
+  if (l.kind == kInt4) sum = fma(-zero, splat(*x_sum), sum);
+  return fma(scale, sum, total);
+}
+
+// One tile of a group's sums into the totals.
+INLINE void fold(const Linear& l, const Cut& c, const Unit& u, i64 block, i64 output, i64 group, const float* sums,
+                 float* totals) {
+  const i64 at = ((u.first_output + output) * c.groups + group) * kTileOutputs;
+  const f32x16 scale = load(l.scales + at), zero = l.kind == kInt4 ? load(l.zeros + at) : f32x16{};
+  const float* x_sums = u.group_sums + block * kBlockRows * c.groups + group;
+  for (i64 row = 0; row < c.tile_rows; ++row, x_sums += c.groups, sums += kTileOutputs, totals += kTileOutputs)
+    store(totals, folded(l, load(sums), scale, zero, x_sums, group ? load(totals) : f32x16{}));
+}
+
+// One tile of finished sums to the output.
+INLINE void finish(const Linear& l, const Cut& c, const Unit& u, i64 block, i64 output, const float* sums) {
+  const i64 column = (u.first_output + output) * kTileOutputs, first = u.first_row + block * kBlockRows;
+  const i64 rows = least(l.rows - first, kBlockRows), count = least(l.outputs - column, kTileOutputs);
+  const bool scaled = l.kind != kFloats && !c.groups;
+  const f32x16 bias = l.bias ? load(l.bias + column) : f32x16{};
+  const f32x16 scale = scaled ? load(l.scales + column) : f32x16{};
+  const f32x16 zero = scaled && l.kind == kInt4 ? load(l.zeros + column) : f32x16{};
+  const __mmask16 mask = (__mmask16)((1u << count) - 1);
+  for (i64 row = 0; row < rows; ++row) {
+    f32x16 total = load(sums + row * kTileOutputs);
+    if (scaled) total = folded(l, total, scale, zero, u.group_sums + block * kBlockRows + row, f32x16{});
+    total += bias;
+    const i64 at = (first + row) * l.outputs + column;
+    if (l.out_dtype == kBfloat16)
+      _mm256_mask_storeu_epi16((bf16*)l.out + at, mask, (__m256i)to_bf16(total));
+    else
+      _mm512_mask_storeu_ps((float*)l.out + at, mask, (__m512)total);
+  }
+}
+
+struct Room {
+  char* panel;         // [2][panel] tiles
+  float *sums, *part;  // [pairs of outputs][pairs of blocks][2][2] tiles; [2][2] tiles
+};
+
+// Few rows: a unit, after which the weights of `after` come.
+template <WeightKind Kind, int Outputs>
+static void stream(const Linear& l, const Cut& c, const Unit& u, const Unit& after, const Room& room) {
+  // Tiles of weights between their prefetch and their use: 2, 4 and 7 KiB.
+  constexpr i64 kAhead = Kind == kFloats ? 2 : Kind == kInt8 ? 8 : 28;
+  constexpr i64 kBytes = kStoredBytes<Kind>, kLag = Kind == kFloats ? 0 : 2, kRing = 4;
+  const i64 next = c.inputs * kBytes, ahead = least(kAhead, c.inputs);
+  const char* const w = (const char*)l.weight + u.first_output * next;
+  const char* const then = (const char*)l.weight + (after.first_output - 1) * next;  // less the inputs of this unit
+  const i64 then_apart = after.outputs > 1 ? next : 0;
+  const i64 x_tile = c.tile_rows * kLine;
   _tile_zero(0);
   if constexpr (Outputs > 1) _tile_zero(1);
-  if constexpr (Outputs > 2) {
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  for (i64 k = 0; k < l.inputs; k += kTileInputs, w += kTileElements) {
-    _tile_loadd(4, x + k, 2 * l.inputs);
-    _tile_loadd(6, w, 64);
+  for (i64 k = 0; k < c.inputs + kLag; ++k) {
+    if (k < c.inputs) {
+      const bool here = k + ahead < c.inputs;
+      const char* const soon = (here ? w : then) + (k + ahead) * kBytes;
+      const i64 apart = here ? next : then_apart;
+      for (i64 i = 0; i < kBytes; i += kLine) {
+        _mm_prefetch(soon + i, _MM_HINT_T0);
+        if constexpr (Outputs > 1) _mm_prefetch(soon + apart + i, _MM_HINT_T0);
+      }
+      if constexpr (Kind != kFloats) {
+        for (i64 n = 0; n < Outputs; ++n)
+          widen_tile<Kind>(w + n * next + k * kBytes, room.panel + (n * kRing + k % kRing) * kTileBytes);
+        __asm__ volatile("" ::: "memory");
+      }
+    }
+    if (k < kLag) continue;
+    const i64 now = k - kLag;
+    const char* const tile = Kind == kFloats ? w + now * kBytes : room.panel + now % kRing * kTileBytes;
+    _tile_loadd(4, u.x + now * x_tile, kLine);
+    _tile_loadd(6, tile, kLine);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (Outputs > 1) {
-      _tile_loadd(7, w + next, 64);
+      _tile_loadd(7, tile + (Kind == kFloats ? next : kRing * kTileBytes), kLine);
       _tile_dpbf16ps(1, 4, 7);
     }
-    if constexpr (Outputs > 2) {
-      _tile_loadd(6, w + 2 * next, 64);
-      _tile_dpbf16ps(2, 4, 6);
-      _tile_loadd(7, w + 3 * next, 64);
-      _tile_dpbf16ps(3, 4, 7);
+    if (Kind == kFloats || !c.groups || ((now + 1) % c.group && now + 1 < c.inputs)) continue;
+    _tile_stored(0, room.part, kLine);
+    _tile_zero(0);
+    if constexpr (Outputs > 1) {
+      _tile_stored(1, room.part + 256, kLine);
+      _tile_zero(1);
+    }
+    __asm__ volatile("" ::: "memory");
+    for (i64 n = 0; n < Outputs; ++n) fold(l, c, u, 0, n, now / c.group, room.part + n * 256, room.sums + n * 256);
+  }
+  if (!c.groups) {
+    _tile_stored(0, room.sums, kLine);
+    if constexpr (Outputs > 1) _tile_stored(1, room.sums + 256, kLine);
+    __asm__ volatile("" ::: "memory");
+  }
+  for (i64 n = 0; n < Outputs; ++n) finish(l, c, u, 0, n, room.sums + n * 256);
+}
+
+// One or two blocks of rows by one or two tiles of outputs, over `count` inputs of a panel from k on.
+template <int Rows, int Outputs>
+INLINE void multiply(const Linear& l, const Cut& c, const Unit& u, i64 block, i64 output, i64 k, i64 count,
+                     const char* w, i64 w_next, float* sums, float* part, Ahead& ahead) {
+  const i64 x_tile = c.tile_rows * kLine, x_next = c.inputs * x_tile;
+  const char* x = u.x + block * x_next + k * x_tile;
+  if (!c.groups) {
+    add_products<Rows, Outputs>(x, x_tile, x_next, w, w_next, count, k == 0, sums, ahead);
+  } else {
+    for (i64 i = 0; i < count; i += c.group) {
+      add_products<Rows, Outputs>(x + i * x_tile, x_tile, x_next, w + i * kTileBytes, w_next, least(c.group, count - i),
+                                  true, part, ahead);
+      for (int r = 0; r < Rows; ++r)
+        for (int n = 0; n < Outputs; ++n)
+          fold(l, c, u, block + r, output + n, (k + i) / c.group, part + (r * Outputs + n) * 256,
+               sums + (r * Outputs + n) * 256);
     }
   }
-  _tile_stored(0, sums, 64);
-  if constexpr (Outputs > 1) _tile_stored(1, sums + 256, 64);
-  if constexpr (Outputs > 2) {
-    _tile_stored(2, sums + 512, 64);
-    _tile_stored(3, sums + 768, 64);
-  }
-  __asm__ volatile("" ::: "memory");
-  for (i64 i = 0; i < Outputs; ++i) finish(l, sums + 256 * i, rows, row, output + i * kTileOutputs);
+  if (k + count < c.inputs) return;
+  for (int r = 0; r < Rows; ++r)
+    for (int n = 0; n < Outputs; ++n) finish(l, c, u, block + r, output + n, sums + (r * Outputs + n) * 256);
 }
 
-INLINE void two_by_two(const Linear& l, i64 row, i64 output, float* sums) {
-  const bf16* x = (const bf16*)l.x + row * l.inputs;
-  const bf16* below = x + kBlockRows * l.inputs;
-  const bf16* w = (const bf16*)l.weight + output * l.inputs;
-  const i64 next = kTileOutputs * l.inputs;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (i64 k = 0; k < l.inputs; k += kTileInputs, w += kTileElements) {
-    _tile_loadd(4, x + k, 2 * l.inputs);
-    _tile_loadd(6, w, 64);
-    _tile_loadd(7, w + next, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, below + k, 2 * l.inputs);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + 256, 64);
-  _tile_stored(2, sums + 512, 64);
-  _tile_stored(3, sums + 768, 64);
-  __asm__ volatile("" ::: "memory");
-  for (i64 i = 0; i < 4; ++i)
-    finish(l, sums + 256 * i, kBlockRows, row + i / 2 * kBlockRows, output + i % 2 * kTileOutputs);
+// Some inputs of one or two tiles of outputs.
+struct Panel {
+  i64 output, outputs, k, count;
+};
+
+// Panel i of a unit, in the order in which they are multiplied; some have no inputs where reaches are uneven.
+INLINE Panel panel_at(const Cut& c, const Unit& u, i64 i) {
+  const i64 per_reach = c.reach / c.panel, pairs = up(u.outputs, 2);
+  const i64 output = i / per_reach % pairs * 2, k = (i / (per_reach * pairs) * per_reach + i % per_reach) * c.panel;
+  return {output, least(2, u.outputs - output), k, k < c.inputs ? least(c.panel, c.inputs - k) : 0};
 }
 
-// Outputs of the tiles [first, last) for rows [row, end): the tiles of a few outputs stay in the cache over all rows.
-static void tiles(const Linear& l, i64 first, i64 last) {
-  alignas(64) float sums[4 * 256];
-  const i64 rows = l.rows < kBlockRows ? l.rows : kBlockRows;
-  TileProduct::enter(rows);
-  // Rows at a time: those whose inputs, 1 MiB of them, stay in a 2 MiB L2 beside the weights that pass by.
-  const i64 at_once = (1 << 19) / l.inputs / (2 * kBlockRows) * (2 * kBlockRows) + 2 * kBlockRows;
-  for (i64 top = 0; top < l.rows; top += at_once) {
-    const i64 end = top + at_once < l.rows ? top + at_once : l.rows;
-    const i64 wide = l.rows > kBlockRows ? 2 : 4;  // outputs at once, in tiles
-    for (i64 tile = first; tile < last;) {
-      const i64 now = tile + wide <= last ? wide : 1, output = tile * kTileOutputs;
-      for (i64 row = top; row < end;) {
-        const bool two = now == 2 && end - row >= 2 * kBlockRows;
-        if (two)
-          two_by_two(l, row, output, sums);
-        else if (now == 4)
-          one_by<4>(l, row, output, sums);
-        else if (now == 2)
-          one_by<2>(l, row, output, sums);
-        else
-          one_by<1>(l, row, output, sums);
-        row += two ? 2 * kBlockRows : kBlockRows;
-      }
-      tile += now;
+INLINE const char* stored(const Linear& l, const Cut& c, const Unit& u, const Panel& p) {
+  return (const char*)l.weight + ((u.first_output + p.output) * c.inputs + p.k) * c.stored_bytes;
+}
+
+template <WeightKind Kind>
+INLINE void widen_panel(const Cut& c, const Panel& p, const char* codes, char* room, Ahead& ahead) {
+  for (i64 i = 0; i < p.count; ++i) {
+    ahead.step();
+    for (i64 n = 0; n < p.outputs; ++n)
+      widen_tile<Kind>(codes + (n * c.inputs + i) * kStoredBytes<Kind>, room + (n * c.panel + i) * kTileBytes);
+  }
+}
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// Many rows: a unit, after which the weights of `after` come.
+template <WeightKind Kind>
+static void run(const Linear& l, const Cut& c, const Unit& u, const Unit& after, const Room& room) {
+  const i64 pairs = up(u.blocks, 2), panels = up(c.inputs, c.reach) * (c.reach / c.panel) * up(u.outputs, 2);
+  const i64 w_next = (Kind == kFloats ? c.inputs : c.panel) * kTileBytes;
+  for (i64 i = 0; i < panels; ++i) {
+    const Panel p = panel_at(c, u, i);
+    if (!p.count) continue;
+    const bool last = i + 1 == panels;
+    const Panel next = last ? panel_at(c, after, 0) : panel_at(c, u, i + 1);
+    i64 lines = next.count * c.stored_bytes / kLine;
+    const char* const soon = stored(l, c, last ? after : u, next);
+    const char* const end = soon + lines * kLine;
+    Ahead ahead = {soon, (next.outputs - 1) * c.inputs * c.stored_bytes, 0};
+    const char* w = stored(l, c, u, p);
+    if constexpr (Kind != kFloats) {  // half of the lines while the panel is widened
+      lines /= 2;
+      ahead.lines = up(lines, p.count);
+      widen_panel<Kind>(c, p, w, room.panel, ahead);
+      w = room.panel;
+    }
+    for (i64 block = 0; block < u.blocks; block += 2) {
+      ahead.lines = ahead.at < end ? up(lines, pairs * p.count) : 0;
+      float* const sums = room.sums + ((c.unit_outputs > 2 ? p.output / 2 * pairs : 0) + block / 2) * 1024;
+      const auto multiply_by = [&](auto rows, auto outputs) __attribute__((always_inline)) {
+        multiply<decltype(rows)::value, decltype(outputs)::value>(l, c, u, block, p.output, p.k, p.count, w, w_next, sums,
+                                                                  room.part, ahead);
+      };
+      if (block + 1 < u.blocks)
+        p.outputs == 2 ? multiply_by(Count<2>{}, Count<2>{}) : multiply_by(Count<2>{}, Count<1>{});
+      else
+        p.outputs == 2 ? multiply_by(Count<1>{}, Count<2>{}) : multiply_by(Count<1>{}, Count<1>{});
     }
   }
-  TileProduct::leave();
 }
 
-static i64 linear(const Linear& l, Worker& worker) {
-  if (l.rows == 0) return kDone;
-  for (Worker::Range r; worker.next(r, (l.outputs + 15) / 16, 8);) tiles(l, r.first, r.last);
+template <WeightKind Kind>
+static void product(const Linear& l, const Cut& c, const Unit& u, const Unit& after, const Room& room) {
+  if (l.rows > kBlockRows)
+    run<Kind>(l, c, u, after, room);
+  else if (u.outputs == 2)
+    stream<Kind, 2>(l, c, u, after, room);
+  else
+    stream<Kind, 1>(l, c, u, after, room);
+}
+
+static i64 tile_linear(const Linear& l, Worker& worker) {
+  const Cut c = cut(l, worker.count);
+  const bool few = l.rows <= kBlockRows;
+  const i64 rows = few ? l.rows : c.blocks * kBlockRows, x_bytes = c.inputs * rows * kLine;
+  const i64 groups = c.groups ? c.groups : 1, own = few ? x_bytes + rows * groups * 4 : 0;
+  const i64 panel_bytes = 2 * (c.panel > 4 ? c.panel : 4) * kTileBytes, part_bytes = 4 * kTileBytes;
+  const i64 sums_bytes = up(c.unit_outputs, 2) * up(c.unit_blocks, 2) * 4 * kTileBytes;
+  char* const memory = worker.scratch(panel_bytes + part_bytes + sums_bytes + own);
+  // Of few rows every thread makes tiles of its own, which takes less than a barrier.
+  char* const x = few ? memory + panel_bytes + part_bytes + sums_bytes : (char*)l.workspace;
+  float* const group_sums = (float*)(x + x_bytes);
+  if (!few) {
+    for (Worker::Range r; worker.next(r, rows, piece(l.inputs));)
+      for (i64 row = r.first; row < r.last; ++row) lay_out(l, c, row, x, group_sums);
+    worker.barrier();
+  }
+  if (!memory) return kOutOfMemory;
+  if (few)
+    for (i64 row = 0; row < rows; ++row) lay_out(l, c, row, x, group_sums);
+  const Room room = {memory, (float*)(memory + panel_bytes + part_bytes), (float*)(memory + panel_bytes)};
+  const i64 wide = up(c.outputs, c.unit_outputs), units = wide * up(c.blocks, c.unit_blocks);
+  const auto unit_at = [&](i64 i) __attribute__((always_inline)) {
+    const i64 block = i / wide * c.unit_blocks, output = i % wide * c.unit_outputs;
+    return Unit{x + block * c.inputs * c.tile_rows * kLine,
+                group_sums + block * kBlockRows * groups,
+                block * kBlockRows,
+                least(c.unit_blocks, c.blocks - block),
+                output,
+                least(c.unit_outputs, c.outputs - output)};
+  };
+  enter_tiles(c.tile_rows);
+  Worker::Range now, next;
+  for (bool more = worker.next(now, units, 1, 1); more; now = next) {
+    more = worker.next(next, units, 1, 1);
+    const Unit unit = unit_at(now.first), after = unit_at(more ? next.first : now.first);
+    if (l.kind == kFloats)
+      product<kFloats>(l, c, unit, after, room);
+    else if (l.kind == kInt8)
+      product<kInt8>(l, c, unit, after, room);
+    else
+      product<kInt4>(l, c, unit, after, room);
+  }
+  leave_tiles();
   return kDone;
 }
+
+static i64 linear(const Linear& l, Worker& worker) { return l.rows ? tile_linear(l, worker) : kDone; }
 
 #else
 

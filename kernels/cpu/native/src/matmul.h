@@ -1,5 +1,8 @@
-// The two products of an attention tile, scores = queries * keys and o += weights * values, and the packing of paged
-// keys and values that they need. Two ways: fp32 vectors, and bf16 matrix tiles where there is AMX.
+// The two products of an attention tile, scores = keys * queries and o += values^T * weights, for 16 rows, a lane each:
+//
+//     keys [64][dim], as they lie · queries [dim][16] = scores [64][16]     values^T [dim][64] · weights [64][16] = o [dim][16]
+//
+// Two ways: fp32 vectors, and bf16 matrix tiles where there is AMX. Every sum runs over its depth in order.
 
 #if HAS_AVX512
 typedef __m512i Words;  // four rows of a column of 4 x 4 blocks: quarter q belongs to row 4q + i
@@ -25,98 +28,84 @@ INLINE Words low_words(Words a, Words b) { return __builtin_shuffle(a, b, Words{
 INLINE Words high_words(Words a, Words b) { return __builtin_shuffle(a, b, Words{2, 6, 3, 7}); }
 #endif
 
-// out[c][i] = word c of rows[i], for kTileKeys rows of `columns` 32-bit words, a multiple of 4.
-INLINE void transpose(const void* const* rows, i64 columns, std::uint32_t* out) {
+// out[c][i] = word c of rows[i], for 16 rows of `columns` 32-bit words, a multiple of 4; out's rows are out_row apart.
+INLINE void transpose(const void* const* rows, i64 columns, std::uint32_t* out, i64 out_row) {
   constexpr i64 kAtOnce = sizeof(Words) / 4;
-  for (i64 at = 0; at < kTileKeys; at += kAtOnce)
+  for (i64 at = 0; at < kBlockRows; at += kAtOnce)
     for (i64 c = 0; c < columns; c += 4) {
       Words z[4];
       for (int i = 0; i < 4; ++i) z[i] = pick_words(rows + at, i, c);
       const Words a = low_words(z[0], z[2]), b = low_words(z[1], z[3]);
       const Words d = high_words(z[0], z[2]), e = high_words(z[1], z[3]);
       const Words turned[4] = {low_words(a, b), high_words(a, b), low_words(d, e), high_words(d, e)};
-      for (int i = 0; i < 4; ++i) __builtin_memcpy(out + (c + i) * kTileKeys + at, &turned[i], sizeof turned[i]);
+      for (int i = 0; i < 4; ++i) __builtin_memcpy(out + (c + i) * out_row + at, &turned[i], sizeof turned[i]);
     }
 }
 
-// Rows and vectors of 16 columns whose sums fit in the registers together with what they are made from.
+// Vectors of sums that fit in the registers together with what they are made from.
 #if HAS_AVX512
-constexpr int kSumRows = 6, kSumVectors = 4;
+constexpr int kSums = 16;
 #elif HAS_AVX2
-constexpr int kSumRows = 3, kSumVectors = 2;
+constexpr int kSums = 4;
 #else
-constexpr int kSumRows = 3, kSumVectors = 1;
+constexpr int kSums = 2;
 #endif
 
-// c[rows][columns] (+)= a[rows][depth] * b[depth][columns]; every sum runs over the depth in order.
-template <int Rows, int Vectors, bool Add>
-INLINE void sums(i64 depth, const float* a, i64 a_row, const float* b, i64 b_row, float* c, i64 c_row) {
-  f32x16 sum[Rows][Vectors];
-  for (int i = 0; i < Rows; ++i)
-    for (int j = 0; j < Vectors; ++j) sum[i][j] = Add ? load(c + i * c_row + j * kLanes) : f32x16{};
-  for (i64 k = 0; k < depth; ++k)
-    for (int i = 0; i < Rows; ++i)
-      for (int j = 0; j < Vectors; ++j) sum[i][j] = fma(splat(a[i * a_row + k]), load(b + k * b_row + j * kLanes), sum[i][j]);
-  for (int i = 0; i < Rows; ++i)
-    for (int j = 0; j < Vectors; ++j) store(c + i * c_row + j * kLanes, sum[i][j]);
-}
+// The keys of a tile: where each 16 begin, and how far a key is from the next.
+template <class Operand>
+struct KeysOf {
+  const Operand* sixteen[kTileKeys / 16];
+  i64 row;
+};
 
-template <int Rows, bool Add>
-INLINE void row_sums(i64 columns, i64 depth, const float* a, i64 a_row, const float* b, i64 b_row, float* c, i64 c_row) {
-  i64 n = 0;
-  for (; n + kSumVectors * kLanes <= columns; n += kSumVectors * kLanes)
-    sums<Rows, kSumVectors, Add>(depth, a, a_row, b + n, b_row, c + n, c_row);
-  for (; n < columns; n += kLanes) sums<Rows, 1, Add>(depth, a, a_row, b + n, b_row, c + n, c_row);
-}
-
-template <bool Add>
-static void multiply(i64 rows, i64 columns, i64 depth, const float* a, i64 a_row, const float* b, i64 b_row, float* c,
-                     i64 c_row) {
-  for (i64 m = 0; m < rows;) {
-    const i64 blocks = (rows - m + kSumRows - 1) / kSumRows, now = (rows - m + blocks - 1) / blocks;
-    const float* some = a + m * a_row;
-    float* into = c + m * c_row;
-    switch (now) {
-      case 1: row_sums<1, Add>(columns, depth, some, a_row, b, b_row, into, c_row); break;
-      case 2: row_sums<2, Add>(columns, depth, some, a_row, b, b_row, into, c_row); break;
-      case 3: row_sums<3, Add>(columns, depth, some, a_row, b, b_row, into, c_row); break;
-#if HAS_AVX512
-      case 4: row_sums<4, Add>(columns, depth, some, a_row, b, b_row, into, c_row); break;
-      case 5: row_sums<5, Add>(columns, depth, some, a_row, b, b_row, into, c_row); break;
-      default: row_sums<6, Add>(columns, depth, some, a_row, b, b_row, into, c_row); break;
-#endif
-    }
-    m += now;
-  }
-}
-
-// Everything in fp32; keys and values of any dtype.
+// Everything in fp32.
 struct VectorProduct {
-  using Operand = float;  // of queries and weights
+  using Operand = float;  // of queries, keys, values and weights
 
-  template <class T>
-  INLINE void pack_keys(const void** rows, i64 dim, float* widened, void* out) {
-    if constexpr (sizeof(T) != 4) {
-      for (i64 i = 0; i < kTileKeys; ++i) {
-        for (i64 d = 0; d < dim; d += kLanes) store(widened + i * dim + d, load((const T*)rows[i] + d));
-        rows[i] = widened + i * dim;
+  INLINE f32x16 power(f32x16 x) { return exp2(x); }
+
+  // Queries [16][dim] to [dim][16].
+  INLINE void pack_queries(const float* rows, i64 dim, float* out) {
+    const void* at[kBlockRows];
+    for (i64 i = 0; i < kBlockRows; ++i) at[i] = rows + i * dim;
+    transpose(at, dim, (std::uint32_t*)out, kBlockRows);
+  }
+
+  INLINE void keys(i64 format, const void* const* rows, i64 dim, i64 wide, float* out) {
+    decode_rows(format, rows, kTileKeys, dim, wide, out);
+  }
+
+  INLINE void values(i64 format, const void* const* rows, i64 dim, float*, float* out) {
+    decode_rows(format, rows, kTileKeys, dim, dim, out);
+  }
+
+  INLINE void scores(i64 dim, const KeysOf<float>& keys, const float* queries, float* out) {
+    for (i64 j = 0; j < kTileKeys; j += kSums) {
+      const float* const some = keys.sixteen[j / 16] + j % 16 * keys.row;
+      f32x16 sum[kSums] = {};
+      for (i64 d = 0; d < dim; ++d) {
+        const f32x16 q = load(queries + d * kBlockRows);
+        for (int i = 0; i < kSums; ++i) sum[i] = fma(splat(some[i * keys.row + d]), q, sum[i]);
       }
+      for (int i = 0; i < kSums; ++i) store(out + (j + i) * kBlockRows, sum[i]);
     }
-    transpose(rows, dim, (std::uint32_t*)out);  // [dim][keys]
   }
 
-  template <class T>
-  INLINE void pack_values(const void* const* rows, i64 dim, void* out) {
-    for (i64 i = 0; i < kTileKeys; ++i)
-      for (i64 d = 0; d < dim; d += kLanes) store((float*)out + i * dim + d, load((const T*)rows[i] + d));
+  INLINE void put(float* weights, i64 key, f32x16 first, f32x16 second) {
+    store(weights + key * kBlockRows, first);
+    store(weights + (key + 1) * kBlockRows, second);
   }
 
-  INLINE void scores(i64 rows, i64 dim, const float* queries, const void* keys, float* out) {
-    multiply<false>(rows, kTileKeys, dim, queries, dim, (const float*)keys, kTileKeys, out, kTileKeys);
-  }
-
-  INLINE void add_values(i64 rows, i64 dim, const float* weights, const void* values, float* o) {
-    multiply<true>(rows, dim, kTileKeys, weights, kTileKeys, (const float*)values, dim, o, dim);
+  INLINE void add_values(i64 dim, const float* values, const float* weights, float* o) {
+    for (i64 d = 0; d < dim; d += kSums) {
+      f32x16 sum[kSums];
+      for (int i = 0; i < kSums; ++i) sum[i] = load(o + (d + i) * kBlockRows);
+      for (i64 j = 0; j < kTileKeys; ++j) {
+        const f32x16 p = load(weights + j * kBlockRows);
+        for (int i = 0; i < kSums; ++i) sum[i] = fma(splat(values[j * dim + d + i]), p, sum[i]);
+      }
+      for (int i = 0; i < kSums; ++i) store(o + (d + i) * kBlockRows, sum[i]);
+    }
   }
 };
 
@@ -125,78 +114,137 @@ struct VectorProduct {
 struct TileProduct {
   using Operand = bf16;
 
-  template <class T>
-  INLINE void pack_keys(const void** rows, i64 dim, float*, void* out) {
-    transpose(rows, dim / 2, (std::uint32_t*)out);  // two neighbours of a key are a word: [dim / 2][keys]
+  // 2^x to a relative 3e-6 (what follows is rounded to 2e-3), 0 at -inf: 2^floor(x) times a polynomial in the rest.
+  INLINE f32x16 power(f32x16 x) {
+    constexpr int kFloor = 0x09;
+    const f32x16 r = (f32x16)_mm512_reduce_ps((__m512)x, kFloor);
+    f32x16 p = splat(0.0135557359f);
+    constexpr float kRest[] = {0.0520323583f, 0.241379798f, 0.693032108f, 1.0f};
+    for (float c : kRest) p = fma(p, r, splat(c));
+    return (f32x16)_mm512_scalef_ps((__m512)p, (__m512)x);
   }
 
-  template <class T>
-  INLINE void pack_values(const void* const* rows, i64 dim, void* out) {
-    for (i64 i = 0; i < kTileKeys; i += 2)
-      for (i64 d = 0; d < dim; d += kLanes) {
-        const u32x16 pairs = load_halves((const bf16*)rows[i] + d) | load_halves((const bf16*)rows[i + 1] + d) << 16;
-        __builtin_memcpy((std::uint32_t*)out + i / 2 * dim + d, &pairs, sizeof pairs);
+  // Queries [16][dim] to pairs [dim / 2][16].
+  INLINE void pack_queries(const bf16* rows, i64 dim, bf16* out) {
+    const void* at[kBlockRows];
+    for (i64 i = 0; i < kBlockRows; ++i) at[i] = rows + i * dim;
+    transpose(at, dim / 2, (std::uint32_t*)out, kBlockRows);
+  }
+
+  INLINE void keys(i64 format, const void* const* rows, i64 dim, i64 wide, bf16* out) {
+    if (format != kKvBfloat16) return decode_rows(format, rows, kTileKeys, dim, wide, out);
+    for (i64 i = 0; i < kTileKeys; ++i) __builtin_memcpy(out + i * wide, rows[i], dim * sizeof(bf16));
+  }
+
+  // To [dim][keys]: pairs of keys become words, which are transposed.
+  INLINE void values(i64 format, const void* const* rows, i64 dim, bf16* between, bf16* out) {
+    const void* decoded[kTileKeys];
+    if (format != kKvBfloat16) {
+      decode_rows(format, rows, kTileKeys, dim, dim, between);
+      for (i64 i = 0; i < kTileKeys; ++i) decoded[i] = between + i * dim;
+      rows = decoded;
+    }
+    const auto pick = [&](i64 key, i64 column) __attribute__((always_inline)) {  // of keys 8 apart
+      const auto quarter = [&](i64 q) __attribute__((always_inline)) {
+        return _mm_loadu_si128((const __m128i*)((const bf16*)rows[key + 8 * q] + column));
+      };
+      Words z = _mm512_castsi128_si512(quarter(0));
+      z = _mm512_inserti32x4(z, quarter(1), 1);
+      z = _mm512_inserti32x4(z, quarter(2), 2);
+      return _mm512_inserti32x4(z, quarter(3), 3);
+    };
+    for (i64 key = 0; key < kTileKeys; key += 32)
+      for (i64 d = 0; d < dim; d += 8) {
+        Words low[4], high[4];
+        for (int i = 0; i < 4; ++i) {
+          const Words even = pick(key + 2 * i, d), odd = pick(key + 2 * i + 1, d);
+          low[i] = _mm512_unpacklo_epi16(even, odd);
+          high[i] = _mm512_unpackhi_epi16(even, odd);
+        }
+        const auto turn = [&](const Words* z, bf16* to) __attribute__((always_inline)) {
+          const Words a = low_words(z[0], z[2]), b = low_words(z[1], z[3]);
+          const Words c = high_words(z[0], z[2]), e = high_words(z[1], z[3]);
+          _mm512_storeu_si512(to, low_words(a, b));
+          _mm512_storeu_si512(to + kTileKeys, high_words(a, b));
+          _mm512_storeu_si512(to + 2 * kTileKeys, low_words(c, e));
+          _mm512_storeu_si512(to + 3 * kTileKeys, high_words(c, e));
+        };
+        turn(low, out + d * kTileKeys + key);
+        turn(high, out + (d + 4) * kTileKeys + key);
       }
   }
 
-  // Tiles 0 to 3 are sums, 4 is of the first factor, 5 and 6 in turn of the second. The compiler does not know that
-  // a tile load reads memory: the barrier makes it finish its own stores first.
-  template <bool Add>
-  INLINE void four_tiles(i64 depth, const bf16* a, i64 a_row, const std::uint32_t* b, i64 b_row, float* c, i64 c_row) {
+  // Tiles 0 to 3 are sums, 4 is of the second factor, 5 and 6 in turn of the first. The compiler does not know that
+  // a tile load reads memory and a tile store writes it: hence the barriers.
+  INLINE void scores(i64 dim, const KeysOf<bf16>& keys, const bf16* queries, float* out) {
     __asm__ volatile("" ::: "memory");
-    if constexpr (Add) {
-      _tile_loadd(0, c, 4 * c_row);
-      _tile_loadd(1, c + 16, 4 * c_row);
-      _tile_loadd(2, c + 32, 4 * c_row);
-      _tile_loadd(3, c + 48, 4 * c_row);
-    } else {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
+    const i64 row = 2 * keys.row;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (i64 d = 0; d < dim; d += 32) {
+      _tile_loadd(4, queries + d * kBlockRows, 64);
+      _tile_loadd(5, keys.sixteen[0] + d, row);
+      _tile_dpbf16ps(0, 5, 4);
+      _tile_loadd(6, keys.sixteen[1] + d, row);
+      _tile_dpbf16ps(1, 6, 4);
+      _tile_loadd(5, keys.sixteen[2] + d, row);
+      _tile_dpbf16ps(2, 5, 4);
+      _tile_loadd(6, keys.sixteen[3] + d, row);
+      _tile_dpbf16ps(3, 6, 4);
     }
-    for (i64 k = 0; k < depth; k += 32) {
-      const std::uint32_t* words = b + k / 2 * b_row;
-      _tile_loadd(4, a + k, 2 * a_row);
-      _tile_loadd(5, words, 4 * b_row);
-      _tile_dpbf16ps(0, 4, 5);
-      _tile_loadd(6, words + 16, 4 * b_row);
-      _tile_dpbf16ps(1, 4, 6);
-      _tile_loadd(5, words + 32, 4 * b_row);
-      _tile_dpbf16ps(2, 4, 5);
-      _tile_loadd(6, words + 48, 4 * b_row);
-      _tile_dpbf16ps(3, 4, 6);
-    }
-    _tile_stored(0, c, 4 * c_row);
-    _tile_stored(1, c + 16, 4 * c_row);
-    _tile_stored(2, c + 32, 4 * c_row);
-    _tile_stored(3, c + 48, 4 * c_row);
-  }
-
-  template <bool Add>
-  INLINE void one_tile(i64 depth, const bf16* a, i64 a_row, const std::uint32_t* b, i64 b_row, float* c, i64 c_row) {
+    _tile_stored(0, out, 64);
+    _tile_stored(1, out + 256, 64);
+    _tile_stored(2, out + 512, 64);
+    _tile_stored(3, out + 768, 64);
     __asm__ volatile("" ::: "memory");
-    if constexpr (Add)
-      _tile_loadd(0, c, 4 * c_row);
-    else
-      _tile_zero(0);
-    for (i64 k = 0; k < depth; k += 32) {
-      _tile_loadd(4, a + k, 2 * a_row);
-      _tile_loadd(5, b + k / 2 * b_row, 4 * b_row);
-      _tile_dpbf16ps(0, 4, 5);
+  }
+
+  // Two keys' weights of 16 rows as pairs; to nearest, ties upwards.
+  INLINE void put(bf16* weights, i64 key, f32x16 first, f32x16 second) {
+    const u32x16 pairs = ((u32x16)first + 0x8000u) >> 16 | (((u32x16)second + 0x8000u) & 0xffff0000u);
+    __builtin_memcpy(weights + key * kBlockRows, &pairs, sizeof pairs);
+  }
+
+  INLINE void add_values(i64 dim, const bf16* values, const bf16* weights, float* o) {
+    constexpr i64 kNext = 16 * kTileKeys, kSumsOf = 16 * kBlockRows;
+    __asm__ volatile("" ::: "memory");
+    i64 d = 0;
+    for (; d + 64 <= dim; d += 64) {
+      const bf16* v = values + d * kTileKeys;
+      float* const sums = o + d * kBlockRows;
+      _tile_loadd(0, sums, 64);
+      _tile_loadd(1, sums + kSumsOf, 64);
+      _tile_loadd(2, sums + 2 * kSumsOf, 64);
+      _tile_loadd(3, sums + 3 * kSumsOf, 64);
+      for (i64 key = 0; key < kTileKeys; key += 32, v += 32) {
+        _tile_loadd(4, weights + key * kBlockRows, 64);
+        _tile_loadd(5, v, 2 * kTileKeys);
+        _tile_dpbf16ps(0, 5, 4);
+        _tile_loadd(6, v + kNext, 2 * kTileKeys);
+        _tile_dpbf16ps(1, 6, 4);
+        _tile_loadd(5, v + 2 * kNext, 2 * kTileKeys);
+        _tile_dpbf16ps(2, 5, 4);
+        _tile_loadd(6, v + 3 * kNext, 2 * kTileKeys);
+        _tile_dpbf16ps(3, 6, 4);
+      }
+      _tile_stored(0, sums, 64);
+      _tile_stored(1, sums + kSumsOf, 64);
+      _tile_stored(2, sums + 2 * kSumsOf, 64);
+      _tile_stored(3, sums + 3 * kSumsOf, 64);
     }
-    _tile_stored(0, c, 4 * c_row);
-  }
-
-  INLINE void scores(i64, i64 dim, const bf16* queries, const void* keys, float* out) {
-    four_tiles<false>(dim, queries, dim, (const std::uint32_t*)keys, kTileKeys, out, kTileKeys);
-  }
-
-  INLINE void add_values(i64, i64 dim, const bf16* weights, const void* values, float* o) {
-    const std::uint32_t* words = (const std::uint32_t*)values;
-    i64 n = 0;
-    for (; n + 64 <= dim; n += 64) four_tiles<true>(kTileKeys, weights, kTileKeys, words + n, dim, o + n, dim);
-    for (; n < dim; n += 16) one_tile<true>(kTileKeys, weights, kTileKeys, words + n, dim, o + n, dim);
+    for (; d < dim; d += 16) {
+      const bf16* v = values + d * kTileKeys;
+      _tile_loadd(0, o + d * kBlockRows, 64);
+      for (i64 key = 0; key < kTileKeys; key += 32, v += 32) {
+        _tile_loadd(4, weights + key * kBlockRows, 64);
+        _tile_loadd(5, v, 2 * kTileKeys);
+        _tile_dpbf16ps(0, 5, 4);
+      }
+      _tile_stored(0, o + d * kBlockRows, 64);
+    }
+    __asm__ volatile("" ::: "memory");
   }
 
   // Tiles 0 to 4, of sums and of the first factor, have `rows`; the others 16.

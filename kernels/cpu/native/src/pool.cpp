@@ -189,9 +189,7 @@ void Worker::barrier() { the_pool->barrier(count); }
 char* Worker::scratch(i64 bytes) { return quire::scratch.get(bytes); }
 i64 Worker::take(i64 grain, i64 phase) { return the_pool->take(grain, phase); }
 
-i64 run_calls(const Level& level, const Call* calls, i64 count, i64 threads, i64 rows) {
-  for (i64 i = 0; i < count; ++i)
-    if (calls[i].sized) calls[i].slots[0] = rows;
+i64 run_calls(const Level& level, const Call* calls, i64 count, i64 threads) {
   return pool().run({&level, calls, count, threads});
 }
 

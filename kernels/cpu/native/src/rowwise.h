@@ -10,36 +10,37 @@ struct Norm {  // heads h of rows t: x + t * x_row + h * x_head, `dim` elements;
   void* out;
 };
 
-template <class T, class W>
-static void norm_rows(const Norm& n, i64 first, i64 last) {
+// Of row t * heads + h; `out` may be of any type.
+template <class T, class W, class Out>
+INLINE void norm_row(const Norm& n, i64 row, Out* out) {
   const float eps = (float)n.eps, offset = (float)n.offset;
-  for (i64 row = first; row < last; ++row) {
-    const T* x = (const T*)n.x + row / n.heads * n.x_row + row % n.heads * n.x_head;
-    T* const out = (T*)n.out + row * n.dim;
-    f32x16 squares{};
-    if (n.residual) {
-      T* const sum = (T*)n.residual + row * n.dim;
-      for_lanes(n.dim, [&](auto at, auto put) {
-        put(sum, at(x) + at(sum));
-        const f32x16 rounded = at(sum);
-        squares = fma(rounded, rounded, squares);
-      });
-      x = sum;
-    } else {
-      for_lanes(n.dim, [&](auto at, auto) {
-        const f32x16 v = at(x);
-        squares = fma(v, v, squares);
-      });
-    }
-    const float factor = 1.0f / __builtin_sqrtf(sum_lanes(squares) / (float)n.dim + eps);
-    for_lanes(n.dim, [&](auto at, auto put) { put(out, at(x) * factor * (at((const W*)n.weight) + offset)); });
+  const T* x = (const T*)n.x + row / n.heads * n.x_row + row % n.heads * n.x_head;
+  f32x16 squares{};
+  if (n.residual) {
+    T* const sum = (T*)n.residual + row * n.dim;
+    for_lanes(n.dim, [&](auto at, auto put) {
+      put(sum, at(x) + at(sum));
+      const f32x16 rounded = at(sum);
+      squares = fma(rounded, rounded, squares);
+    });
+    x = sum;
+  } else {
+    for_lanes(n.dim, [&](auto at, auto) {
+      const f32x16 v = at(x);
+      squares = fma(v, v, squares);
+    });
   }
+  const float factor = 1.0f / __builtin_sqrtf(sum_lanes(squares) / (float)n.dim + eps);
+  for_lanes(n.dim, [&](auto at, auto put) { put(out, at(x) * factor * (at((const W*)n.weight) + offset)); });
 }
 
 static i64 norm(const Norm& n, Worker& worker) {
   for (Worker::Range r; worker.next(r, n.rows * n.heads, piece(n.dim));)
     with_dtype(n.dtype, [&](auto x) {
-      with_dtype(n.weight_dtype, [&](auto w) { norm_rows<decltype(x), decltype(w)>(n, r.first, r.last); });
+      with_dtype(n.weight_dtype, [&](auto w) {
+        using T = decltype(x);
+        for (i64 row = r.first; row < r.last; ++row) norm_row<T, decltype(w)>(n, row, (T*)n.out + row * n.dim);
+      });
     });
   return kDone;
 }
@@ -98,34 +99,6 @@ static i64 rope(const Rope& r, Worker& worker) {
   return kDone;
 }
 
-struct KvWrite {
-  i64 rows, dtype, cache_dtype;
-  const void *k, *v;
-  i64 k_row, k_head, v_row, v_head, heads, dim;
-  void *k_cache, *v_cache;  // [slots, heads, dim]
-  i64 num_slots;
-  const i64* slots;
-};
-
-static i64 kv_write(const KvWrite& w, Worker& worker) {
-  for (Worker::Range some; worker.next(some, w.rows, piece(w.heads * w.dim));) {
-    if (outside(w.slots, some, w.num_slots)) return kOutOfRange;
-    with_dtype(w.dtype, [&](auto from) {
-      with_dtype(w.cache_dtype, [&](auto to) {
-        using From = decltype(from);
-        using To = decltype(to);
-        for (i64 row = some.first; row < some.last; ++row)
-          for (i64 h = 0; h < w.heads; ++h) {
-            const i64 at = (w.slots[row] * w.heads + h) * w.dim;
-            copy_row((const From*)w.k + row * w.k_row + h * w.k_head, (To*)w.k_cache + at, w.dim);
-            copy_row((const From*)w.v + row * w.v_row + h * w.v_head, (To*)w.v_cache + at, w.dim);
-          }
-      });
-    });
-  }
-  return kDone;
-}
-
 struct Gate {
   i64 rows, dtype;
   const void* x;  // [rows, 2 * width] with this row stride
@@ -142,18 +115,67 @@ INLINE f32x16 gelu(f32x16 g) {
 
 INLINE f32x16 silu(f32x16 g) { return g * sigmoid(g); }
 
+// Columns [first, last) of a row, into out[0 ..].
+template <class T, class Out>
+INLINE void gate_row(const Gate& g, i64 row, i64 first, i64 last, Out* out) {
+  const T *const gates = (const T*)g.x + row * g.x_row + first, *const up = gates + g.width;
+  if (g.gelu)
+    for_lanes(last - first, [&](auto at, auto put) { put(out, gelu(at(gates)) * at(up)); });
+  else
+    for_lanes(last - first, [&](auto at, auto put) { put(out, silu(at(gates)) * at(up)); });
+}
+
 static i64 gate(const Gate& g, Worker& worker) {
+  // A row may be wide and alone: pieces are stretches of columns.
+  constexpr i64 kStretch = 1024;
+  const i64 stretches = (g.width + kStretch - 1) / kStretch;
   // An exponential and a division make an element worth several of a norm's.
-  for (Worker::Range r; worker.next(r, g.rows, piece(4 * g.width));)
+  for (Worker::Range r; worker.next(r, g.rows * stretches, piece(4 * kStretch));)
     with_dtype(g.dtype, [&](auto type) {
       using T = decltype(type);
+      for (i64 i = r.first; i < r.last; ++i) {
+        const i64 row = i / stretches, first = i % stretches * kStretch;
+        const i64 last = first + kStretch < g.width ? first + kStretch : g.width;
+        gate_row<T>(g, row, first, last, (T*)g.out + row * g.width + first);
+      }
+    });
+  return kDone;
+}
+
+struct AddResidual {
+  i64 rows, dtype;
+  void* x;  // [rows, width], overwritten by the sum
+  const void* residual;
+  i64 width;
+};
+
+static i64 add_residual(const AddResidual& a, Worker& worker) {
+  for (Worker::Range r; worker.next(r, a.rows, piece(a.width));)
+    with_dtype(a.dtype, [&](auto type) {
+      using T = decltype(type);
+      T* const x = (T*)a.x + r.first * a.width;
+      const T* const residual = (const T*)a.residual + r.first * a.width;
+      for_lanes((r.last - r.first) * a.width, [&](auto at, auto put) { put(x, at(x) + at(residual)); });
+    });
+  return kDone;
+}
+
+struct AddGated {
+  i64 rows, dtype;
+  void* out;                  // [rows, width], read, added to and overwritten
+  const void *gate, *expert;  // [rows], [rows, width]
+  i64 width;
+};
+
+static i64 add_gated(const AddGated& a, Worker& worker) {
+  for (Worker::Range r; worker.next(r, a.rows, piece(a.width));)
+    with_dtype(a.dtype, [&](auto type) {
+      using T = decltype(type);
       for (i64 row = r.first; row < r.last; ++row) {
-        const T *gates = (const T*)g.x + row * g.x_row, *up = gates + g.width;
-        T* const out = (T*)g.out + row * g.width;
-        if (g.gelu)
-          for_lanes(g.width, [&](auto at, auto put) { put(out, gelu(at(gates)) * at(up)); });
-        else
-          for_lanes(g.width, [&](auto at, auto put) { put(out, silu(at(gates)) * at(up)); });
+        T* const out = (T*)a.out + row * a.width;
+        const T* const expert = (const T*)a.expert + row * a.width;
+        const f32x16 share = sigmoid(splat(load_some((const T*)a.gate + row, 1)[0]));
+        for_lanes(a.width, [&](auto at, auto put) { put(out, fma(share, at(expert), at(out))); });
       }
     });
   return kDone;

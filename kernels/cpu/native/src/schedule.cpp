@@ -218,13 +218,22 @@ struct Plan {
   Schedule schedule;
   bool in_pieces;
   i64 status;
+  i64 step = -1, threads, q_heads, kv_heads, dim;  // what it was made for: the layers of a step share it
+
+  bool serves(const Attention& a, i64 count) const {
+    return step == a.batch->step && threads == count && q_heads == a.q_heads && kv_heads == a.kv_heads && dim == a.dim;
+  }
 };
 
 void make(const Attention& a, i64 threads, Plan& plan) {
-  blank_padding(a);
   plan.status = list_tasks(a, threads, plan.schedule);
   plan.in_pieces = plan.status == kDone && (i64)plan.schedule.tasks.size() < 2 * threads && threads > 1;
   if (plan.in_pieces && !split(a, plan.schedule)) plan.status = kOutOfMemory;
+  plan.step = plan.status == kDone ? a.batch->step : -1;
+  plan.threads = threads;
+  plan.q_heads = a.q_heads;
+  plan.kv_heads = a.kv_heads;
+  plan.dim = a.dim;
 }
 
 // The tasks that this worker can get of a list.
@@ -240,9 +249,13 @@ i64 run(const Attention& a, Worker& w, const Level& level, const std::vector<Tas
 
 // The prefixes, and when all of them are done, the tasks that go on from what they left.
 i64 run_attention(const Attention& a, Worker& w, const Level& level) {
-  static Plan plan;  // one pool, one kernel at a time
+  static Plan plans[2];  // one pool, one kernel at a time; layers with and without a window may take turns
   if (a.batch->num_tokens == 0) return kDone;
-  if (w.index == 0) make(a, w.count, plan);
+  Plan& plan = plans[a.batch->window != 0];
+  if (w.index == 0) {
+    blank_padding(a);
+    if (!plan.serves(a, w.count)) make(a, w.count, plan);
+  }
   w.barrier();
   if (plan.status != kDone) return plan.status;
   const Schedule& todo = plan.schedule;

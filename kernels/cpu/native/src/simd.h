@@ -93,8 +93,14 @@ INLINE void for_lanes(i64 n, F f) {
       [i, rest](auto* p, f32x16 v) __attribute__((always_inline)) { store_some(p + i, v, rest); });
 }
 
+// Of a NaN and a number the second argument.
+#if HAS_AVX512  // the portable form becomes a comparison and a choice
+INLINE f32x16 max(f32x16 a, f32x16 b) { return (f32x16)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE f32x16 min(f32x16 a, f32x16 b) { return (f32x16)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
 INLINE f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
 INLINE f32x16 min(f32x16 a, f32x16 b) { return a < b ? a : b; }
+#endif
 
 INLINE float sum_lanes(f32x16 v) {
 #if HAS_AVX512
@@ -131,9 +137,9 @@ INLINE f32x16 exp2(f32x16 x) {
   const f32x16 shifted = x + kRound;
   const f32x16 r = x - (shifted - kRound);
   f32x16 p = splat(0.0013264735462144017f);
-  constexpr float kRest[] = {0.00967151764780283f, 0.05550733953714371f, 0.24022242426872253f, 0.6931470036506653f, 1.0f};
-  for (float c : kRest)
-    p = fma(p, r, splat(c));
+  constexpr float kRest[] = {0.00967151764780283f, 0.05550733953714371f, 0.24022242426872253f, 0.6931470036506653f,
+                             1.0f};
+  for (float c : kRest) p = fma(p, r, splat(c));
   const u32x16 exponent = (u32x16)shifted << 23;
   return x < -126.0f ? f32x16{} : (f32x16)((u32x16)p + exponent);
 }
@@ -149,8 +155,8 @@ INLINE f32x16 reciprocal(f32x16 x) {
 #endif
 }
 
-// 1 / (1 + exp(-x)); 2^126 stands in for anything larger, so that the result fades to 1e-38 and never to NaN.
-INLINE f32x16 sigmoid(f32x16 x) { return reciprocal(1.0f + exp2(min(x * -kLog2E, splat(126.0f)))); }
+// 1 / (1 + exp(-x)); 2^126 stands in for anything larger, so that the result fades to 1e-38. NaN stays NaN.
+INLINE f32x16 sigmoid(f32x16 x) { return reciprocal(1.0f + exp2(min(splat(126.0f), x * -kLog2E))); }
 
 // 2 sigmoid(2x) - 1, and near 0, where that cancels, the series to x^7.
 INLINE f32x16 tanh(f32x16 x) {

@@ -16,15 +16,17 @@ struct Batch {  // a prepared RaggedBatch; null tree_mask, window 0 = none
   // Sequences members[first_member[g]] to members[first_member[g + 1] - 1] begin with the same shared_keys[g] keys.
   const i64 *first_member, *members, *shared_keys;
   i64 num_groups;
+  i64 step;  // tells this batch from all others that were prepared
 };
 
 struct Attention {
   i64 rows;
   const Batch* batch;
-  i64 dtype, cache_dtype;
+  i64 dtype, format;
   const void* q;
   i64 q_row, q_head;
-  const void *k, *v;  // [num_blocks, block_size, kv_heads, dim]
+  const void *k, *v;              // [num_blocks, block_size, kv_heads, width]
+  const void *k_scale, *v_scale;  // null; [kv_heads] fp32; or [num_blocks, block_size, kv_heads] fp16
   i64 num_blocks, q_heads, kv_heads, dim;
   double scale, softcap;  // softcap 0 = none
   const float* sinks;
@@ -32,17 +34,17 @@ struct Attention {
   float* lse;  // [tokens, q_heads]
 };
 
-// Softmax in progress, per matrix row: o = sum of weights * values, l = sum of weights in 16 lanes, and the exponent
-// m that both are relative to (base 2).
+// Softmax in progress. Matrix row m is lane m % 16 of block m / 16; a block has o, the sums of weights * values, as
+// [dim][16], and l, the sum of weights, and the exponent m that both are relative to (base 2), as [16].
 struct StateView {
   float *o, *l, *m;
 };
 
 constexpr i64 padded_rows(i64 rows) { return (rows + kBlockRows - 1) / kBlockRows * kBlockRows; }
-constexpr i64 state_floats(i64 rows, i64 dim) { return padded_rows(rows) * (dim + 16 + 1); }
+constexpr i64 state_floats(i64 rows, i64 dim) { return padded_rows(rows) * (dim + 2); }
 static inline StateView state_at(float* p, i64 rows, i64 dim) {
   const i64 n = padded_rows(rows);
-  return {p, p + n * dim, p + n * (dim + 16)};
+  return {p, p + n * dim, p + n * (dim + 1)};
 }
 
 // What a group's prefix left for some of its rows: states of `rows` matrix rows one after another, theirs from `first`
@@ -63,16 +65,20 @@ struct Task {
   Prefix prefix;      // of keys before first_key
 };
 
+// Tiles multiply 32 entries of a head at once; what is missing is zeros.
+constexpr i64 padded_dim(i64 dim) { return (dim + 31) / 32 * 32; }
+
 // Bytes of working memory for one task, 64-byte aligned pieces laid end to end.
 constexpr i64 scratch_bytes(i64 rows, i64 dim) {
-  const i64 n = padded_rows(rows);
-  return 4 * (2 * kTileKeys * dim           // packed keys, packed values
-              + kBlockRows * kTileKeys * 2  // scores, weights
-              + kTileKeys * dim             // keys on their way into another dtype
-              + n * dim                     // queries
-              + 2 * state_floats(n, dim)    // what came before, this segment
-              + dim)                        // the key of zeros
-         + 8 * n + 2 * 8 * kTileKeys + 16 * 64;  // visibility, pointers, alignment
+  const i64 n = padded_rows(rows), wide = padded_dim(dim);
+  return 4 * (3 * kTileKeys * wide              // keys, values, and these on their way
+              + 3 * kTileKeys * kBlockRows      // two blocks' scores, one's weights
+              + n * wide + kBlockRows * wide    // queries, and some on their way
+              + 2 * state_floats(n, dim)        // what came before, this segment
+              + 4 * kTileKeys                   // scales
+              + 2 * n                           // visibility
+              + wide)                           // the key of zeros
+         + 2 * 8 * kTileKeys + 20 * 64;  // pointers, alignment
 }
 
 i64 run_attention(const Attention&, Worker&, const Level&);

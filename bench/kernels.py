@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 from ..engine.families import load_config
 from ..engine.loader import locate_model
+from ..engine.resolve import look_at_machine, usable_threads
 from ..kernels import Target, implementations, ops
 from ..kernels.packed import PackedWeight, QuantizedRows
 from ..kernels.testing import normal
@@ -79,7 +80,7 @@ def run(config: KernelsConfig) -> dict[str, Any]:
     shape = shape_of(config.model)
     names = chosen(config.ops, shape)
     before = torch.get_num_threads()
-    torch.set_num_threads(config.threads or before)
+    torch.set_num_threads(usable_threads(config.threads, look_at_machine("cpu").cores))
     try:
         with torch.inference_mode():
             ceilings = measure_ceilings()

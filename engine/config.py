@@ -20,7 +20,7 @@ class EngineConfig:
     quantization            what the layers' matrices become while they are loaded: "int4", "int8", "w8a8", "fp8",
                             "fp8_block", a group size behind a colon ("int4:32"); None = as the checkpoint has them
     device                  "auto", "cpu", "cuda"
-    threads                 intra-op threads on the CPU; None = the cores this process may use
+    threads                 that compute on the CPU, at most the cores this process may use; None = all of these
     max_model_len           prompt and output together; None = the model's own context
     max_num_seqs            sequences that may run at once
     max_num_batched_tokens  tokens of one step over all sequences

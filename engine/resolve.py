@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ..scheduler.policy import POLICIES
+from . import cgroup
 from .config import EngineConfig
 from .errors import EngineStartError
 from .kv_cache import block_bytes, choose_kv_format, kv_spec
@@ -17,6 +19,8 @@ from .model_config import DecoderConfig
 from .quant.rounding import choose_rounding, refuses_gpu
 from .quant.scheme import Packing
 from .validation import MAX_N, MAX_TENANT_BYTES
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -92,29 +96,30 @@ def look_at_machine(device: str) -> Machine:
 
 
 def _cores() -> int:
-    """Cores that this process may use: the affinity mask, cut by the cgroup's quota."""
+    """Cores that this process may use: the affinity mask, cut by what its container may use of them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):
-        return cores
+    allowed = cgroup.processors()
+    return cores if allowed is None else max(1, min(cores, int(allowed)))
 
 
 def _free_memory() -> int:
-    """Bytes that can be had without swapping: the system's, cut by the cgroup's limit."""
+    """Bytes that can be had without swapping: the system's, cut by what the container leaves."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 free = int(line.split()[1]) * 1024
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
-            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-            free = min(free, int(limit) - used)
-    except (OSError, ValueError):
+    except OSError:
         pass
-    return free
+    allowed = cgroup.memory()
+    return free if allowed is None else min(free, allowed)
+
+
+def usable_threads(wanted: int | None, cores: int) -> int:
+    """As many as were asked for, as far as there are cores: they wait for each other, and more would wait in turn."""
+    if wanted is not None and wanted > cores:
+        log.warning("threads is %d, this process may use %d cores: %d threads compute", wanted, cores, cores)
+    return min(wanted or cores, cores)
 
 
 def resolve(config: EngineConfig, model: DecoderConfig, machine: Machine) -> Resolved:
@@ -126,8 +131,8 @@ def resolve(config: EngineConfig, model: DecoderConfig, machine: Machine) -> Res
         raise EngineStartError("graphs is on, but the device is the CPU, which has none: leave graphs out")
     dtype = _dtype(config, machine, reasons)
 
-    threads = config.threads or machine.cores
-    reasons["threads"] = "given" if config.threads else "the cores this process may use"
+    threads = usable_threads(config.threads, machine.cores)
+    reasons["threads"] = "given" if threads == config.threads else "the cores this process may use"
 
     wanted = config.max_model_len or model.max_position
     if wanted > model.max_position:
@@ -306,6 +311,10 @@ def _num_blocks(
     per_block: int,
     memory_share: float | None,
 ) -> tuple[int, str]:
+    if weights > machine.free_bytes:
+        raise EngineStartError(
+            f"the weights take {weights} bytes and {machine.free_bytes} are free; use a smaller model or dtype"
+        )
     if config.num_blocks:
         return config.num_blocks, "given"
     if config.kv_cache_bytes:
@@ -314,10 +323,6 @@ def _num_blocks(
                 f"kv_cache_bytes is {config.kv_cache_bytes}; one block takes {per_block}, and two are the least"
             )
         return config.kv_cache_bytes // per_block, "kv_cache_bytes"
-    if weights > machine.free_bytes:
-        raise EngineStartError(
-            f"the weights take {weights} bytes and {machine.free_bytes} are free; use a smaller model or dtype"
-        )
     if memory_share is not None:
         taken = machine.total_bytes - machine.free_bytes + weights
         return max(2, (int(memory_share * machine.total_bytes) - taken) // per_block), "before measuring"

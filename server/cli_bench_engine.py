@@ -13,7 +13,9 @@ from .cli_options import option
 ENGINE, LOAD = "Engine", "Load"
 
 Model = Annotated[str, option(ENGINE, '"bundled", a folder in Hugging Face layout, or a hub id.')]
-Threads = Annotated[int | None, option(ENGINE, "CPU threads; nothing = the cores this process may use.", min=1)]
+Threads = Annotated[
+    int | None, option(ENGINE, "CPU threads, at most the cores this process may use; nothing = all of them.", min=1)
+]
 Repetitions = Annotated[int, option(LOAD, "Measurements of each kind, in turn; medians are told.", min=1)]
 
 

@@ -158,7 +158,8 @@ def serve(
     ] = ENGINE.quantization,
     device: Annotated[str, option(COMPUTE, "auto, cpu or cuda.")] = ENGINE.device,
     threads: Annotated[
-        int | None, option(COMPUTE, "CPU threads; nothing = the cores that this process may use.", min=1)
+        int | None,
+        option(COMPUTE, "CPU threads, at most the cores that this process may use; nothing = all of them.", min=1),
     ] = ENGINE.threads,
     kernels: Annotated[
         list[str] | None,

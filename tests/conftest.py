@@ -96,3 +96,10 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
     write_byte_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with sizes that no kernel divides: heads of 18, 54 hidden, 70 inner."""
+    sizes = {"hidden_size": 54, "intermediate_size": 70, "num_attention_heads": 3, "num_key_value_heads": 3}
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "odd", **sizes)

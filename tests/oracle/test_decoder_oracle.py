@@ -21,6 +21,7 @@ from quire.engine.families import load_config
 from quire.engine.layout import count_parameters
 from quire.engine.loader import load_decoder
 from quire.engine.model_config import DecoderConfig, RopeConfig
+from quire.engine.recorded import RecordedDecoder
 from quire.kernels import Target, ops, resolve
 from quire.kernels.batch import KVSpec, LayerKV, RaggedBatch
 
@@ -168,9 +169,9 @@ def randomize(model: torch.nn.Module) -> None:
 class Runner:
     """The least that can drive a decoder: a paged cache with shuffled blocks, and steps of any chunks."""
 
-    def __init__(self, decoder: Decoder, prompts: list[list[int]]) -> None:
+    def __init__(self, decoder: Decoder, prompts: list[list[int]], taped: bool = False) -> None:
         config = decoder.config
-        self.decoder, self.prompts = decoder, prompts
+        self.prompts = prompts
         self.done = [0] * len(prompts)
         width = max(-(-len(prompt) // BLOCK) for prompt in prompts)
         blocks = list(range(1, 1 + width * len(prompts)))
@@ -182,6 +183,8 @@ class Runner:
         self.cache = [
             LayerKV(spec, torch.full(shape, nothing), torch.full(shape, nothing)) for _ in range(config.num_layers)
         ]
+        self.decoder = RecordedDecoder(decoder, self.cache, sum(map(len, prompts)), len(prompts)) if taped else decoder
+        self.vocab_size = config.vocab_size
 
     def step(self, ends: list[int]) -> list[Tensor]:
         """Compute each sequence up to its end; the logits of its new rows."""
@@ -207,16 +210,15 @@ class Runner:
         )
         hidden = self.decoder.forward(batch, self.cache)
         split = iter(self.decoder.logits(hidden[batch.logit_rows]).split(counts))
-        vocab = self.decoder.config.vocab_size
-        out = [next(split) if s in active else torch.empty(0, vocab) for s in range(len(ends))]
+        out = [next(split) if s in active else torch.empty(0, self.vocab_size) for s in range(len(ends))]
         self.done = list(ends)
         return out
 
 
-def run(decoder: Decoder, prompts: list[list[int]], schedule: Iterator[list[int]]) -> list[Tensor]:
-    runner = Runner(decoder, prompts)
-    with torch.inference_mode():
-        steps = [runner.step(ends) for ends in schedule]
+@torch.inference_mode()
+def run(decoder: Decoder, prompts: list[list[int]], schedule: Iterator[list[int]], taped: bool = False) -> list[Tensor]:
+    runner = Runner(decoder, prompts, taped)
+    steps = [runner.step(ends) for ends in schedule]
     return [torch.cat(rows) for rows in zip(*steps, strict=True)]
 
 
@@ -241,11 +243,11 @@ def load(folder: Path, kernels: str, config: DecoderConfig | None = None) -> Dec
     return load_decoder(folder, config, table, torch.float32, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("kernels", ["reference", "cpu"])
+@pytest.mark.parametrize("kernels", ["reference", "cpu", "taped"])
 def test_logits_equal_those_of_transformers(oracle: Oracle, kernels: str) -> None:
     decoder = load(oracle.folder, kernels)
     for schedule in (whole, chunked):
-        ours = run(decoder, oracle.prompts, schedule())
+        ours = run(decoder, oracle.prompts, schedule(), taped=kernels == "taped")
         for logits, expected in zip(ours, oracle.logits, strict=True):
             torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
 

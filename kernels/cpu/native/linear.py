@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...registry import Target, implements
 from .library import DTYPES, Kernel, address, levels, usable
+from .pages import huge_empty
 
 ROWS, OUTPUTS, INPUTS = 16, 16, 32  # of a tile
 FLOATS, INT8, INT4 = 0, 1, 2  # WeightKind of src/linear_args.h
@@ -42,7 +43,7 @@ def prepare_linear(weight: Tensor, bias: Tensor | None) -> Packed:
 def as_tiles(weight: Tensor) -> Tensor:
     """[N, K] -> [N / 16, K / 32, 16, 16, 2]: pairs of inputs by outputs; padded with zeros."""
     outputs, inputs = weight.shape
-    tiles = torch.zeros(-(-outputs // OUTPUTS), -(-inputs // INPUTS), INPUTS // 2, OUTPUTS, 2, dtype=weight.dtype)
+    tiles = huge_empty((-(-outputs // OUTPUTS), -(-inputs // INPUTS), INPUTS // 2, OUTPUTS, 2), weight.dtype)
     whole = F.pad(weight, (0, -inputs % INPUTS, 0, -outputs % OUTPUTS))
     return tiles.copy_(whole.view(tiles.shape[0], OUTPUTS, tiles.shape[1], INPUTS // 2, 2).permute(0, 2, 3, 1, 4))
 

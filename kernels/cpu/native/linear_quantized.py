@@ -17,6 +17,7 @@ from ...packed import PackedWeight
 from ...reference import int4, int8
 from ...registry import implements
 from .linear import INPUTS, INT4, INT8, OUTPUTS, Packed, as_tiles, has_tiles, multiply, padded_bias
+from .pages import huge_empty
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,8 @@ def as_words(codes: Tensor) -> Tensor:
     # By line, nibble and parity; then the low and the high byte of a word, of two nibbles each.
     nibbles = whole.view(whole.shape[0] // OUTPUTS, OUTPUTS, inputs // INPUTS, 4, 2, 2, 2)
     low, high = nibbles.permute(5, 0, 2, 3, 1, 6, 4)
-    return (low | high << 4).reshape(whole.shape[0] // OUTPUTS, inputs // INPUTS, 4, 2 * OUTPUTS, 2)
+    words = huge_empty((whole.shape[0] // OUTPUTS, inputs // INPUTS, 4, 2 * OUTPUTS, 2), torch.uint8)
+    return words.copy_((low | high << 4).reshape(words.shape))
 
 
 def _by_outputs(values: Tensor) -> Tensor:

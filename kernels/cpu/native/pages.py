@@ -35,9 +35,10 @@ def huge_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _map(size: int) -> mmap.mmap:
-    memory = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return mmap.mmap(-1, size)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has small pages
+    memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
 
 

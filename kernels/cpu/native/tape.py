@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import library
 from .library import OUT_OF_MEMORY, OUT_OF_RANGE
+from .pages import huge_empty
 
 _EMPTY = {
     torch.ops.aten.empty.memory_format,
@@ -118,7 +119,7 @@ class _Memory(TorchDispatchMode):
             storage = block.untyped_storage()
             if block.nbytes == size and torch._C._storage_Use_Count(storage._cdata) <= _ONE_OWNER:
                 return block
-        self.blocks.append(torch.empty(size, dtype=torch.uint8))
+        self.blocks.append(huge_empty((size,), torch.uint8))
         return self.blocks[-1]
 
 

@@ -235,6 +235,19 @@ def test_a_truncated_file_is_refused(size: int, tmp_path: Path) -> None:
     assert "model.safetensors is not a whole safetensors file" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("padding", [1, 2, 3, 7])
+def test_values_may_begin_anywhere(padding: int, tmp_path: Path) -> None:
+    """Not every writer pads the header to eight bytes: values then lie across the boundaries of their type."""
+    write_model(tmp_path)
+    expected = logits_of(load(tmp_path))
+    path = tmp_path / "model.safetensors"
+    stored = path.read_bytes()
+    (length,) = struct.unpack("<Q", stored[:8])
+    header = stored[8 : 8 + length] + b" " * padding
+    path.write_bytes(struct.pack("<Q", len(header)) + header + stored[8 + length :])
+    assert torch.equal(logits_of(load(tmp_path)), expected)
+
+
 @pytest.mark.parametrize(
     "header",
     [

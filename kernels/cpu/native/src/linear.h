@@ -3,8 +3,8 @@
 //   x ──lay out──▶ tiles of x, once per call ──┐
 //   weight ──(codes: widen)────────────────────┴─▶ sums ──scales, zeros, bias──▶ out
 //
-// The unit of work is two tiles of outputs, whose weights lie together; a thread takes the next one before it is done
-// with this, so that weights are always on their way.
+// The unit of work is some rows by some tiles of outputs. Which one a thread takes next is known well enough, since all
+// are alike, to have its weights on their way before this one is done.
 //
 // Up to 16 rows, time goes by the bytes of the weights: `stream` goes through a unit once, codes are widened two steps
 // before their product, sums stay in tiles.
@@ -47,11 +47,10 @@ INLINE Cut cut(const Linear& l, i64 threads) {
   c.unit_blocks = up(c.blocks, up(c.blocks, kUnitBlocks));
   const i64 reaches = up(c.unit_blocks * c.inputs * kTileBytes, kReach);
   c.reach = up(up(c.inputs, c.panel), reaches) * c.panel;
-  c.unit_outputs = 2;
-  if (reaches > 1) {  // then the sums of many outputs wait for the rest of the inputs
-    const i64 most = kSums / (c.unit_blocks * kTileBytes), share = up(c.outputs, threads);
-    c.unit_outputs = up(least(most, share), 2) * 2;
-  }
+  // With few rows as little as can be, so that threads end together; with many enough for long pieces of a row of the
+  // output; and where x does not stay in L2 over all inputs, as much as sums have room.
+  const i64 share = up(c.outputs, threads), most = reaches > 1 ? kSums / (c.unit_blocks * kTileBytes) : 16;
+  c.unit_outputs = c.blocks == 1 ? 2 : up(up(share, up(share, most)), 2) * 2;
   return c;
 }
 
@@ -96,24 +95,32 @@ INLINE void fold(const Linear& l, const Cut& c, const Unit& u, i64 block, i64 ou
     store(totals, folded(l, load(sums), scale, zero, x_sums, group ? load(totals) : f32x16{}));
 }
 
-// One tile of finished sums to the output.
-INLINE void finish(const Linear& l, const Cut& c, const Unit& u, i64 block, i64 output, const float* sums) {
-  const i64 column = (u.first_output + output) * kTileOutputs, first = u.first_row + block * kBlockRows;
-  const i64 rows = least(l.rows - first, kBlockRows), count = least(l.outputs - column, kTileOutputs);
+// Where the sums of one or two tiles of outputs for one or two blocks of rows are, [blocks][outputs][16][16].
+INLINE i64 sums_at(const Unit& u, i64 block, i64 output) {
+  return (output / 2 * up(u.blocks, 2) + block / 2) * 4 * kTileFloats;
+}
+
+// Finished sums of a unit to the output, row by row: a row's columns lie together, its neighbours on other pages.
+static void finish(const Linear& l, const Cut& c, const Unit& u, const float* sums) {
   const bool scaled = l.kind != kFloats && !c.groups;
-  const f32x16 bias = l.bias ? load(l.bias + column) : f32x16{};
-  const f32x16 scale = scaled ? load(l.scales + column) : f32x16{};
-  const f32x16 zero = scaled && l.kind == kInt4 ? load(l.zeros + column) : f32x16{};
-  const __mmask16 mask = (__mmask16)((1u << count) - 1);
-  for (i64 row = 0; row < rows; ++row) {
-    f32x16 total = load(sums + row * kTileOutputs);
-    if (scaled) total = folded(l, total, scale, zero, u.group_sums + block * kBlockRows + row, f32x16{});
-    total += bias;
-    const i64 at = (first + row) * l.outputs + column;
-    if (l.out_dtype == kBfloat16)
-      _mm256_mask_storeu_epi16((bf16*)l.out + at, mask, (__m256i)to_bf16(total));
-    else
-      _mm512_mask_storeu_ps((float*)l.out + at, mask, (__m512)total);
+  for (i64 row = 0; row < least(l.rows - u.first_row, u.blocks * kBlockRows); ++row) {
+    const i64 block = row / kBlockRows, first = (u.first_row + row) * l.outputs;
+    for (i64 output = 0; output < u.outputs; ++output) {
+      const i64 beside = least(2, u.outputs - output / 2 * 2);  // tiles of sums of the same rows
+      const i64 tile = block % 2 * beside + output % 2, column = (u.first_output + output) * kTileOutputs;
+      f32x16 total = load(sums + sums_at(u, block, output) + tile * kTileFloats + row % kBlockRows * kTileOutputs);
+      if (scaled) {
+        const f32x16 zero = l.kind == kInt4 ? load(l.zeros + column) : f32x16{};
+        total = folded(l, total, load(l.scales + column), zero, u.group_sums + row, f32x16{});
+      }
+      if (l.bias) total += load(l.bias + column);
+      const i64 count = least(l.outputs - column, kTileOutputs);
+      const __mmask16 mask = (__mmask16)((1u << count) - 1);
+      if (l.out_dtype == kBfloat16)
+        _mm256_mask_storeu_epi16((bf16*)l.out + first + column, mask, (__m256i)to_bf16(total));
+      else
+        _mm512_mask_storeu_ps((float*)l.out + first + column, mask, (__m512)total);
+    }
   }
 }
 
@@ -164,18 +171,18 @@ static void stream(const Linear& l, const Cut& c, const Unit& u, const Unit& aft
     _tile_stored(0, room.part, kLine);
     _tile_zero(0);
     if constexpr (Outputs > 1) {
-      _tile_stored(1, room.part + 256, kLine);
+      _tile_stored(1, room.part + kTileFloats, kLine);
       _tile_zero(1);
     }
     __asm__ volatile("" ::: "memory");
-    for (i64 n = 0; n < Outputs; ++n) fold(l, c, u, 0, n, now / c.group, room.part + n * 256, room.sums + n * 256);
+    for (i64 n = 0; n < Outputs; ++n) fold(l, c, u, 0, n, now / c.group, room.part + n * kTileFloats, room.sums + n * kTileFloats);
   }
   if (!c.groups) {
     _tile_stored(0, room.sums, kLine);
-    if constexpr (Outputs > 1) _tile_stored(1, room.sums + 256, kLine);
+    if constexpr (Outputs > 1) _tile_stored(1, room.sums + kTileFloats, kLine);
     __asm__ volatile("" ::: "memory");
   }
-  for (i64 n = 0; n < Outputs; ++n) finish(l, c, u, 0, n, room.sums + n * 256);
+  finish(l, c, u, room.sums);
 }
 
 // One or two blocks of rows by one or two tiles of outputs, over `count` inputs of a panel from k on.
@@ -192,13 +199,10 @@ INLINE void multiply(const Linear& l, const Cut& c, const Unit& u, i64 block, i6
                                   true, part, ahead);
       for (int r = 0; r < Rows; ++r)
         for (int n = 0; n < Outputs; ++n)
-          fold(l, c, u, block + r, output + n, (k + i) / c.group, part + (r * Outputs + n) * 256,
-               sums + (r * Outputs + n) * 256);
+          fold(l, c, u, block + r, output + n, (k + i) / c.group, part + (r * Outputs + n) * kTileFloats,
+               sums + (r * Outputs + n) * kTileFloats);
     }
   }
-  if (k + count < c.inputs) return;
-  for (int r = 0; r < Rows; ++r)
-    for (int n = 0; n < Outputs; ++n) finish(l, c, u, block + r, output + n, sums + (r * Outputs + n) * 256);
 }
 
 // Some inputs of one or two tiles of outputs.
@@ -254,7 +258,7 @@ static void run(const Linear& l, const Cut& c, const Unit& u, const Unit& after,
     }
     for (i64 block = 0; block < u.blocks; block += 2) {
       ahead.lines = ahead.at < end ? up(lines, pairs * p.count) : 0;
-      float* const sums = room.sums + ((c.unit_outputs > 2 ? p.output / 2 * pairs : 0) + block / 2) * 1024;
+      float* const sums = room.sums + sums_at(u, block, p.output);
       const auto multiply_by = [&](auto rows, auto outputs) __attribute__((always_inline)) {
         multiply<decltype(rows)::value, decltype(outputs)::value>(l, c, u, block, p.output, p.k, p.count, w, w_next, sums,
                                                                   room.part, ahead);
@@ -265,6 +269,7 @@ static void run(const Linear& l, const Cut& c, const Unit& u, const Unit& after,
         p.outputs == 2 ? multiply_by(Count<1>{}, Count<2>{}) : multiply_by(Count<1>{}, Count<1>{});
     }
   }
+  finish(l, c, u, room.sums);
 }
 
 template <WeightKind Kind>
@@ -308,10 +313,8 @@ static i64 tile_linear(const Linear& l, Worker& worker) {
                 least(c.unit_outputs, c.outputs - output)};
   };
   enter_tiles(c.tile_rows);
-  Worker::Range now, next;
-  for (bool more = worker.next(now, units, 1, 1); more; now = next) {
-    more = worker.next(next, units, 1, 1);
-    const Unit unit = unit_at(now.first), after = unit_at(more ? next.first : now.first);
+  for (Worker::Range r; worker.next(r, units, 1, 1);) {
+    const Unit unit = unit_at(r.first), after = unit_at(least(r.first + worker.count, units - 1));
     if (l.kind == kFloats)
       product<kFloats>(l, c, unit, after, room);
     else if (l.kind == kInt8)

@@ -16,7 +16,7 @@ static i64 rank_of(const Row& row, float x) {
   i64 rank = 1;
   for_groups(row, x, 0, row.groups(), [&](i64 group) {
     for (i64 c = group * kGroup; c < (group + 1) * kGroup && c < row.columns; c += kLanes)
-      rank += __builtin_popcount(bits_above(row.at(c), splat(x)) & first_bits(row.columns - c));
+      rank += __builtin_popcount(bits_above(x_of(row, c), splat(x)) & first_bits(row.columns - c));
   });
   return rank;
 }
@@ -83,7 +83,7 @@ static i64 token_logprobs(const TokenLogprobs& a, Worker& w) {
     double mass = 0;
     for (i64 i = 0; i < s.pieces; ++i) mass += s.masses(r.first)[i];
     row.shift = finite(row.top) ? (float)__builtin_log(mass) : __builtin_nanf("");
-    a.logprob[r.first] = row.scaled(row.logits[a.ids[r.first]]);
+    a.logprob[r.first] = scaled(row, row.logits[a.ids[r.first]]);
     a.rank[r.first] = rank_of(row, a.logprob[r.first]);
     likeliest(row, a.k, list, a.top_ids + r.first * a.k, a.top_logprobs + r.first * a.k);
   }

@@ -11,20 +11,18 @@ constexpr i64 kNoColumn = INT64_MAX;
 
 INLINE i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 
-// Bit j: lane j of a is above, or not below, that of b.
-INLINE std::uint32_t bits_above(f32x16 a, f32x16 b) {
-#if HAS_AVX512
-  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ);
-#else
-  std::uint32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= (std::uint32_t)(a[i] > b[i]) << i;
-  return bits;
-#endif
-}
-
+// Bit j: lane j of a is not below that of b. The compiler's own comparisons of vectors make lanes of them first.
 INLINE std::uint32_t bits_from(f32x16 a, f32x16 b) {
 #if HAS_AVX512
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GE_OQ);
+#elif HAS_AVX2
+  union Halves {
+    f32x16 whole;
+    __m256 half[2];
+  } x{a}, y{b};
+  const int low = _mm256_movemask_ps(_mm256_cmp_ps(x.half[0], y.half[0], _CMP_GE_OQ));
+  const int high = _mm256_movemask_ps(_mm256_cmp_ps(x.half[1], y.half[1], _CMP_GE_OQ));
+  return (std::uint32_t)(low | high << 8);
 #else
   std::uint32_t bits = 0;
   for (int i = 0; i < kLanes; ++i) bits |= (std::uint32_t)(a[i] >= b[i]) << i;
@@ -32,15 +30,8 @@ INLINE std::uint32_t bits_from(f32x16 a, f32x16 b) {
 #endif
 }
 
-INLINE std::uint32_t bits_equal(i32x16 a, std::int32_t b) {
-#if HAS_AVX512
-  return _mm512_cmpeq_epi32_mask((__m512i)a, _mm512_set1_epi32(b));
-#else
-  std::uint32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= (std::uint32_t)(a[i] == b) << i;
-  return bits;
-#endif
-}
+// Bit j: lane j of a is above that of b; both are numbers.
+INLINE std::uint32_t bits_above(f32x16 a, f32x16 b) { return ~bits_from(b, a) & 0xFFFFu; }
 
 INLINE std::uint32_t first_bits(i64 n) { return n >= kLanes ? 0xFFFFu : n <= 0 ? 0u : (1u << n) - 1u; }
 
@@ -89,17 +80,19 @@ struct Row {
   const float* peaks;  // of its groups
   float top, temperature, shift;
 
-  inline __attribute__((always_inline)) i64 groups() const { return ceil_div(columns, kGroup); }
-  template <class T>
-  inline __attribute__((always_inline)) T scaled(T logit) const {
-    T x = logit - top;
-    if (temperature != 1) x = x / temperature;
-    return shift == 0 ? x : x - shift;
-  }
-  inline __attribute__((always_inline)) f32x16 at(i64 column) const {
-    return scaled(load_row(logits, columns, column));
-  }
+  i64 groups() const { return ceil_div(columns, kGroup); }
 };
+
+// x of a logit, or of 16.
+template <class T>
+INLINE T scaled(const Row& row, T logit) {
+  T x = logit - row.top;
+  if (row.temperature != 1) x = x / row.temperature;
+  return row.shift == 0 ? x : x - row.shift;
+}
+
+// x of 16 columns; behind the last of them -inf.
+INLINE f32x16 x_of(const Row& row, i64 column) { return scaled(row, load_row(row.logits, row.columns, column)); }
 
 // The largest of each group from `first` to `last`; NaN where there is one.
 static void find_peaks(const float* logits, i64 columns, i64 first, i64 last, float* peaks) {
@@ -144,13 +137,13 @@ static Top find_top(const float* logits, i64 columns, const float* peaks) {
 struct Kept {
   float floor;
   i64 last;
-
-  // Bit j: of x at column + j.
-  inline __attribute__((always_inline)) std::uint32_t bits(f32x16 x, i64 column, i64 columns) const {
-    const std::uint32_t equals = last == kNoColumn ? 0xFFFFu : first_bits(last - column + 1);
-    return (bits_above(x, splat(floor)) | (bits_from(x, splat(floor)) & equals)) & first_bits(columns - column);
-  }
 };
+
+// Bit j: whether column + j, of this x, is kept.
+INLINE std::uint32_t kept_bits(const Kept& kept, f32x16 x, i64 column, i64 columns) {
+  const std::uint32_t equals = kept.last == kNoColumn ? 0xFFFFu : first_bits(kept.last - column + 1);
+  return (bits_above(x, splat(kept.floor)) | (bits_from(x, splat(kept.floor)) & equals)) & first_bits(columns - column);
+}
 
 constexpr Kept kAll = {-kInfinity, kNoColumn};
 
@@ -158,7 +151,7 @@ constexpr Kept kAll = {-kInfinity, kNoColumn};
 template <class F>
 INLINE void for_groups(const Row& row, float floor, i64 first, i64 last, F f) {
   for (i64 g = first; g < last; g += kLanes) {
-    const f32x16 peaks = row.scaled(load_row(row.peaks, last, g));
+    const f32x16 peaks = scaled(row, load_row(row.peaks, last, g));
     for_bits(bits_from(peaks, splat(floor)) & first_bits(last - g), [&](i64 i) { f(g + i); });
   }
 }
@@ -168,7 +161,7 @@ static double mass_of(const Row& row, i64 first, i64 last) {
   double sum = 0;
   for (i64 c = first * kGroup; c < last * kGroup && c < row.columns; c += 4 * kGroup) {
     f32x16 some{};
-    for (i64 i = c; i < c + 4 * kGroup && i < last * kGroup && i < row.columns; i += kLanes) some += exp(row.at(i));
+    for (i64 i = c; i < c + 4 * kGroup && i < last * kGroup && i < row.columns; i += kLanes) some += exp(x_of(row, i));
     sum += sum_lanes(some);
   }
   return sum;
@@ -188,21 +181,21 @@ struct List {
     const i64 n = room(columns);
     return {p, p + n, p + 2 * n, (std::int32_t*)(p + 3 * n), 0};
   }
-
-  inline __attribute__((always_inline)) void append(f32x16 some, i64 column, std::uint32_t bits) {
-    constexpr i32x16 kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    pack(x + size, some, bits);
-    pack((float*)columns + size, (f32x16)(kLane + (std::int32_t)column), bits);
-    size += __builtin_popcount(bits);
-  }
 };
+
+INLINE void append(List& list, f32x16 x, i64 column, std::uint32_t bits) {
+  constexpr i32x16 kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  pack(list.x + list.size, x, bits);
+  pack((float*)list.columns + list.size, (f32x16)(kLane + (std::int32_t)column), bits);
+  list.size += __builtin_popcount(bits);
+}
 
 static void collect(const Row& row, Kept kept, List& list) {
   list.size = 0;
   for_groups(row, kept.floor, 0, row.groups(), [&](i64 group) {
     for (i64 c = group * kGroup; c < (group + 1) * kGroup && c < row.columns; c += kLanes) {
-      const f32x16 x = row.at(c);
-      if (const std::uint32_t bits = kept.bits(x, c, row.columns)) list.append(x, c, bits);
+      const f32x16 x = x_of(row, c);
+      if (const std::uint32_t bits = kept_bits(kept, x, c, row.columns)) append(list, x, c, bits);
     }
   });
 }
@@ -231,6 +224,16 @@ struct Threshold {
 INLINE i32x16 digits_of(f32x16 x, int round) {
   if (round == 0) return __builtin_convertvector(min(x * -8.0f, splat(255.0f)), i32x16);
   return ((i32x16)x & 0x7FFFFFFF) >> (32 - 8 * round) & 255;
+}
+
+INLINE std::uint32_t equal_digits(i32x16 digits, std::int32_t digit) {
+#if HAS_AVX512
+  return _mm512_cmpeq_epi32_mask((__m512i)digits, _mm512_set1_epi32(digit));
+#else
+  std::uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= (std::uint32_t)(digits[i] == digit) << i;
+  return bits;
+#endif
 }
 
 // The smallest beginning of the ranking of x whose amounts reach the target. Overwrites both arrays.
@@ -263,7 +266,7 @@ static Threshold cut(float* x, float* amounts, i64 n, double target) {
     i64 same = 0;
     for (i64 i = 0; i < n; i += kLanes) {
       const f32x16 some = load_row(x, n, i), theirs = load_row(amounts, n, i);
-      const std::uint32_t bits = bits_equal(digits_of(some, round), chosen) & first_bits(n - i);
+      const std::uint32_t bits = equal_digits(digits_of(some, round), chosen) & first_bits(n - i);
       pack(x + same, some, bits);
       pack(amounts + same, theirs, bits);
       same += __builtin_popcount(bits);
@@ -279,7 +282,7 @@ static Threshold cut(float* x, float* amounts, i64 n, double target) {
 static float floor_of(const Row& row, bool by_mass, double target, List& list) {
   const i64 n = row.groups();
   if (!by_mass && (double)n < target) return -kInfinity;
-  for_lanes(n, [&](auto at, auto put) { put(list.left, row.scaled(at(row.peaks))); });
+  for_lanes(n, [&](auto at, auto put) { put(list.left, scaled(row, at(row.peaks))); });
   return weigh(list.left, list.amounts, n, by_mass) >= target ? cut(list.left, list.amounts, n, target).floor
                                                               : -kInfinity;
 }

@@ -118,7 +118,7 @@ static void look(const Filters& f, const Survey& s, i64 index, Plan& p) {
 
 static void filter(const Filters& f, const Survey& s, i64 index, Plan& p, List& list) {
   const i64 top_k = f.top_k[index];
-  const float top_p = f.top_p[index], min_p = f.min_p[index];
+  const float top_p = f.top_p[index] < 0 ? 0 : f.top_p[index], min_p = f.min_p[index];
   const bool ranked = top_k > 0 && top_k < f.columns;
   if (ranked) {
     collect(p.row, {floor_of(p.row, false, (double)top_k, list), kNoColumn}, list);
@@ -186,8 +186,8 @@ static void race(const Plan& p, const Source& source, i64 group, Draw& best) {
   std::uint32_t open[4], any = 0;
   for (i64 i = 0; i < 4; ++i) {
     const i64 column = first + i * kLanes;
-    x[i] = p.row.at(column);
-    open[i] = p.kept.bits(x[i], column, columns) & bits_from(x[i], splat(best.value - kMostNoise));
+    x[i] = x_of(p.row, column);
+    open[i] = kept_bits(p.kept, x[i], column, columns) & bits_from(x[i], splat(best.value - kMostNoise));
     any |= open[i];
   }
   if (!any) return;
@@ -237,7 +237,7 @@ static void write_probabilities(const Plan& p, bool warm, float* out) {
   }
   double mass = 0;
   for (i64 c = 0; c < n; c += kLanes) {
-    const f32x16 x = p.row.at(c), kept = exp(keep(x, p.kept.bits(x, c, n)));
+    const f32x16 x = x_of(p.row, c), kept = exp(keep(x, kept_bits(p.kept, x, c, n)));
     mass += sum_lanes(kept);
     store_row(out, n, c, kept);
   }

@@ -6,7 +6,7 @@
 
 #if HAS_AMX
 
-constexpr i64 kTileInputs = 32, kTileOutputs = 16, kTileBytes = 1024, kLine = 64;
+constexpr i64 kTileInputs = 32, kTileOutputs = 16, kTileBytes = 1024, kTileFloats = 256, kLine = 64;
 
 // Sums and first factors of `rows` rows.
 INLINE void enter_tiles(i64 rows) {
@@ -52,9 +52,9 @@ INLINE void add_products(const char* x, i64 x_tile, i64 x_next, const char* w, i
     if constexpr (Rows > 1 && Outputs > 1) _tile_zero(3);
   } else {
     _tile_loadd(0, sums, kLine);
-    if constexpr (Outputs > 1) _tile_loadd(1, sums + 256, kLine);
-    if constexpr (Rows > 1) _tile_loadd(2, sums + 256 * Outputs, kLine);
-    if constexpr (Rows > 1 && Outputs > 1) _tile_loadd(3, sums + 768, kLine);
+    if constexpr (Outputs > 1) _tile_loadd(1, sums + kTileFloats, kLine);
+    if constexpr (Rows > 1) _tile_loadd(2, sums + kTileFloats * Outputs, kLine);
+    if constexpr (Rows > 1 && Outputs > 1) _tile_loadd(3, sums + 3 * kTileFloats, kLine);
   }
   for (i64 i = 0; i < steps; ++i, x += x_tile, w += kTileBytes) {
     ahead.step();
@@ -72,9 +72,9 @@ INLINE void add_products(const char* x, i64 x_tile, i64 x_next, const char* w, i
     }
   }
   _tile_stored(0, sums, kLine);
-  if constexpr (Outputs > 1) _tile_stored(1, sums + 256, kLine);
-  if constexpr (Rows > 1) _tile_stored(2, sums + 256 * Outputs, kLine);
-  if constexpr (Rows > 1 && Outputs > 1) _tile_stored(3, sums + 768, kLine);
+  if constexpr (Outputs > 1) _tile_stored(1, sums + kTileFloats, kLine);
+  if constexpr (Rows > 1) _tile_stored(2, sums + kTileFloats * Outputs, kLine);
+  if constexpr (Rows > 1 && Outputs > 1) _tile_stored(3, sums + 3 * kTileFloats, kLine);
   __asm__ volatile("" ::: "memory");
 }
 

@@ -31,7 +31,7 @@ REFERENCE = (
     "verify",
 )
 CPU = ("activation", "attention", "kv", "linear", "moe", "norm", "rope", "sampling")
-NATIVE = ("attention", "linear", "rowwise")
+NATIVE = ("attention", "linear", "linear_w8a8", "rowwise")
 TRITON: tuple[str, ...] = (
     "activation",
     "attention",

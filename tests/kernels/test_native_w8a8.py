@@ -17,9 +17,9 @@ from quire.kernels.testing import normal, pair
 
 pytestmark = pytest.mark.skipif(library.problem is not None, reason=str(library.problem))
 DTYPES = (torch.float32, torch.bfloat16)
-ROWS = (0, 1, 2, 3, 4, 5, 8, 15, 16, 17, 32, 33, 48, 64, 70, 129)
+ROWS = (0, 1, 3, 5, 16, 17, 33, 48, 70)
 # No tile divides them; inputs of one part and of several, odd and even counts of tiles.
-SHAPES = ((1, 1), (16, 64), (40, 203), (33, 64), (128, 896), (210, 1348), (72, 2600))
+SHAPES = ((1, 1), (40, 203), (33, 64), (210, 130), (72, 1348))
 
 
 @pytest.fixture(params=library.levels())
@@ -61,10 +61,10 @@ class TestBits:
         weight, bias = make(*shape), normal(shape[:1], dtype, 2)
         ours, oracle = pair("linear_w8a8", "native")
         x = normal((ROWS[-1], shape[1]), dtype, 1)
-        for given in (bias, None):
+        for given, counts in ((bias, ROWS), (None, ROWS[1::3])):
             packed = ours.prepare(weight, given)
             expected = oracle.run(x, oracle.prepare(weight, given))
-            for rows in ROWS:
+            for rows in counts:
                 assert torch.equal(ours.run(x[:rows], packed), expected[:rows])
 
     @pytest.mark.parametrize("dtype", DTYPES)

@@ -155,6 +155,7 @@ struct Cut {
     constexpr i64 kWidest = 16;
     const i64 turn = (x.rows < 256 ? 4 : 2) * threads;
     const i64 wanted = ((pairs + kWidest - 1) / kWidest + turn - 1) / turn * turn;
+    units = wanted < pairs ? wanted : pairs;
     // Of several parts the sums of all but the last are kept, in 1 MiB of L2.
     const i64 tall = parts > 1 ? 256 / widest() * kTileRows : x.padded() + kTileRows;
     blocks = (x.rows + tall - 1) / tall;

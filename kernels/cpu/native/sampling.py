@@ -63,7 +63,7 @@ def sample(
     sample_index: Tensor,
     positions: Tensor,
 ) -> Tensor:
-    """See the reference. A row whose largest logit is not finite gives the largest, as at temperature 0."""
+    """See the reference."""
     logits = _aligned(logits)
     columns = [
         column.contiguous() for column in (temperature, top_k, top_p, min_p, seeds, sample_index, positions)

@@ -40,12 +40,12 @@ NATIVE = (
     "embedding",
     "linear",
     "linear_quantized",
+    "linear_w8a8",
     "moe",
     "rows",
     "rowwise",
     "sampling",
 )
-NATIVE = ("attention", "linear", "linear_w8a8", "rowwise")
 TRITON: tuple[str, ...] = (
     "activation",
     "attention",

@@ -1,6 +1,6 @@
 """Matrix products on weights that were laid out once as the matrix unit's tiles; see src/linear.h.
 
-    weight ──pack──▶ Packed ──▶ multiply(x, packed, out dtype)
+weight ──pack──▶ Packed ──▶ multiply(x, packed, out dtype)
 """
 
 from __future__ import annotations

@@ -22,17 +22,17 @@
 struct Cut {
   i64 tile_rows;  // of a block of rows: 16, or all where there are fewer
   i64 blocks, inputs, outputs;
-  i64 groups, group;               // of codes, folded one by one; with one scale for all inputs groups = 0
-  i64 panel;                       // inputs of a panel
-  i64 reach;                       // inputs for which x stays in L2, a multiple of `panel` where there are several
-  i64 unit_blocks, unit_outputs;   // of a unit
-  i64 stored_bytes;                // of a tile of weights
+  i64 groups, group;              // of codes, folded one by one; with one scale for all inputs groups = 0
+  i64 panel;                      // inputs of a panel
+  i64 reach;                      // inputs for which x stays in L2, a multiple of `panel` where there are several
+  i64 unit_blocks, unit_outputs;  // of a unit
+  i64 stored_bytes;               // of a tile of weights
 };
 
 constexpr i64 up(i64 n, i64 step) { return (n + step - 1) / step; }
 
 INLINE Cut cut(const Linear& l, i64 threads) {
-  constexpr i64 kPanel = 16;                        // 32 KiB of weights in an L1 of 48
+  constexpr i64 kPanel = 16;  // 32 KiB of weights in an L1 of 48
   constexpr i64 kUnitBlocks = 32;
   constexpr i64 kReach = 1 << 20, kSums = 1 << 20;  // bytes, together in an L2 of 2 MiB
   Cut c;
@@ -63,10 +63,10 @@ struct Unit {
 
 // A thread's own memory.
 struct Room {
-  char* panel;         // [2][panel] tiles of weights
-  float *sums, *part;  // [pairs of outputs][pairs of blocks][2][2] tiles; [2][2] tiles
-  float* group_sums;   // [rows of a unit][groups] of x
-  char* x;             // [blocks][reach] tiles
+  char* panel;           // [2][panel] tiles of weights
+  float *sums, *part;    // [pairs of outputs][pairs of blocks][2][2] tiles; [2][2] tiles
+  float* group_sums;     // [rows of a unit][groups] of x
+  char* x;               // [blocks][reach] tiles
   i64 row = -1, k = -1;  // of x: its first row and input
 };
 
@@ -127,7 +127,8 @@ INLINE void finish_row(const Linear& l, const Cut& c, i64 row, i64 column, const
     const i64 at = column + n * kTileOutputs;
     total[n] = load(sums + n * kTileFloats);
     if (l.kind != kFloats && !c.groups)
-      total[n] = folded(l, total[n], load(l.scales + at), l.kind == kInt4 ? load(l.zeros + at) : f32x16{}, x_sum, f32x16{});
+      total[n] =
+          folded(l, total[n], load(l.scales + at), l.kind == kInt4 ? load(l.zeros + at) : f32x16{}, x_sum, f32x16{});
     if (l.bias) total[n] += load(l.bias + at);
   }
   const i64 count = least(l.outputs - column, Outputs * kTileOutputs), at = row * l.outputs + column;
@@ -214,7 +215,8 @@ static void stream(const Linear& l, const Cut& c, const Unit& u, const Unit& aft
       _tile_zero(1);
     }
     __asm__ volatile("" ::: "memory");
-    for (i64 n = 0; n < Outputs; ++n) fold(l, c, u, room.group_sums, 0, n, now / c.group, room.part + n * kTileFloats, room.sums + n * kTileFloats);
+    for (i64 n = 0; n < Outputs; ++n)
+      fold(l, c, u, room.group_sums, 0, n, now / c.group, room.part + n * kTileFloats, room.sums + n * kTileFloats);
   }
   if (!c.groups) {
     _tile_stored(0, room.sums, kLine);

@@ -61,13 +61,13 @@ def test_ragged_rows_and_outputs(op: str) -> None:
         check(op, outputs, inputs, ROWS, 32 if op == "linear_int4" else None)
 
 
-@pytest.mark.parametrize("op", ("linear", "logits", "linear_int8"))
+@pytest.mark.parametrize("op", ["linear", "logits", "linear_int8"])
 def test_inputs_that_fill_no_tile(op: str) -> None:
     for outputs, inputs in ((40, 7), (33, 203), (16, 33)):
         check(op, outputs, inputs, (1, 16, 17, 33))
 
 
-@pytest.mark.parametrize("op", ("linear_int8", "linear_int4"))
+@pytest.mark.parametrize("op", ["linear_int8", "linear_int4"])
 @pytest.mark.parametrize("group", [0, 32, 64, 96, 128, 384, 576])
 def test_groups(op: str, group: int) -> None:
     check(op, 40, 1152, (1, 3, 16, 17, 70), group)
@@ -128,7 +128,7 @@ def test_infinite_rows_do_not_spoil_others() -> None:
     assert torch.equal(after[others], before[others])
 
 
-@pytest.mark.parametrize("op", ("linear_int8", "linear_int4"))
+@pytest.mark.parametrize("op", ["linear_int8", "linear_int4"])
 class TestColumnOrder:
     def order(self, torn: bool) -> Tensor:
         draw = torch.Generator().manual_seed(5)

@@ -32,6 +32,7 @@ REFERENCE = (
 )
 CPU = ("activation", "attention", "kv", "linear", "moe", "norm", "rope", "sampling")
 NATIVE = ("attention", "linear", "linear_w8a8", "rowwise")
+NATIVE = ("attention", "linear", "linear_quantized", "rowwise")
 TRITON: tuple[str, ...] = (
     "activation",
     "attention",

@@ -52,3 +52,9 @@ def linear(x: Tensor, packed: Any) -> Tensor:
         x = F.pad(x, (0, 0, 0, -rows % ROW_MULTIPLE))
         return torch.ops.mkldnn._linear_pointwise(x, packed.weight, packed.bias, "none", [], "")[:rows]
     return torch.ops.mkldnn._linear_pointwise(x, packed.weight, packed.bias, "none", [], "")
+
+
+@implements("logits", "cpu", when=usable, prepare=prepare_linear)
+def logits(x: Tensor, packed: Any) -> Tensor:
+    """See the reference; but oneDNN rounds its sums to x's dtype, which in bf16 leaves 8 bits of a logit."""
+    return linear(x, packed).float()

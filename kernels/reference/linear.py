@@ -24,3 +24,10 @@ def prepare_linear(weight: Tensor, bias: Tensor | None) -> PackedLinear:
 def linear(x: Tensor, packed: Any) -> Tensor:
     """x · weightᵀ + bias: x [T, K] -> [T, N] in x's dtype, accumulated in fp32."""
     return F.linear(x, packed.weight, packed.bias)
+
+
+@op(prepare=prepare_linear)
+def logits(x: Tensor, packed: Any) -> Tensor:
+    """x · weightᵀ + bias in fp32 and not rounded after: x [L, d], weight [V, d] -> [L, V] fp32."""
+    out = x.float() @ packed.weight.float().T
+    return out if packed.bias is None else out + packed.bias.float()

@@ -1,4 +1,7 @@
-"""Matrix products on bf16 weights that were laid out once as the matrix unit's tiles; see src/linear.h."""
+"""Matrix products on weights that were laid out once as the matrix unit's tiles; see src/linear.h.
+
+weight ──pack──▶ Packed ──▶ multiply(x, packed, out dtype)
+"""
 
 from __future__ import annotations
 
@@ -9,54 +12,97 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...registry import Target, implements
-from .library import Kernel, address, levels, usable
+from .library import DTYPES, Kernel, address, levels, usable
 
 ROWS, OUTPUTS, INPUTS = 16, 16, 32  # of a tile
+FLOATS, INT8, INT4 = 0, 1, 2  # WeightKind of src/linear_args.h
 
-_linear = Kernel("linear", "ipppiip")
+_linear = Kernel("linear", "iiipiipppipiipp")
 
 
-class TiledLinear(NamedTuple):
-    weight: Tensor  # [outputs / 16, inputs / 32, 16, 16, 2]: pairs of inputs by outputs; padded with zeros
+class Packed(NamedTuple):
+    """A weight [outputs, inputs] as src/linear_args.h lays it out."""
+
+    kind: int
+    weight: Tensor
+    scales: Tensor | None  # [outputs / 16, groups, 16] fp32
+    zeros: Tensor | None  # likewise
+    group: int
     bias: Tensor | None  # [outputs, padded to 16] fp32
     inputs: int
     outputs: int
 
 
-def prepare_linear(weight: Tensor, bias: Tensor | None) -> TiledLinear:
+def prepare_linear(weight: Tensor, bias: Tensor | None) -> Packed:
     """Once per weight: weight [N, K], bias [N] or None. The caller drops its own reference to the weight."""
     outputs, inputs = weight.shape
-    padded = F.pad(weight, (0, -inputs % INPUTS, 0, -outputs % OUTPUTS))
-    tiles = padded.view(padded.shape[0] // OUTPUTS, OUTPUTS, padded.shape[1] // INPUTS, INPUTS // 2, 2)
-    if bias is not None:
-        bias = F.pad(bias.float(), (0, -outputs % OUTPUTS))
-    return TiledLinear(tiles.permute(0, 2, 3, 1, 4).contiguous(), bias, inputs, outputs)
+    return Packed(FLOATS, as_tiles(weight), None, None, inputs, padded_bias(bias), inputs, outputs)
+
+
+def as_tiles(weight: Tensor) -> Tensor:
+    """[N, K] -> [N / 16, K / 32, 16, 16, 2]: pairs of inputs by outputs; padded with zeros."""
+    outputs, inputs = weight.shape
+    tiles = torch.zeros(-(-outputs // OUTPUTS), -(-inputs // INPUTS), INPUTS // 2, OUTPUTS, 2, dtype=weight.dtype)
+    whole = F.pad(weight, (0, -inputs % INPUTS, 0, -outputs % OUTPUTS))
+    return tiles.copy_(whole.view(tiles.shape[0], OUTPUTS, tiles.shape[1], INPUTS // 2, 2).permute(0, 2, 3, 1, 4))
+
+
+def padded_bias(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else F.pad(bias.float(), (0, -bias.shape[0] % OUTPUTS))
 
 
 def has_tiles(target: Target) -> str | None:
+    """The predicate of products by tiles."""
     if target.dtype != torch.bfloat16:
         return f"computes in bfloat16, the target in {str(target.dtype).removeprefix('torch.')}"
     return usable(target) or (None if levels()[0] == "amx" else "this processor has no matrix tiles (AMX)")
 
 
+def multiply(x: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
+    """x · weightᵀ + bias: x [T, K] -> [T, N] in dtype. A row's bits do not depend on the number of rows."""
+    kind, weight, scales, zeros, group, bias, inputs, outputs = packed
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    rows = x.shape[0]
+    out = torch.empty((rows, outputs), dtype=dtype)
+    workspace = torch.empty(workspace_bytes(rows, packed), dtype=torch.uint8)
+    status = _linear(
+        rows,
+        DTYPES[x.dtype],
+        DTYPES[dtype],
+        x.data_ptr(),
+        x.stride(0),
+        kind,
+        weight.data_ptr(),
+        address(scales),
+        address(zeros),
+        group,
+        address(bias),
+        inputs,
+        outputs,
+        out.data_ptr(),
+        workspace.data_ptr(),
+    )
+    if status:
+        raise MemoryError("linear: no memory for the working buffers")
+    return out
+
+
+def workspace_bytes(rows: int, packed: Packed) -> int:
+    """Of x as tiles, and of the sums of its groups."""
+    if rows <= ROWS:
+        return 0
+    groups = -(-packed.inputs // packed.group) if packed.kind == INT4 else 0
+    return (rows + -rows % ROWS) * (2 * (packed.inputs + -packed.inputs % INPUTS) + 4 * groups)
+
+
 @implements("linear", "native", when=has_tiles, prepare=prepare_linear)
 def linear(x: Tensor, packed: Any) -> Tensor:
     """See the reference. A row's bits do not depend on the number of rows."""
-    weight, bias, inputs, outputs = packed
-    rows = x.shape[0]
-    padding = -rows % ROWS if rows > ROWS else 0
-    if padding or inputs % INPUTS:
-        x = F.pad(x, (0, -inputs % INPUTS, 0, padding))
-    else:
-        x = x.contiguous()
-    out = torch.empty(rows + padding, outputs, dtype=torch.bfloat16)
-    _linear(
-        rows + padding,
-        x.data_ptr(),
-        weight.data_ptr(),
-        address(bias),
-        x.shape[1],
-        outputs,
-        out.data_ptr(),
-    )
-    return out[:rows] if padding else out
+    return multiply(x, packed, x.dtype)
+
+
+@implements("logits", "native", when=has_tiles, prepare=prepare_linear)
+def logits(x: Tensor, packed: Any) -> Tensor:
+    """See the reference. A row's bits do not depend on the number of rows."""
+    return multiply(x, packed, torch.float32)

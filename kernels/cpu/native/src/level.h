@@ -25,6 +25,9 @@ INLINE void with_dtype(i64 dtype, F f) {
 
 #include "attention.h"
 #include "integers.h"
+#include "linear_args.h"
+#include "tiles.h"
+#include "vectors.h"
 #include "linear.h"
 #include "rowwise.h"
 

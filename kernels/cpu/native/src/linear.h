@@ -1,140 +1,370 @@
-// out = x * weight^T + bias by bf16 matrix tiles, on weights that lie as such tiles (linear.py packs them).
+// out = x * weight^T + bias by bf16 matrix tiles (tiles.h), on weights that lie as such tiles (linear_args.h).
 //
-// Tile (n, k) holds 16 outputs and 32 inputs as the second factor of a tile product wants them: word [pair of inputs]
-// [output]. Tiles of 16 outputs follow each other over the inputs, so every thread reads the weights once, in order:
-// few rows run at the speed of memory. x is the first factor as it lies. A row's sums run over the inputs in order,
-// whatever the number of rows: its bits do not depend on the others.
-
-struct Linear {  // bf16; rows beyond 16 come in multiples of 16, inputs in multiples of 32
-  i64 rows;
-  const void* x;       // [rows, inputs]
-  const void* weight;  // [outputs / 16, inputs / 32, 16, 16, 2]: tiles of pairs of inputs by outputs, padded with zeros
-  const float* bias;   // [outputs, padded to 16] or null
-  i64 inputs, outputs;
-  void* out;  // [rows, outputs]
-};
+//   x ──lay out──▶ tiles of x, by each thread for itself ──┐
+//   weight ──(codes: widen)────────────────────────────────┴─▶ sums ──scales, zeros, bias──▶ out
+//
+// The unit of work is some rows by some tiles of outputs. Which one a thread takes next is known well enough, since all
+// are alike, to have its weights on their way before this one is done.
+//
+// Up to 16 rows, time goes by the bytes of the weights: `stream` goes through a unit once, codes are widened two steps
+// before their product, sums stay in tiles.
+//
+// More rows share what is read (`run`). Weights are taken by panels, some inputs of both tiles, and a panel meets up to
+// 512 rows before the next: it comes from memory once and then out of L1, codes are widened once, x comes out of L2,
+// and sums wait in memory in between.
+//
+// A row's sums run over the inputs in order, those of a group of codes by themselves, whatever the number of rows: its
+// bits do not depend on the others.
 
 #if HAS_AMX
 
-constexpr i64 kTileInputs = 32, kTileOutputs = 16, kTileElements = kTileInputs * kTileOutputs;
+// How a product is cut. Inputs and outputs are counted in tiles, rows in blocks of 16.
+struct Cut {
+  i64 tile_rows;  // of a block of rows: 16, or all where there are fewer
+  i64 blocks, inputs, outputs;
+  i64 groups, group;              // of codes, folded one by one; with one scale for all inputs groups = 0
+  i64 panel;                      // inputs of a panel
+  i64 reach;                      // inputs for which x stays in L2, a multiple of `panel` where there are several
+  i64 unit_blocks, unit_outputs;  // of a unit
+  i64 stored_bytes;               // of a tile of weights
+};
 
-// One row of sums to bf16, with the bias; `count` of the 16 outputs exist.
-INLINE void finish(const Linear& l, const float* sums, i64 rows, i64 row, i64 output) {
-  const i64 count = l.outputs - output < kTileOutputs ? l.outputs - output : kTileOutputs;
-  bf16* out = (bf16*)l.out + row * l.outputs + output;
-  const f32x16 bias = l.bias ? load(l.bias + output) : f32x16{};
-  for (i64 i = 0; i < rows; ++i, out += l.outputs) {
-    const u16x16 halves = to_bf16(load(sums + i * kTileOutputs) + bias);
-    if (count == kTileOutputs)
-      __builtin_memcpy(out, &halves, sizeof halves);
+constexpr i64 up(i64 n, i64 step) { return (n + step - 1) / step; }
+
+INLINE Cut cut(const Linear& l, i64 threads) {
+  constexpr i64 kPanel = 16;  // 32 KiB of weights in an L1 of 48
+  constexpr i64 kUnitBlocks = 32;
+  constexpr i64 kReach = 1 << 20, kSums = 1 << 20;  // bytes, together in an L2 of 2 MiB
+  Cut c;
+  c.tile_rows = least(l.rows, kBlockRows);
+  c.blocks = up(l.rows, kBlockRows);
+  c.inputs = up(l.inputs, kTileInputs);
+  c.outputs = up(l.outputs, kTileOutputs);
+  c.stored_bytes = kTileBytes >> l.kind;
+  c.groups = l.kind == kFloats || l.group >= l.inputs ? 0 : up(l.inputs, l.group);
+  c.group = c.groups ? l.group / kTileInputs : c.inputs;
+  c.panel = !c.groups ? up(c.inputs, up(c.inputs, kPanel)) : c.group >= kPanel ? c.group : kPanel / c.group * c.group;
+  c.unit_blocks = up(c.blocks, up(c.blocks, kUnitBlocks));
+  // The sum of x over a group is made in one go.
+  const bool whole = c.blocks == 1 || (l.kind == kInt4 && !c.groups);
+  const i64 reaches = whole ? 1 : up(c.unit_blocks * c.inputs * kTileBytes, kReach);
+  c.reach = up(up(c.inputs, c.panel), reaches) * c.panel;
+  // With few rows as little as can be, so that threads end together; with many enough for long pieces of a row of the
+  // output; and where x does not stay in L2 over all inputs, as much as sums have room.
+  const i64 share = up(c.outputs, threads), most = reaches > 1 ? kSums / (c.unit_blocks * kTileBytes) : 16;
+  c.unit_outputs = c.blocks == 1 ? 2 : up(up(share, up(share, most)), 2) * 2;
+  return c;
+}
+
+// Some rows by some outputs.
+struct Unit {
+  i64 first_row, blocks, first_output, outputs;
+};
+
+// A thread's own memory.
+struct Room {
+  char* panel;           // [2][panel] tiles of weights
+  float *sums, *part;    // [pairs of outputs][pairs of blocks][2][2] tiles; [2][2] tiles
+  float* group_sums;     // [rows of a unit][groups] of x
+  char* x;               // [blocks][reach] tiles
+  i64 row = -1, k = -1;  // of x: its first row and input
+};
+
+// Rows of x, or zeros behind the last, as tiles of the inputs [k, k + reach); with kInt4 the sums of their groups, too.
+static void lay_out(const Linear& l, const Cut& c, const Unit& u, i64 k, Room& room) {
+  if (room.row == u.first_row && room.k == k) return;
+  room.row = u.first_row;
+  room.k = k;
+  const i64 end = least(k + c.reach, c.inputs), groups = c.groups ? c.groups : 1;
+  for (i64 row = 0; row < u.blocks * c.tile_rows; ++row) {
+    const bool exists = u.first_row + row < l.rows;
+    const bf16* x = (const bf16*)l.x + (exists ? u.first_row + row : 0) * l.x_row;
+    char* line = room.x + (row / kBlockRows * c.reach * c.tile_rows + row % kBlockRows) * kLine;
+    f32x16 sum{};
+    for (i64 i = k; i < end; ++i, line += c.tile_rows * kLine) {
+      const i64 left = exists ? l.inputs - i * kTileInputs : 0;
+      const __mmask32 mask = left >= kTileInputs ? ~0u : (1u << left) - 1;
+      const __m512i pairs = _mm512_maskz_loadu_epi16(mask, x + i * kTileInputs);
+      _mm512_storeu_si512(line, pairs);
+      if (l.kind != kInt4) continue;
+      sum += (f32x16)_mm512_slli_epi32(pairs, 16) + (f32x16)_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000));
+      if ((i + 1) % c.group == 0 || i + 1 == c.inputs) {
+        room.group_sums[row * groups + i / c.group] = sum_lanes(sum);
+        sum = f32x16{};
+      }
+    }
+  }
+  __asm__ volatile("" ::: "memory");
+}
+
+// What a group of codes gives, from the sums of one row.
+INLINE f32x16 folded(const Linear& l, f32x16 sum, f32x16 scale, f32x16 zero, const float* x_sum, f32x16 total) {
+  if (l.kind == kInt4) sum = fma(-zero, splat(*x_sum), sum);
+  return fma(scale, sum, total);
+}
+
+// One tile of a group's sums into the totals.
+INLINE void fold(const Linear& l, const Cut& c, const Unit& u, const float* x_sums, i64 block, i64 output, i64 group,
+                 const float* sums, float* totals) {
+  const i64 at = ((u.first_output + output) * c.groups + group) * kTileOutputs;
+  const f32x16 scale = load(l.scales + at), zero = l.kind == kInt4 ? load(l.zeros + at) : f32x16{};
+  x_sums += block * kBlockRows * c.groups + group;
+  for (i64 row = 0; row < c.tile_rows; ++row, x_sums += c.groups, sums += kTileOutputs, totals += kTileOutputs)
+    store(totals, folded(l, load(sums), scale, zero, x_sums, group ? load(totals) : f32x16{}));
+}
+
+// Where the sums of one or two tiles of outputs for one or two blocks of rows are, [blocks][outputs][16][16].
+INLINE i64 sums_at(const Unit& u, i64 block, i64 output) {
+  return (output / 2 * up(u.blocks, 2) + block / 2) * 4 * kTileFloats;
+}
+
+// Finished sums of one row for one or two tiles of outputs, side by side.
+template <int Outputs>
+INLINE void finish_row(const Linear& l, const Cut& c, i64 row, i64 column, const float* x_sum, const float* sums,
+                       bool past_cache) {
+  f32x16 total[2]{};
+  for (int n = 0; n < Outputs; ++n) {
+    const i64 at = column + n * kTileOutputs;
+    total[n] = load(sums + n * kTileFloats);
+    if (l.kind != kFloats && !c.groups)
+      total[n] =
+          folded(l, total[n], load(l.scales + at), l.kind == kInt4 ? load(l.zeros + at) : f32x16{}, x_sum, f32x16{});
+    if (l.bias) total[n] += load(l.bias + at);
+  }
+  const i64 count = least(l.outputs - column, Outputs * kTileOutputs), at = row * l.outputs + column;
+  const __mmask32 mask = count < 32 ? (1u << count) - 1 : ~0u;
+  if (l.out_dtype == kBfloat16) {
+    bf16* const out = (bf16*)l.out + at;
+    const __m512i pair = (__m512i)_mm512_cvtne2ps_pbh((__m512)total[1], (__m512)total[0]);
+    if (past_cache && count == 32 && (i64)out % kLine == 0)
+      _mm512_stream_si512((__m512i*)out, pair);
     else
-      __builtin_memcpy(out, &halves, count * sizeof(bf16));
+      _mm512_mask_storeu_epi16(out, mask, pair);
+  } else {
+    float* const out = (float*)l.out + at;
+    _mm512_mask_storeu_ps(out, (__mmask16)mask, (__m512)total[0]);
+    if constexpr (Outputs > 1) _mm512_mask_storeu_ps(out + kLanes, (__mmask16)(mask >> 16), (__m512)total[1]);
   }
 }
 
-// Sums stay in tiles 0 to 3 over all inputs; tiles 4 and 5 are of x, 6 and 7 of the weights.
-template <int Outputs>
-INLINE void one_by(const Linear& l, i64 row, i64 output, float* sums) {
-  const bf16* x = (const bf16*)l.x + row * l.inputs;
-  const bf16* w = (const bf16*)l.weight + output * l.inputs;
-  const i64 next = kTileOutputs * l.inputs, rows = l.rows < kBlockRows ? l.rows : kBlockRows;
+// Finished sums of a unit to the output. A large one is written past the caches, a line at a time: to own a line before
+// writing it takes longer than all products with 32 rows and 900 inputs that fill it.
+static void finish(const Linear& l, const Cut& c, const Unit& u, const Room& room) {
+  constexpr i64 kLarge = 1 << 19;
+  const bool past_cache = 2 * l.rows * l.outputs >= kLarge;
+  const i64 groups = c.groups ? c.groups : 1;
+  for (i64 row = 0; row < least(l.rows - u.first_row, u.blocks * kBlockRows); ++row)
+    for (i64 output = 0; output < u.outputs; output += 2) {
+      const bool two = output + 1 < u.outputs;
+      const i64 block = row / kBlockRows, tile = block % 2 * (two ? 2 : 1);
+      const float* const sums = room.sums + sums_at(u, block, output) + tile * kTileFloats + row % kBlockRows * kLanes;
+      const float* const x_sum = room.group_sums + row * groups;
+      const i64 column = (u.first_output + output) * kTileOutputs;
+      if (two)
+        finish_row<2>(l, c, u.first_row + row, column, x_sum, sums, past_cache);
+      else
+        finish_row<1>(l, c, u.first_row + row, column, x_sum, sums, past_cache);
+    }
+  if (past_cache) _mm_sfence();
+}
+
+// Few rows: a unit, after which the weights of `after` come.
+template <WeightKind Kind, int Outputs>
+static void stream(const Linear& l, const Cut& c, const Unit& u, const Unit& after, Room& room) {
+  // Tiles of weights between their prefetch and their use: 2, 4 and 7 KiB.
+  constexpr i64 kAhead = Kind == kFloats ? 2 : Kind == kInt8 ? 8 : 28;
+  constexpr i64 kBytes = kStoredBytes<Kind>, kLag = Kind == kFloats ? 0 : 2, kRing = 4;
+  const i64 next = c.inputs * kBytes, ahead = least(kAhead, c.inputs);
+  const char* const w = (const char*)l.weight + u.first_output * next;
+  const char* const then = (const char*)l.weight + (after.first_output - 1) * next;  // less the inputs of this unit
+  const i64 then_apart = after.outputs > 1 ? next : 0;
+  const i64 x_tile = c.tile_rows * kLine;
+  lay_out(l, c, u, 0, room);
   _tile_zero(0);
   if constexpr (Outputs > 1) _tile_zero(1);
-  if constexpr (Outputs > 2) {
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  for (i64 k = 0; k < l.inputs; k += kTileInputs, w += kTileElements) {
-    _tile_loadd(4, x + k, 2 * l.inputs);
-    _tile_loadd(6, w, 64);
+  for (i64 k = 0; k < c.inputs + kLag; ++k) {
+    if (k < c.inputs) {
+      const bool here = k + ahead < c.inputs;
+      const char* const soon = (here ? w : then) + (k + ahead) * kBytes;
+      const i64 apart = here ? next : then_apart;
+      for (i64 i = 0; i < kBytes; i += kLine) {
+        _mm_prefetch(soon + i, _MM_HINT_T0);
+        if constexpr (Outputs > 1) _mm_prefetch(soon + apart + i, _MM_HINT_T0);
+      }
+      if constexpr (Kind != kFloats) {
+        for (i64 n = 0; n < Outputs; ++n)
+          widen_tile<Kind>(w + n * next + k * kBytes, room.panel + (n * kRing + k % kRing) * kTileBytes);
+        __asm__ volatile("" ::: "memory");
+      }
+    }
+    if (k < kLag) continue;
+    const i64 now = k - kLag;
+    const char* const tile = Kind == kFloats ? w + now * kBytes : room.panel + now % kRing * kTileBytes;
+    _tile_loadd(4, room.x + now * x_tile, kLine);
+    _tile_loadd(6, tile, kLine);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (Outputs > 1) {
-      _tile_loadd(7, w + next, 64);
+      _tile_loadd(7, tile + (Kind == kFloats ? next : kRing * kTileBytes), kLine);
       _tile_dpbf16ps(1, 4, 7);
     }
-    if constexpr (Outputs > 2) {
-      _tile_loadd(6, w + 2 * next, 64);
-      _tile_dpbf16ps(2, 4, 6);
-      _tile_loadd(7, w + 3 * next, 64);
-      _tile_dpbf16ps(3, 4, 7);
+    if (Kind == kFloats || !c.groups || ((now + 1) % c.group && now + 1 < c.inputs)) continue;
+    _tile_stored(0, room.part, kLine);
+    _tile_zero(0);
+    if constexpr (Outputs > 1) {
+      _tile_stored(1, room.part + kTileFloats, kLine);
+      _tile_zero(1);
     }
+    __asm__ volatile("" ::: "memory");
+    for (i64 n = 0; n < Outputs; ++n)
+      fold(l, c, u, room.group_sums, 0, n, now / c.group, room.part + n * kTileFloats, room.sums + n * kTileFloats);
   }
-  _tile_stored(0, sums, 64);
-  if constexpr (Outputs > 1) _tile_stored(1, sums + 256, 64);
-  if constexpr (Outputs > 2) {
-    _tile_stored(2, sums + 512, 64);
-    _tile_stored(3, sums + 768, 64);
+  if (!c.groups) {
+    _tile_stored(0, room.sums, kLine);
+    if constexpr (Outputs > 1) _tile_stored(1, room.sums + kTileFloats, kLine);
+    __asm__ volatile("" ::: "memory");
   }
-  __asm__ volatile("" ::: "memory");
-  for (i64 i = 0; i < Outputs; ++i) finish(l, sums + 256 * i, rows, row, output + i * kTileOutputs);
+  finish(l, c, u, room);
 }
 
-INLINE void two_by_two(const Linear& l, i64 row, i64 output, float* sums) {
-  const bf16* x = (const bf16*)l.x + row * l.inputs;
-  const bf16* below = x + kBlockRows * l.inputs;
-  const bf16* w = (const bf16*)l.weight + output * l.inputs;
-  const i64 next = kTileOutputs * l.inputs;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (i64 k = 0; k < l.inputs; k += kTileInputs, w += kTileElements) {
-    _tile_loadd(4, x + k, 2 * l.inputs);
-    _tile_loadd(6, w, 64);
-    _tile_loadd(7, w + next, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, below + k, 2 * l.inputs);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + 256, 64);
-  _tile_stored(2, sums + 512, 64);
-  _tile_stored(3, sums + 768, 64);
-  __asm__ volatile("" ::: "memory");
-  for (i64 i = 0; i < 4; ++i)
-    finish(l, sums + 256 * i, kBlockRows, row + i / 2 * kBlockRows, output + i % 2 * kTileOutputs);
+// Some inputs of one or two tiles of outputs.
+struct Panel {
+  i64 output, outputs, k, count;
+};
+
+// Panel i of a unit, in the order in which they are multiplied; some have no inputs where reaches are uneven.
+INLINE Panel panel_at(const Cut& c, const Unit& u, i64 i) {
+  const i64 per_reach = c.reach / c.panel, pairs = up(u.outputs, 2);
+  const i64 output = i / per_reach % pairs * 2, k = (i / (per_reach * pairs) * per_reach + i % per_reach) * c.panel;
+  return {output, least(2, u.outputs - output), k, k < c.inputs ? least(c.panel, c.inputs - k) : 0};
 }
 
-// Outputs of the tiles [first, last) for rows [row, end): the tiles of a few outputs stay in the cache over all rows.
-static void tiles(const Linear& l, i64 first, i64 last) {
-  alignas(64) float sums[4 * 256];
-  const i64 rows = l.rows < kBlockRows ? l.rows : kBlockRows;
-  TileProduct::enter(rows);
-  // Rows at a time: those whose inputs, 1 MiB of them, stay in a 2 MiB L2 beside the weights that pass by.
-  const i64 at_once = (1 << 19) / l.inputs / (2 * kBlockRows) * (2 * kBlockRows) + 2 * kBlockRows;
-  for (i64 top = 0; top < l.rows; top += at_once) {
-    const i64 end = top + at_once < l.rows ? top + at_once : l.rows;
-    const i64 wide = l.rows > kBlockRows ? 2 : 4;  // outputs at once, in tiles
-    for (i64 tile = first; tile < last;) {
-      const i64 now = tile + wide <= last ? wide : 1, output = tile * kTileOutputs;
-      for (i64 row = top; row < end;) {
-        const bool two = now == 2 && end - row >= 2 * kBlockRows;
-        if (two)
-          two_by_two(l, row, output, sums);
-        else if (now == 4)
-          one_by<4>(l, row, output, sums);
-        else if (now == 2)
-          one_by<2>(l, row, output, sums);
-        else
-          one_by<1>(l, row, output, sums);
-        row += two ? 2 * kBlockRows : kBlockRows;
+INLINE const char* stored(const Linear& l, const Cut& c, const Unit& u, const Panel& p) {
+  return (const char*)l.weight + ((u.first_output + p.output) * c.inputs + p.k) * c.stored_bytes;
+}
+
+template <WeightKind Kind>
+INLINE void widen_panel(const Cut& c, const Panel& p, const char* codes, char* room, Ahead& ahead) {
+  for (i64 i = 0; i < p.count; ++i) {
+    ahead.step();
+    for (i64 n = 0; n < p.outputs; ++n)
+      widen_tile<Kind>(codes + (n * c.inputs + i) * kStoredBytes<Kind>, room + (n * c.panel + i) * kTileBytes);
+  }
+}
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+// One or two blocks of rows by the one or two tiles of outputs of a panel, whose weights are at w.
+template <int Rows, int Outputs>
+INLINE void multiply(const Linear& l, const Cut& c, const Unit& u, const Panel& p, i64 block, const char* w, i64 w_next,
+                     const Room& room, Ahead& ahead) {
+  const i64 x_tile = c.tile_rows * kLine, x_next = c.reach * x_tile;
+  const char* const x = room.x + block * x_next + (p.k - room.k) * x_tile;
+  float* const sums = room.sums + sums_at(u, block, p.output);
+  if (!c.groups) {
+    add_products<Rows, Outputs>(x, x_tile, x_next, w, w_next, p.count, p.k == 0, sums, ahead);
+    return;
+  }
+  for (i64 i = 0; i < p.count; i += c.group) {
+    add_products<Rows, Outputs>(x + i * x_tile, x_tile, x_next, w + i * kTileBytes, w_next, least(c.group, p.count - i),
+                                true, room.part, ahead);
+    for (int r = 0; r < Rows; ++r)
+      for (int n = 0; n < Outputs; ++n) {
+        const i64 tile = (r * Outputs + n) * kTileFloats;
+        fold(l, c, u, room.group_sums, block + r, p.output + n, (p.k + i) / c.group, room.part + tile, sums + tile);
       }
-      tile += now;
+  }
+}
+
+// Many rows: a unit, after which the weights of `after` come.
+template <WeightKind Kind>
+static void run(const Linear& l, const Cut& c, const Unit& u, const Unit& after, Room& room) {
+  const i64 pairs = up(u.blocks, 2), panels = up(c.inputs, c.reach) * (c.reach / c.panel) * up(u.outputs, 2);
+  const i64 w_next = (Kind == kFloats ? c.inputs : c.panel) * kTileBytes;
+  for (i64 i = 0; i < panels; ++i) {
+    const Panel p = panel_at(c, u, i);
+    if (!p.count) continue;
+    lay_out(l, c, u, p.k / c.reach * c.reach, room);
+    const bool last = i + 1 == panels;
+    const Panel next = last ? panel_at(c, after, 0) : panel_at(c, u, i + 1);
+    i64 lines = next.count * c.stored_bytes / kLine;
+    const char* const soon = stored(l, c, last ? after : u, next);
+    const char* const end = soon + lines * kLine;
+    Ahead ahead = {soon, (next.outputs - 1) * c.inputs * c.stored_bytes, 0};
+    const char* w = stored(l, c, u, p);
+    if constexpr (Kind != kFloats) {  // half of the lines while the panel is widened
+      lines /= 2;
+      ahead.lines = up(lines, p.count);
+      widen_panel<Kind>(c, p, w, room.panel, ahead);
+      w = room.panel;
+    }
+    for (i64 block = 0; block < u.blocks; block += 2) {
+      ahead.lines = ahead.at < end ? up(lines, pairs * p.count) : 0;
+      const auto multiply_by = [&](auto rows, auto outputs) __attribute__((always_inline)) {
+        multiply<decltype(rows)::value, decltype(outputs)::value>(l, c, u, p, block, w, w_next, room, ahead);
+      };
+      if (block + 1 < u.blocks)
+        p.outputs == 2 ? multiply_by(Count<2>{}, Count<2>{}) : multiply_by(Count<2>{}, Count<1>{});
+      else
+        p.outputs == 2 ? multiply_by(Count<1>{}, Count<2>{}) : multiply_by(Count<1>{}, Count<1>{});
     }
   }
-  TileProduct::leave();
+  finish(l, c, u, room);
+}
+
+template <WeightKind Kind>
+static void product(const Linear& l, const Cut& c, const Unit& u, const Unit& after, Room& room) {
+  if (l.rows > kBlockRows)
+    run<Kind>(l, c, u, after, room);
+  else if (u.outputs == 2)
+    stream<Kind, 2>(l, c, u, after, room);
+  else
+    stream<Kind, 1>(l, c, u, after, room);
+}
+
+static i64 tile_linear(const Linear& l, Worker& worker) {
+  const Cut c = cut(l, worker.count);
+  const i64 rows = c.unit_blocks * c.tile_rows;
+  const i64 panel_bytes = 2 * (c.panel > 4 ? c.panel : 4) * kTileBytes, part_bytes = 4 * kTileBytes;
+  const i64 sums_bytes = up(c.unit_outputs, 2) * up(c.unit_blocks, 2) * 4 * kTileBytes;
+  const i64 group_bytes = up(4 * rows * (c.groups ? c.groups : 1), kLine) * kLine;
+  char* const memory = worker.scratch(panel_bytes + part_bytes + sums_bytes + group_bytes + rows * c.reach * kLine);
+  if (!memory) return kOutOfMemory;
+  Room room;
+  room.panel = memory;
+  room.part = (float*)(room.panel + panel_bytes);
+  room.sums = room.part + part_bytes / 4;
+  room.group_sums = room.sums + sums_bytes / 4;
+  room.x = (char*)room.group_sums + group_bytes;
+  const i64 wide = up(c.outputs, c.unit_outputs), units = wide * up(c.blocks, c.unit_blocks);
+  const auto unit_at = [&](i64 i) __attribute__((always_inline)) {
+    const i64 block = i / wide * c.unit_blocks, output = i % wide * c.unit_outputs;
+    return Unit{block * kBlockRows, least(c.unit_blocks, c.blocks - block), output,
+                least(c.unit_outputs, c.outputs - output)};
+  };
+  enter_tiles(c.tile_rows);
+  for (Worker::Range r; worker.next(r, units, 1);) {
+    const Unit unit = unit_at(r.first), after = unit_at(least(r.first + worker.count, units - 1));
+    if (l.kind == kFloats)
+      product<kFloats>(l, c, unit, after, room);
+    else if (l.kind == kInt8)
+      product<kInt8>(l, c, unit, after, room);
+    else
+      product<kInt4>(l, c, unit, after, room);
+  }
+  leave_tiles();
+  return kDone;
 }
 
 static i64 linear(const Linear& l, Worker& worker) {
-  if (l.rows == 0) return kDone;
-  for (Worker::Range r; worker.next(r, (l.outputs + 15) / 16, 8);) tiles(l, r.first, r.last);
-  return kDone;
+  if (l.dtype != kBfloat16) return vector_linear(l, worker);
+  return l.rows ? tile_linear(l, worker) : kDone;
 }
 
 #else
 
-static i64 linear(const Linear&, Worker&) { return kDone; }  // without tiles nobody packs weights for it
+static i64 linear(const Linear& l, Worker& worker) { return vector_linear(l, worker); }
 
 #endif

@@ -169,7 +169,8 @@ struct IntegerCut {
 
 // Piece `piece`; `next` is the one after it, or -1.
 template <class T>
-static void tile_piece(const IntegerLinear& l, const Codes& x, const IntegerCut& c, i64 piece, i64 next, std::int32_t* sums) {
+static void tile_piece(const IntegerLinear& l, const Codes& x, const IntegerCut& c, i64 piece, i64 next,
+                       std::int32_t* sums) {
   const i64 column = x.steps * kStepBytes, below = x.steps * x.step(), tiles = (l.outputs + kLanes - 1) / kLanes;
   const i64 first = c.first_pair(piece), last = c.last_pair(piece);
   const i64 top = piece / c.units * c.height, end = top + c.height < l.rows ? top + c.height : l.rows;

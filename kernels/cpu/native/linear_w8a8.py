@@ -37,7 +37,9 @@ def prepare_linear_w8a8(weight: PackedWeight, bias: Tensor | None) -> TiledInteg
     """Once per weight, bias [N] or None. The caller drops its own reference to the weight."""
     outputs, inputs = weight.codes.shape
     if inputs > MOST_INPUTS:
-        log.warning("torch multiplies by a w8a8 weight of %d inputs: sums of more than %d overflow", inputs, MOST_INPUTS)
+        log.warning(
+            "torch multiplies by a w8a8 weight of %d inputs: sums of more than %d overflow", inputs, MOST_INPUTS
+        )
         return reference.PackedLinear(weight, bias)
 
     def padded(values: Tensor) -> Tensor:

@@ -144,10 +144,10 @@ __attribute__((noinline)) static void edge(const i8* x, i64 x_next, const i8* w,
 }
 
 // How the work is cut: row blocks by units of outputs, in pairs of tiles, by parts of the inputs.
-struct Cut {
+struct IntegerCut {
   i64 pairs, units, parts, blocks, height;
 
-  Cut(const IntegerLinear& l, const Codes& x, i64 threads) {
+  IntegerCut(const IntegerLinear& l, const Codes& x, i64 threads) {
     pairs = (l.outputs + kTileRows - 1) / kTileRows;
     parts = (x.steps + kL1Steps - 1) / kL1Steps;
     // Every thread gets several units, so that none waits long for another; with many rows fewer and wider ones, so
@@ -169,7 +169,8 @@ struct Cut {
 
 // Piece `piece`; `next` is the one after it, or -1.
 template <class T>
-static void tile_piece(const IntegerLinear& l, const Codes& x, const Cut& c, i64 piece, i64 next, std::int32_t* sums) {
+static void tile_piece(const IntegerLinear& l, const Codes& x, const IntegerCut& c, i64 piece, i64 next,
+                       std::int32_t* sums) {
   const i64 column = x.steps * kStepBytes, below = x.steps * x.step(), tiles = (l.outputs + kLanes - 1) / kLanes;
   const i64 first = c.first_pair(piece), last = c.last_pair(piece);
   const i64 top = piece / c.units * c.height, end = top + c.height < l.rows ? top + c.height : l.rows;
@@ -227,7 +228,7 @@ static void tile_piece(const IntegerLinear& l, const Codes& x, const Cut& c, i64
 }
 
 static i64 many_rows(const IntegerLinear& l, const Codes& x, Worker& w) {
-  const Cut c(l, x, w.count);
+  const IntegerCut c(l, x, w.count);
   const i64 pieces = c.units * c.blocks;
   std::int32_t* const sums = (std::int32_t*)w.scratch(c.sums() * 4);
   for (Worker::Range r; w.next(r, l.rows, 4);) make_codes(l, x, r.first, r.last);

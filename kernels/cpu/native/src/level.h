@@ -26,16 +26,10 @@ INLINE void with_dtype(i64 dtype, F f) {
 }
 
 #include "attention.h"
+#include "integers.h"
 #include "linear_args.h"
 #include "tiles.h"
-
-// Products of integers are cut in their own way, with the same words for it as those of floats.
-namespace integers {
-#include "integers.h"
-}
-using integers::IntegerLinear;
-using integers::linear_w8a8;
-
+#include "vectors.h"
 #include "linear.h"
 #include "rowwise.h"
 #include "codes.h"

@@ -1,7 +1,7 @@
 // out = x * weight^T + bias by bf16 matrix tiles (tiles.h), on weights that lie as such tiles (linear_args.h).
 //
-//   x ──lay out──▶ tiles of x, once per call ──┐
-//   weight ──(codes: widen)────────────────────┴─▶ sums ──scales, zeros, bias──▶ out
+//   x ──lay out──▶ tiles of x, by each thread for itself ──┐
+//   weight ──(codes: widen)────────────────────────────────┴─▶ sums ──scales, zeros, bias──▶ out
 //
 // The unit of work is some rows by some tiles of outputs. Which one a thread takes next is known well enough, since all
 // are alike, to have its weights on their way before this one is done.
@@ -22,17 +22,17 @@
 struct Cut {
   i64 tile_rows;  // of a block of rows: 16, or all where there are fewer
   i64 blocks, inputs, outputs;
-  i64 groups, group;               // of codes, folded one by one; with one scale for all inputs groups = 0
-  i64 panel;                       // inputs of a panel
-  i64 reach;                       // inputs for which x stays in L2, a multiple of `panel`
-  i64 unit_blocks, unit_outputs;   // of a unit
-  i64 stored_bytes;                // of a tile of weights
+  i64 groups, group;              // of codes, folded one by one; with one scale for all inputs groups = 0
+  i64 panel;                      // inputs of a panel
+  i64 reach;                      // inputs for which x stays in L2, a multiple of `panel` where there are several
+  i64 unit_blocks, unit_outputs;  // of a unit
+  i64 stored_bytes;               // of a tile of weights
 };
 
 constexpr i64 up(i64 n, i64 step) { return (n + step - 1) / step; }
 
 INLINE Cut cut(const Linear& l, i64 threads) {
-  constexpr i64 kPanel = 16;                        // 32 KiB of weights in an L1 of 48
+  constexpr i64 kPanel = 16;  // 32 KiB of weights in an L1 of 48
   constexpr i64 kUnitBlocks = 32;
   constexpr i64 kReach = 1 << 20, kSums = 1 << 20;  // bytes, together in an L2 of 2 MiB
   Cut c;
@@ -45,7 +45,9 @@ INLINE Cut cut(const Linear& l, i64 threads) {
   c.group = c.groups ? l.group / kTileInputs : c.inputs;
   c.panel = !c.groups ? up(c.inputs, up(c.inputs, kPanel)) : c.group >= kPanel ? c.group : kPanel / c.group * c.group;
   c.unit_blocks = up(c.blocks, up(c.blocks, kUnitBlocks));
-  const i64 reaches = up(c.unit_blocks * c.inputs * kTileBytes, kReach);
+  // The sum of x over a group is made in one go.
+  const bool whole = c.blocks == 1 || (l.kind == kInt4 && !c.groups);
+  const i64 reaches = whole ? 1 : up(c.unit_blocks * c.inputs * kTileBytes, kReach);
   c.reach = up(up(c.inputs, c.panel), reaches) * c.panel;
   // With few rows as little as can be, so that threads end together; with many enough for long pieces of a row of the
   // output; and where x does not stay in L2 over all inputs, as much as sums have room.
@@ -54,30 +56,46 @@ INLINE Cut cut(const Linear& l, i64 threads) {
   return c;
 }
 
-// Row `row` of x, or zeros behind the last, into its line of each tile; with kInt4 the sums of its groups, too.
-INLINE void lay_out(const Linear& l, const Cut& c, i64 row, char* tiles, float* group_sums) {
-  const bf16* x = (const bf16*)l.x + row * l.x_row;
-  char* line = tiles + row / kBlockRows * c.inputs * c.tile_rows * kLine + row % kBlockRows * kLine;
-  f32x16 sum{};
-  for (i64 k = 0, left = row < l.rows ? l.inputs : 0; k < c.inputs; ++k, x += kTileInputs, left -= kTileInputs) {
-    const __mmask32 mask = left >= kTileInputs ? ~0u : left > 0 ? (1u << left) - 1 : 0;
-    const __m512i pairs = _mm512_maskz_loadu_epi16(mask, x);
-    _mm512_storeu_si512(line + k * c.tile_rows * kLine, pairs);
-    if (l.kind != kInt4) continue;
-    sum += (f32x16)_mm512_slli_epi32(pairs, 16) + (f32x16)_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000));
-    if ((k + 1) % c.group == 0 || k + 1 == c.inputs) {
-      group_sums[row * (c.groups ? c.groups : 1) + k / c.group] = sum_lanes(sum);
-      sum = f32x16{};
-    }
-  }
-}
-
 // Some rows by some outputs.
 struct Unit {
-  const char* x;            // its first block of rows, as tiles
-  const float* group_sums;  // of its first row
   i64 first_row, blocks, first_output, outputs;
 };
+
+// A thread's own memory.
+struct Room {
+  char* panel;           // [2][panel] tiles of weights
+  float *sums, *part;    // [pairs of outputs][pairs of blocks][2][2] tiles; [2][2] tiles
+  float* group_sums;     // [rows of a unit][groups] of x
+  char* x;               // [blocks][reach] tiles
+  i64 row = -1, k = -1;  // of x: its first row and input
+};
+
+// Rows of x, or zeros behind the last, as tiles of the inputs [k, k + reach); with kInt4 the sums of their groups, too.
+static void lay_out(const Linear& l, const Cut& c, const Unit& u, i64 k, Room& room) {
+  if (room.row == u.first_row && room.k == k) return;
+  room.row = u.first_row;
+  room.k = k;
+  const i64 end = least(k + c.reach, c.inputs), groups = c.groups ? c.groups : 1;
+  for (i64 row = 0; row < u.blocks * c.tile_rows; ++row) {
+    const bool exists = u.first_row + row < l.rows;
+    const bf16* x = (const bf16*)l.x + (exists ? u.first_row + row : 0) * l.x_row;
+    char* line = room.x + (row / kBlockRows * c.reach * c.tile_rows + row % kBlockRows) * kLine;
+    f32x16 sum{};
+    for (i64 i = k; i < end; ++i, line += c.tile_rows * kLine) {
+      const i64 left = exists ? l.inputs - i * kTileInputs : 0;
+      const __mmask32 mask = left >= kTileInputs ? ~0u : (1u << left) - 1;
+      const __m512i pairs = _mm512_maskz_loadu_epi16(mask, x + i * kTileInputs);
+      _mm512_storeu_si512(line, pairs);
+      if (l.kind != kInt4) continue;
+      sum += (f32x16)_mm512_slli_epi32(pairs, 16) + (f32x16)_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000));
+      if ((i + 1) % c.group == 0 || i + 1 == c.inputs) {
+        room.group_sums[row * groups + i / c.group] = sum_lanes(sum);
+        sum = f32x16{};
+      }
+    }
+  }
+  __asm__ volatile("" ::: "memory");
+}
 
 // What a group of codes gives, from the sums of one row.
 INLINE f32x16 folded(const Linear& l, f32x16 sum, f32x16 scale, f32x16 zero, const float* x_sum, f32x16 total) {
@@ -86,11 +104,11 @@ INLINE f32x16 folded(const Linear& l, f32x16 sum, f32x16 scale, f32x16 zero, con
 }
 
 // One tile of a group's sums into the totals.
-INLINE void fold(const Linear& l, const Cut& c, const Unit& u, i64 block, i64 output, i64 group, const float* sums,
-                 float* totals) {
+INLINE void fold(const Linear& l, const Cut& c, const Unit& u, const float* x_sums, i64 block, i64 output, i64 group,
+                 const float* sums, float* totals) {
   const i64 at = ((u.first_output + output) * c.groups + group) * kTileOutputs;
   const f32x16 scale = load(l.scales + at), zero = l.kind == kInt4 ? load(l.zeros + at) : f32x16{};
-  const float* x_sums = u.group_sums + block * kBlockRows * c.groups + group;
+  x_sums += block * kBlockRows * c.groups + group;
   for (i64 row = 0; row < c.tile_rows; ++row, x_sums += c.groups, sums += kTileOutputs, totals += kTileOutputs)
     store(totals, folded(l, load(sums), scale, zero, x_sums, group ? load(totals) : f32x16{}));
 }
@@ -100,38 +118,59 @@ INLINE i64 sums_at(const Unit& u, i64 block, i64 output) {
   return (output / 2 * up(u.blocks, 2) + block / 2) * 4 * kTileFloats;
 }
 
-// Finished sums of a unit to the output, row by row: a row's columns lie together, its neighbours on other pages.
-static void finish(const Linear& l, const Cut& c, const Unit& u, const float* sums) {
-  const bool scaled = l.kind != kFloats && !c.groups;
-  for (i64 row = 0; row < least(l.rows - u.first_row, u.blocks * kBlockRows); ++row) {
-    const i64 block = row / kBlockRows, first = (u.first_row + row) * l.outputs;
-    for (i64 output = 0; output < u.outputs; ++output) {
-      const i64 beside = least(2, u.outputs - output / 2 * 2);  // tiles of sums of the same rows
-      const i64 tile = block % 2 * beside + output % 2, column = (u.first_output + output) * kTileOutputs;
-      f32x16 total = load(sums + sums_at(u, block, output) + tile * kTileFloats + row % kBlockRows * kTileOutputs);
-      if (scaled) {
-        const f32x16 zero = l.kind == kInt4 ? load(l.zeros + column) : f32x16{};
-        total = folded(l, total, load(l.scales + column), zero, u.group_sums + row, f32x16{});
-      }
-      if (l.bias) total += load(l.bias + column);
-      const i64 count = least(l.outputs - column, kTileOutputs);
-      const __mmask16 mask = (__mmask16)((1u << count) - 1);
-      if (l.out_dtype == kBfloat16)
-        _mm256_mask_storeu_epi16((bf16*)l.out + first + column, mask, (__m256i)to_bf16(total));
-      else
-        _mm512_mask_storeu_ps((float*)l.out + first + column, mask, (__m512)total);
-    }
+// Finished sums of one row for one or two tiles of outputs, side by side.
+template <int Outputs>
+INLINE void finish_row(const Linear& l, const Cut& c, i64 row, i64 column, const float* x_sum, const float* sums,
+                       bool past_cache) {
+  f32x16 total[2]{};
+  for (int n = 0; n < Outputs; ++n) {
+    const i64 at = column + n * kTileOutputs;
+    total[n] = load(sums + n * kTileFloats);
+    if (l.kind != kFloats && !c.groups)
+      total[n] =
+          folded(l, total[n], load(l.scales + at), l.kind == kInt4 ? load(l.zeros + at) : f32x16{}, x_sum, f32x16{});
+    if (l.bias) total[n] += load(l.bias + at);
+  }
+  const i64 count = least(l.outputs - column, Outputs * kTileOutputs), at = row * l.outputs + column;
+  const __mmask32 mask = count < 32 ? (1u << count) - 1 : ~0u;
+  if (l.out_dtype == kBfloat16) {
+    bf16* const out = (bf16*)l.out + at;
+    const __m512i pair = (__m512i)_mm512_cvtne2ps_pbh((__m512)total[1], (__m512)total[0]);
+    if (past_cache && count == 32 && (i64)out % kLine == 0)
+      _mm512_stream_si512((__m512i*)out, pair);
+    else
+      _mm512_mask_storeu_epi16(out, mask, pair);
+  } else {
+    float* const out = (float*)l.out + at;
+    _mm512_mask_storeu_ps(out, (__mmask16)mask, (__m512)total[0]);
+    if constexpr (Outputs > 1) _mm512_mask_storeu_ps(out + kLanes, (__mmask16)(mask >> 16), (__m512)total[1]);
   }
 }
 
-struct Room {
-  char* panel;         // [2][panel] tiles
-  float *sums, *part;  // [pairs of outputs][pairs of blocks][2][2] tiles; [2][2] tiles
-};
+// Finished sums of a unit to the output. A large one is written past the caches, a line at a time: to own a line before
+// writing it takes longer than all products with 32 rows and 900 inputs that fill it.
+static void finish(const Linear& l, const Cut& c, const Unit& u, const Room& room) {
+  constexpr i64 kLarge = 1 << 19;
+  const bool past_cache = 2 * l.rows * l.outputs >= kLarge;
+  const i64 groups = c.groups ? c.groups : 1;
+  for (i64 row = 0; row < least(l.rows - u.first_row, u.blocks * kBlockRows); ++row)
+    for (i64 output = 0; output < u.outputs; output += 2) {
+      const bool two = output + 1 < u.outputs;
+      const i64 block = row / kBlockRows, tile = block % 2 * (two ? 2 : 1);
+      const float* const sums = room.sums + sums_at(u, block, output) + tile * kTileFloats + row % kBlockRows * kLanes;
+      const float* const x_sum = room.group_sums + row * groups;
+      const i64 column = (u.first_output + output) * kTileOutputs;
+      if (two)
+        finish_row<2>(l, c, u.first_row + row, column, x_sum, sums, past_cache);
+      else
+        finish_row<1>(l, c, u.first_row + row, column, x_sum, sums, past_cache);
+    }
+  if (past_cache) _mm_sfence();
+}
 
 // Few rows: a unit, after which the weights of `after` come.
 template <WeightKind Kind, int Outputs>
-static void stream(const Linear& l, const Cut& c, const Unit& u, const Unit& after, const Room& room) {
+static void stream(const Linear& l, const Cut& c, const Unit& u, const Unit& after, Room& room) {
   // Tiles of weights between their prefetch and their use: 2, 4 and 7 KiB.
   constexpr i64 kAhead = Kind == kFloats ? 2 : Kind == kInt8 ? 8 : 28;
   constexpr i64 kBytes = kStoredBytes<Kind>, kLag = Kind == kFloats ? 0 : 2, kRing = 4;
@@ -140,6 +179,7 @@ static void stream(const Linear& l, const Cut& c, const Unit& u, const Unit& aft
   const char* const then = (const char*)l.weight + (after.first_output - 1) * next;  // less the inputs of this unit
   const i64 then_apart = after.outputs > 1 ? next : 0;
   const i64 x_tile = c.tile_rows * kLine;
+  lay_out(l, c, u, 0, room);
   _tile_zero(0);
   if constexpr (Outputs > 1) _tile_zero(1);
   for (i64 k = 0; k < c.inputs + kLag; ++k) {
@@ -160,7 +200,7 @@ static void stream(const Linear& l, const Cut& c, const Unit& u, const Unit& aft
     if (k < kLag) continue;
     const i64 now = k - kLag;
     const char* const tile = Kind == kFloats ? w + now * kBytes : room.panel + now % kRing * kTileBytes;
-    _tile_loadd(4, u.x + now * x_tile, kLine);
+    _tile_loadd(4, room.x + now * x_tile, kLine);
     _tile_loadd(6, tile, kLine);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (Outputs > 1) {
@@ -175,34 +215,15 @@ static void stream(const Linear& l, const Cut& c, const Unit& u, const Unit& aft
       _tile_zero(1);
     }
     __asm__ volatile("" ::: "memory");
-    for (i64 n = 0; n < Outputs; ++n) fold(l, c, u, 0, n, now / c.group, room.part + n * kTileFloats, room.sums + n * kTileFloats);
+    for (i64 n = 0; n < Outputs; ++n)
+      fold(l, c, u, room.group_sums, 0, n, now / c.group, room.part + n * kTileFloats, room.sums + n * kTileFloats);
   }
   if (!c.groups) {
     _tile_stored(0, room.sums, kLine);
     if constexpr (Outputs > 1) _tile_stored(1, room.sums + kTileFloats, kLine);
     __asm__ volatile("" ::: "memory");
   }
-  finish(l, c, u, room.sums);
-}
-
-// One or two blocks of rows by one or two tiles of outputs, over `count` inputs of a panel from k on.
-template <int Rows, int Outputs>
-INLINE void multiply(const Linear& l, const Cut& c, const Unit& u, i64 block, i64 output, i64 k, i64 count,
-                     const char* w, i64 w_next, float* sums, float* part, Ahead& ahead) {
-  const i64 x_tile = c.tile_rows * kLine, x_next = c.inputs * x_tile;
-  const char* x = u.x + block * x_next + k * x_tile;
-  if (!c.groups) {
-    add_products<Rows, Outputs>(x, x_tile, x_next, w, w_next, count, k == 0, sums, ahead);
-  } else {
-    for (i64 i = 0; i < count; i += c.group) {
-      add_products<Rows, Outputs>(x + i * x_tile, x_tile, x_next, w + i * kTileBytes, w_next, least(c.group, count - i),
-                                  true, part, ahead);
-      for (int r = 0; r < Rows; ++r)
-        for (int n = 0; n < Outputs; ++n)
-          fold(l, c, u, block + r, output + n, (k + i) / c.group, part + (r * Outputs + n) * kTileFloats,
-               sums + (r * Outputs + n) * kTileFloats);
-    }
-  }
+  finish(l, c, u, room);
 }
 
 // Some inputs of one or two tiles of outputs.
@@ -235,14 +256,37 @@ struct Count {
   static constexpr int value = N;
 };
 
+// One or two blocks of rows by the one or two tiles of outputs of a panel, whose weights are at w.
+template <int Rows, int Outputs>
+INLINE void multiply(const Linear& l, const Cut& c, const Unit& u, const Panel& p, i64 block, const char* w, i64 w_next,
+                     const Room& room, Ahead& ahead) {
+  const i64 x_tile = c.tile_rows * kLine, x_next = c.reach * x_tile;
+  const char* const x = room.x + block * x_next + (p.k - room.k) * x_tile;
+  float* const sums = room.sums + sums_at(u, block, p.output);
+  if (!c.groups) {
+    add_products<Rows, Outputs>(x, x_tile, x_next, w, w_next, p.count, p.k == 0, sums, ahead);
+    return;
+  }
+  for (i64 i = 0; i < p.count; i += c.group) {
+    add_products<Rows, Outputs>(x + i * x_tile, x_tile, x_next, w + i * kTileBytes, w_next, least(c.group, p.count - i),
+                                true, room.part, ahead);
+    for (int r = 0; r < Rows; ++r)
+      for (int n = 0; n < Outputs; ++n) {
+        const i64 tile = (r * Outputs + n) * kTileFloats;
+        fold(l, c, u, room.group_sums, block + r, p.output + n, (p.k + i) / c.group, room.part + tile, sums + tile);
+      }
+  }
+}
+
 // Many rows: a unit, after which the weights of `after` come.
 template <WeightKind Kind>
-static void run(const Linear& l, const Cut& c, const Unit& u, const Unit& after, const Room& room) {
+static void run(const Linear& l, const Cut& c, const Unit& u, const Unit& after, Room& room) {
   const i64 pairs = up(u.blocks, 2), panels = up(c.inputs, c.reach) * (c.reach / c.panel) * up(u.outputs, 2);
   const i64 w_next = (Kind == kFloats ? c.inputs : c.panel) * kTileBytes;
   for (i64 i = 0; i < panels; ++i) {
     const Panel p = panel_at(c, u, i);
     if (!p.count) continue;
+    lay_out(l, c, u, p.k / c.reach * c.reach, room);
     const bool last = i + 1 == panels;
     const Panel next = last ? panel_at(c, after, 0) : panel_at(c, u, i + 1);
     i64 lines = next.count * c.stored_bytes / kLine;
@@ -258,10 +302,8 @@ static void run(const Linear& l, const Cut& c, const Unit& u, const Unit& after,
     }
     for (i64 block = 0; block < u.blocks; block += 2) {
       ahead.lines = ahead.at < end ? up(lines, pairs * p.count) : 0;
-      float* const sums = room.sums + sums_at(u, block, p.output);
       const auto multiply_by = [&](auto rows, auto outputs) __attribute__((always_inline)) {
-        multiply<decltype(rows)::value, decltype(outputs)::value>(l, c, u, block, p.output, p.k, p.count, w, w_next, sums,
-                                                                  room.part, ahead);
+        multiply<decltype(rows)::value, decltype(outputs)::value>(l, c, u, p, block, w, w_next, room, ahead);
       };
       if (block + 1 < u.blocks)
         p.outputs == 2 ? multiply_by(Count<2>{}, Count<2>{}) : multiply_by(Count<2>{}, Count<1>{});
@@ -269,11 +311,11 @@ static void run(const Linear& l, const Cut& c, const Unit& u, const Unit& after,
         p.outputs == 2 ? multiply_by(Count<1>{}, Count<2>{}) : multiply_by(Count<1>{}, Count<1>{});
     }
   }
-  finish(l, c, u, room.sums);
+  finish(l, c, u, room);
 }
 
 template <WeightKind Kind>
-static void product(const Linear& l, const Cut& c, const Unit& u, const Unit& after, const Room& room) {
+static void product(const Linear& l, const Cut& c, const Unit& u, const Unit& after, Room& room) {
   if (l.rows > kBlockRows)
     run<Kind>(l, c, u, after, room);
   else if (u.outputs == 2)
@@ -284,36 +326,26 @@ static void product(const Linear& l, const Cut& c, const Unit& u, const Unit& af
 
 static i64 tile_linear(const Linear& l, Worker& worker) {
   const Cut c = cut(l, worker.count);
-  const bool few = l.rows <= kBlockRows;
-  const i64 rows = few ? l.rows : c.blocks * kBlockRows, x_bytes = c.inputs * rows * kLine;
-  const i64 groups = c.groups ? c.groups : 1, own = few ? x_bytes + rows * groups * 4 : 0;
+  const i64 rows = c.unit_blocks * c.tile_rows;
   const i64 panel_bytes = 2 * (c.panel > 4 ? c.panel : 4) * kTileBytes, part_bytes = 4 * kTileBytes;
   const i64 sums_bytes = up(c.unit_outputs, 2) * up(c.unit_blocks, 2) * 4 * kTileBytes;
-  char* const memory = worker.scratch(panel_bytes + part_bytes + sums_bytes + own);
-  // Of few rows every thread makes tiles of its own, which takes less than a barrier.
-  char* const x = few ? memory + panel_bytes + part_bytes + sums_bytes : (char*)l.workspace;
-  float* const group_sums = (float*)(x + x_bytes);
-  if (!few) {
-    for (Worker::Range r; worker.next(r, rows, piece(l.inputs));)
-      for (i64 row = r.first; row < r.last; ++row) lay_out(l, c, row, x, group_sums);
-    worker.barrier();
-  }
+  const i64 group_bytes = up(4 * rows * (c.groups ? c.groups : 1), kLine) * kLine;
+  char* const memory = worker.scratch(panel_bytes + part_bytes + sums_bytes + group_bytes + rows * c.reach * kLine);
   if (!memory) return kOutOfMemory;
-  if (few)
-    for (i64 row = 0; row < rows; ++row) lay_out(l, c, row, x, group_sums);
-  const Room room = {memory, (float*)(memory + panel_bytes + part_bytes), (float*)(memory + panel_bytes)};
+  Room room;
+  room.panel = memory;
+  room.part = (float*)(room.panel + panel_bytes);
+  room.sums = room.part + part_bytes / 4;
+  room.group_sums = room.sums + sums_bytes / 4;
+  room.x = (char*)room.group_sums + group_bytes;
   const i64 wide = up(c.outputs, c.unit_outputs), units = wide * up(c.blocks, c.unit_blocks);
   const auto unit_at = [&](i64 i) __attribute__((always_inline)) {
     const i64 block = i / wide * c.unit_blocks, output = i % wide * c.unit_outputs;
-    return Unit{x + block * c.inputs * c.tile_rows * kLine,
-                group_sums + block * kBlockRows * groups,
-                block * kBlockRows,
-                least(c.unit_blocks, c.blocks - block),
-                output,
+    return Unit{block * kBlockRows, least(c.unit_blocks, c.blocks - block), output,
                 least(c.unit_outputs, c.outputs - output)};
   };
   enter_tiles(c.tile_rows);
-  for (Worker::Range r; worker.next(r, units, 1, 1);) {
+  for (Worker::Range r; worker.next(r, units, 1);) {
     const Unit unit = unit_at(r.first), after = unit_at(least(r.first + worker.count, units - 1));
     if (l.kind == kFloats)
       product<kFloats>(l, c, unit, after, room);
@@ -326,10 +358,13 @@ static i64 tile_linear(const Linear& l, Worker& worker) {
   return kDone;
 }
 
-static i64 linear(const Linear& l, Worker& worker) { return l.rows ? tile_linear(l, worker) : kDone; }
+static i64 linear(const Linear& l, Worker& worker) {
+  if (l.dtype != kBfloat16) return vector_linear(l, worker);
+  return l.rows ? tile_linear(l, worker) : kDone;
+}
 
 #else
 
-static i64 linear(const Linear&, Worker&) { return kDone; }  // without tiles nobody packs weights for it
+static i64 linear(const Linear& l, Worker& worker) { return vector_linear(l, worker); }
 
 #endif

@@ -1,8 +1,8 @@
 // Products of bf16 matrix tiles (AMX): 16 rows or outputs by 32 inputs, 1 KiB each, summed in fp32.
 //
-// The first factor has a line of 32 inputs per row, the second a line of 16 outputs per pair of inputs. Tiles 0 to 3 are
-// sums, 4 and 5 of the first factor, 6 and 7 of the second: two by two tiles take four loads for four products, which
-// is what the loads can follow.
+// The first factor has a line of 32 inputs per row, the second a line of 16 outputs per pair of inputs. Tiles 0 to 3
+// are sums, 4 and 5 of the first factor, 6 and 7 of the second: two by two tiles take four loads for four products,
+// which is what the loads can follow.
 
 #if HAS_AMX
 
@@ -39,8 +39,8 @@ struct Ahead {
 
 // sums (+)= x * weights over `steps` tiles of inputs, for Rows x Outputs tiles. Tiles of x follow each other over the
 // inputs, those of the next 16 rows lie x_next bytes behind; weights likewise. sums: [Rows][Outputs][16][16].
-// x passes by L1 (a hint of its loads), so that the weights stay there: measured on a Sapphire Rapids core with x in L2,
-// this makes 2.0 TFLOP/s of 1.5; the tiles allow 2.7.
+// x passes by L1 (a hint of its loads), so that the weights stay there: measured on a Sapphire Rapids core with x in
+// L2, this makes 2.0 TFLOP/s of 1.5; the tiles allow 2.7.
 template <int Rows, int Outputs>
 INLINE void add_products(const char* x, i64 x_tile, i64 x_next, const char* w, i64 w_next, i64 steps, bool first,
                          float* sums, Ahead& ahead) {
@@ -140,6 +140,8 @@ INLINE void widen_tile(const char* stored, char* tile) {
 }
 
 template <WeightKind Kind>
-constexpr i64 kStoredBytes = Kind == kFloats ? kTileBytes : Kind == kInt8 ? kTileBytes / 2 : kTileBytes / 4;
+constexpr i64 kStoredBytes = Kind == kFloats ? kTileBytes
+                             : Kind == kInt8 ? kTileBytes / 2
+                                             : kTileBytes / 4;
 
 #endif

@@ -15,7 +15,7 @@ from ...registry import Target, implements
 from .library import DTYPES, Kernel, address, levels, usable
 from .pages import huge_empty
 
-ROWS, OUTPUTS, INPUTS = 16, 16, 32  # of a tile
+OUTPUTS, INPUTS = 16, 32  # of a tile
 FLOATS, INT8, INT4 = 0, 1, 2  # WeightKind of src/linear_args.h
 
 _linear = Kernel("linear", "iiipiipppipiipp")
@@ -66,7 +66,6 @@ def multiply(x: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
         x = x.contiguous()
     rows = x.shape[0]
     out = torch.empty((rows, outputs), dtype=dtype)
-    workspace = torch.empty(workspace_bytes(rows, packed), dtype=torch.uint8)
     status = _linear(
         rows,
         DTYPES[x.dtype],
@@ -82,19 +81,11 @@ def multiply(x: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
         inputs,
         outputs,
         out.data_ptr(),
-        workspace.data_ptr(),
+        0,
     )
     if status:
         raise MemoryError("linear: no memory for the working buffers")
     return out
-
-
-def workspace_bytes(rows: int, packed: Packed) -> int:
-    """Of x as tiles, and of the sums of its groups."""
-    if rows <= ROWS:
-        return 0
-    groups = -(-packed.inputs // packed.group) if packed.kind == INT4 else 0
-    return (rows + -rows % ROWS) * (2 * (packed.inputs + -packed.inputs % INPUTS) + 4 * groups)
 
 
 @implements("linear", "native", when=has_tiles, prepare=prepare_linear)

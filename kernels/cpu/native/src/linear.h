@@ -98,19 +98,26 @@ static void lay_out(const Linear& l, const Cut& c, const Unit& u, i64 k, Room& r
 }
 
 // What a group of codes gives, from the sums of one row.
-INLINE f32x16 folded(const Linear& l, f32x16 sum, f32x16 scale, f32x16 zero, const float* x_sum, f32x16 total) {
-  if (l.kind == kInt4) sum = fma(-zero, splat(*x_sum), sum);
+template <WeightKind Kind>
+INLINE f32x16 folded(f32x16 sum, f32x16 scale, f32x16 zero, const float* x_sum, f32x16 total) {
+  if constexpr (Kind == kInt4) sum = fma(-zero, splat(*x_sum), sum);
   return fma(scale, sum, total);
 }
 
 // One tile of a group's sums into the totals.
+template <WeightKind Kind>
 INLINE void fold(const Linear& l, const Cut& c, const Unit& u, const float* x_sums, i64 block, i64 output, i64 group,
                  const float* sums, float* totals) {
   const i64 at = ((u.first_output + output) * c.groups + group) * kTileOutputs;
-  const f32x16 scale = load(l.scales + at), zero = l.kind == kInt4 ? load(l.zeros + at) : f32x16{};
+  const f32x16 scale = load(l.scales + at), zero = Kind == kInt4 ? load(l.zeros + at) : f32x16{};
   x_sums += block * kBlockRows * c.groups + group;
-  for (i64 row = 0; row < c.tile_rows; ++row, x_sums += c.groups, sums += kTileOutputs, totals += kTileOutputs)
-    store(totals, folded(l, load(sums), scale, zero, x_sums, group ? load(totals) : f32x16{}));
+  const auto add = [&](i64 row, f32x16 total) __attribute__((always_inline)) {
+    store(totals + row * kLanes, folded<Kind>(load(sums + row * kLanes), scale, zero, x_sums + row * c.groups, total));
+  };
+  if (group)
+    for (i64 row = 0; row < c.tile_rows; ++row) add(row, load(totals + row * kLanes));
+  else
+    for (i64 row = 0; row < c.tile_rows; ++row) add(row, f32x16{});
 }
 
 // Where the sums of one or two tiles of outputs for one or two blocks of rows are, [blocks][outputs][16][16].
@@ -119,16 +126,16 @@ INLINE i64 sums_at(const Unit& u, i64 block, i64 output) {
 }
 
 // Finished sums of one row for one or two tiles of outputs, side by side.
-template <int Outputs>
+template <WeightKind Kind, int Outputs>
 INLINE void finish_row(const Linear& l, const Cut& c, i64 row, i64 column, const float* x_sum, const float* sums,
                        bool past_cache) {
   f32x16 total[2]{};
   for (int n = 0; n < Outputs; ++n) {
     const i64 at = column + n * kTileOutputs;
     total[n] = load(sums + n * kTileFloats);
-    if (l.kind != kFloats && !c.groups)
+    if (Kind != kFloats && !c.groups)
       total[n] =
-          folded(l, total[n], load(l.scales + at), l.kind == kInt4 ? load(l.zeros + at) : f32x16{}, x_sum, f32x16{});
+          folded<Kind>(total[n], load(l.scales + at), Kind == kInt4 ? load(l.zeros + at) : f32x16{}, x_sum, f32x16{});
     if (l.bias) total[n] += load(l.bias + at);
   }
   const i64 count = least(l.outputs - column, Outputs * kTileOutputs), at = row * l.outputs + column;
@@ -149,6 +156,7 @@ INLINE void finish_row(const Linear& l, const Cut& c, i64 row, i64 column, const
 
 // Finished sums of a unit to the output. A large one is written past the caches, a line at a time: to own a line before
 // writing it takes longer than all products with 32 rows and 900 inputs that fill it.
+template <WeightKind Kind>
 static void finish(const Linear& l, const Cut& c, const Unit& u, const Room& room) {
   constexpr i64 kLarge = 1 << 19;
   const bool past_cache = 2 * l.rows * l.outputs >= kLarge;
@@ -161,9 +169,9 @@ static void finish(const Linear& l, const Cut& c, const Unit& u, const Room& roo
       const float* const x_sum = room.group_sums + row * groups;
       const i64 column = (u.first_output + output) * kTileOutputs;
       if (two)
-        finish_row<2>(l, c, u.first_row + row, column, x_sum, sums, past_cache);
+        finish_row<Kind, 2>(l, c, u.first_row + row, column, x_sum, sums, past_cache);
       else
-        finish_row<1>(l, c, u.first_row + row, column, x_sum, sums, past_cache);
+        finish_row<Kind, 1>(l, c, u.first_row + row, column, x_sum, sums, past_cache);
     }
   if (past_cache) _mm_sfence();
 }
@@ -171,8 +179,8 @@ static void finish(const Linear& l, const Cut& c, const Unit& u, const Room& roo
 // Few rows: a unit, after which the weights of `after` come.
 template <WeightKind Kind, int Outputs>
 static void stream(const Linear& l, const Cut& c, const Unit& u, const Unit& after, Room& room) {
-  // Tiles of weights between their prefetch and their use: 2, 4 and 7 KiB.
-  constexpr i64 kAhead = Kind == kFloats ? 2 : Kind == kInt8 ? 8 : 28;
+  // Tiles of weights between their prefetch and their use: 4, 4 and 5 KiB.
+  constexpr i64 kAhead = Kind == kFloats ? 4 : Kind == kInt8 ? 8 : 20;
   constexpr i64 kBytes = kStoredBytes<Kind>, kLag = Kind == kFloats ? 0 : 2, kRing = 4;
   const i64 next = c.inputs * kBytes, ahead = least(kAhead, c.inputs);
   const char* const w = (const char*)l.weight + u.first_output * next;
@@ -216,14 +224,15 @@ static void stream(const Linear& l, const Cut& c, const Unit& u, const Unit& aft
     }
     __asm__ volatile("" ::: "memory");
     for (i64 n = 0; n < Outputs; ++n)
-      fold(l, c, u, room.group_sums, 0, n, now / c.group, room.part + n * kTileFloats, room.sums + n * kTileFloats);
+      fold<Kind>(l, c, u, room.group_sums, 0, n, now / c.group, room.part + n * kTileFloats,
+                 room.sums + n * kTileFloats);
   }
   if (!c.groups) {
     _tile_stored(0, room.sums, kLine);
     if constexpr (Outputs > 1) _tile_stored(1, room.sums + kTileFloats, kLine);
     __asm__ volatile("" ::: "memory");
   }
-  finish(l, c, u, room);
+  finish<Kind>(l, c, u, room);
 }
 
 // Some inputs of one or two tiles of outputs.
@@ -257,7 +266,7 @@ struct Count {
 };
 
 // One or two blocks of rows by the one or two tiles of outputs of a panel, whose weights are at w.
-template <int Rows, int Outputs>
+template <WeightKind Kind, int Rows, int Outputs>
 INLINE void multiply(const Linear& l, const Cut& c, const Unit& u, const Panel& p, i64 block, const char* w, i64 w_next,
                      const Room& room, Ahead& ahead) {
   const i64 x_tile = c.tile_rows * kLine, x_next = c.reach * x_tile;
@@ -273,7 +282,8 @@ INLINE void multiply(const Linear& l, const Cut& c, const Unit& u, const Panel& 
     for (int r = 0; r < Rows; ++r)
       for (int n = 0; n < Outputs; ++n) {
         const i64 tile = (r * Outputs + n) * kTileFloats;
-        fold(l, c, u, room.group_sums, block + r, p.output + n, (p.k + i) / c.group, room.part + tile, sums + tile);
+        fold<Kind>(l, c, u, room.group_sums, block + r, p.output + n, (p.k + i) / c.group, room.part + tile,
+                   sums + tile);
       }
   }
 }
@@ -303,7 +313,7 @@ static void run(const Linear& l, const Cut& c, const Unit& u, const Unit& after,
     for (i64 block = 0; block < u.blocks; block += 2) {
       ahead.lines = ahead.at < end ? up(lines, pairs * p.count) : 0;
       const auto multiply_by = [&](auto rows, auto outputs) __attribute__((always_inline)) {
-        multiply<decltype(rows)::value, decltype(outputs)::value>(l, c, u, p, block, w, w_next, room, ahead);
+        multiply<Kind, decltype(rows)::value, decltype(outputs)::value>(l, c, u, p, block, w, w_next, room, ahead);
       };
       if (block + 1 < u.blocks)
         p.outputs == 2 ? multiply_by(Count<2>{}, Count<2>{}) : multiply_by(Count<2>{}, Count<1>{});
@@ -311,7 +321,7 @@ static void run(const Linear& l, const Cut& c, const Unit& u, const Unit& after,
         p.outputs == 2 ? multiply_by(Count<1>{}, Count<2>{}) : multiply_by(Count<1>{}, Count<1>{});
     }
   }
-  finish(l, c, u, room);
+  finish<Kind>(l, c, u, room);
 }
 
 template <WeightKind Kind>

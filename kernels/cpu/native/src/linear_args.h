@@ -24,5 +24,5 @@ struct Linear {
   const float* bias;    // [outputs, padded] or null
   i64 inputs, outputs;
   void* out;        // [rows, outputs]
-  void* workspace;  // of at least linear.py's workspace_bytes(rows, ...)
+  void* workspace;  // shared by the threads; null where none is needed, as by tiles
 };

@@ -510,8 +510,8 @@ def take_rows(subject: Subject, rows: int) -> Work:
     )
 
 
-@rowwise("add")
-def add(subject: Subject, rows: int) -> Work:
+@rowwise("add_residual")
+def add_residual(subject: Subject, rows: int) -> Work:
     x, residual = (subject.rows(rows, subject.shape.hidden, seed) for seed in (0, 1))
     return Work(
         calls=(partial(subject.implementation.run, x, residual),), nbytes=3 * x.nbytes, aten=(lambda: x + residual,)

@@ -103,7 +103,8 @@ class ModelRunner:
         step = Launched(plan.step_id, [RowResult() for _ in plan.rows], [RowResult() for _ in plan.draws])
         self._draw_kept(step, plan.draws)
         for row in plan.rows:
-            self.slots.add_blocks(row.slot, row.new_block_ids)
+            if row.new_block_ids:  # in most steps of a sequence there are none
+                self.slots.add_blocks(row.slot, row.new_block_ids)
         # Short rows first: kernels treat the decodes and the chunks of a step as two contiguous ranges.
         places = sorted(range(len(plan.rows)), key=lambda i: plan.rows[i].num_tokens)
         self._run(step, [(plan.rows[i], step.rows[i]) for i in places])

@@ -293,17 +293,17 @@ class Sampler:
             [(s.params.top_k, s.seed, s.sample_index, positions[i], i) for i, s in zip(rows, chosen, strict=True)],
             np.int64,
         )
-        columns = upload([numbers.reshape(-1, 3), integers.reshape(-1, 5)], self._device)
-        temperature, top_p, min_p = columns[0].unbind(1)
-        top_k, seeds, sample_index, place, index = columns[1].unbind(1)
+        columns = upload([numbers.reshape(-1, 3).T.copy(), integers.reshape(-1, 5).T.copy()], self._device)
+        temperature, top_p, min_p = columns[0].unbind()
+        top_k, seeds, sample_index, place, index = columns[1].unbind()
         everybody = len(rows) == len(logits)
         x, left = (logits, best) if everybody else (logits[index], best[index])
-        step = self._gather(list(edits.values()), [s.params.repetition_penalty for s in chosen])
-        if any(kind is not None for kind in step):
-            x = self._kernels.process_logits.run(x, step)
-            left, _ = self._kernels.greedy.run(x)
-        # A row without a token to draw is drawn greedily, which any logits permit; `finish` tells what it was.
-        temperature = torch.where(left.abs() < torch.inf, temperature, 0.0)
+        if any(state.edited for state in chosen):
+            step = self._gather(list(edits.values()), [state.params.repetition_penalty for state in chosen])
+            if any(kind is not None for kind in step):
+                x = self._kernels.process_logits.run(x, step)
+                left, _ = self._kernels.greedy.run(x)
+        # Rows without a token to draw give whatever id; `finish` tells what they were.
         drawn = self._kernels.sample.run(x, temperature, top_k, top_p, min_p, seeds, sample_index, place)
         if everybody:
             return drawn, left

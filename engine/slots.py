@@ -77,27 +77,25 @@ class SlotTable:
 
     def lay_out(self, rows: Sequence[Row]) -> Layout:
         """These rows laid end to end in their order."""
-        slots = np.array([row.slot for row in rows])
-        starts = np.array([row.start for row in rows])
-        counts = np.array([row.num_tokens for row in rows])
-        max_q = int(counts.max())
+        slots, starts, counts = np.array(
+            [[row.slot for row in rows], [row.start for row in rows], [row.num_tokens for row in rows]]
+        )
+        max_q = max([row.num_tokens for row in rows])
+        longest = max([row.start + row.num_tokens for row in rows])
         sequence, positions = np.arange(len(rows)), starts
         cu_q = np.arange(len(rows) + 1, dtype=np.int32)
         if max_q > 1:
             np.cumsum(counts, out=cu_q[1:])
             sequence = np.repeat(sequence, counts)
             positions = np.arange(cu_q[-1]) + np.repeat(starts - cu_q[:-1], counts)
-        seq_lens = starts + counts
-        longest = int(seq_lens.max())
         table = self.block_table[slots, : -(-longest // self.block_size)]
-        slot_mapping = table[sequence, positions // self.block_size].astype(np.int64) * self.block_size
-        slot_mapping += positions % self.block_size
+        blocks, offsets = np.divmod(positions, self.block_size)
         return Layout(
             self.token_ids[slots[sequence], positions],
             positions,
-            slot_mapping,
+            table[sequence, blocks] * np.int64(self.block_size) + offsets,
             cu_q,
-            seq_lens.astype(np.int32),
+            (starts + counts).astype(np.int32),
             table,
             max_q,
             longest,
@@ -110,10 +108,8 @@ class SlotTable:
         """The batch of these rows, laid end to end in their order."""
         layout = self.lay_out(rows)
         drawn = np.flatnonzero(layout.sources >= 0)
-        *fields, logits_of, at, of = upload(
-            [*layout[:6], np.array(logit_rows, np.int64), layout.cu_q[drawn].astype(np.int64), layout.sources[drawn]],
-            self.device,
-        )
+        at, of = layout.cu_q[drawn].astype(np.int64), layout.sources[drawn]
+        *fields, logits_of, at, of = upload([*layout[:6], np.array(logit_rows, np.int64), at, of], self.device)
         batch = RaggedBatch(
             *fields,
             tree_mask=None,

@@ -45,6 +45,7 @@ NATIVE = (
     "rowwise",
     "sampling",
 )
+NATIVE = ("attention", "linear", "linear_w8a8", "rowwise")
 TRITON: tuple[str, ...] = (
     "activation",
     "attention",

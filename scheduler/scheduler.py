@@ -158,7 +158,9 @@ class Scheduler:
         return len(self.waiting) + self.roster.num_unborn
 
     def wait_seconds(self) -> float:
-        """Predicted wait of a request that came now."""
+        """Predicted wait of a request that came now; none where nobody waits and a slot is free."""
+        if not self.waiting.work and len(self.waiting) < len(self.residency.free_slots):
+            return 0.0
         decodes = StepShape(len(self.running), sum(request.num_tokens for request in self.running), 0.0)
         return wait_seconds(
             self.steps.cost,

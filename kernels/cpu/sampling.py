@@ -101,12 +101,13 @@ def sample(
     sample_index: Tensor,
     positions: Tensor,
 ) -> Tensor:
-    _, ids = reference.greedy(logits)
+    largest, ids = reference.greedy(logits)
     k0, k1 = philox_key(seeds)
-    filters = zip(temperature.tolist(), top_k.tolist(), top_p.tolist(), (min_p > 0).tolist(), strict=True)
+    warm = (temperature > 0) & largest.isfinite()
+    filters = zip(warm.tolist(), top_k.tolist(), top_p.tolist(), (min_p > 0).tolist(), strict=True)
     sources = zip(k0.tolist(), k1.tolist(), positions.tolist(), sample_index.tolist(), strict=True)
-    for row, ((t, k, p, has_min_p), (*key, position, index)) in enumerate(zip(filters, sources, strict=True)):
-        if t <= 0:
+    for row, ((draws, k, p, has_min_p), (*key, position, index)) in enumerate(zip(filters, sources, strict=True)):
+        if not draws:
             continue
         one = slice(row, row + 1)
         x = tempered(logits[one], temperature[one])

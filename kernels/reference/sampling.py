@@ -136,7 +136,7 @@ def sample(
     temperature [L] float32: 0 = the plain argmax, the lowest id of equals
     top_k, top_p, min_p [L]: see `filtered`
     seeds, sample_index, positions [L] int64: where the noise comes from; a position is the drawn token's own
-    Returns ids [L] int64.
+    Returns ids [L] int64. A row whose largest logit is not finite has no distribution: its id is any of the vocabulary.
     """
     ids = logits.max(dim=-1).indices
     rows = (temperature > 0).nonzero().squeeze(1)

@@ -29,13 +29,13 @@ from quire.kernels import Implementation, Target, implementations, ops
 from quire.kernels.cpu.native import library
 
 PAGE = mmap.PAGESIZE
-ROWS = (1, 2, 3, 5, 15, 16, 17, 33, 64, 65)
+ROWS = (1, 3, 16, 17, 33, 65)
 SHAPES = (
     Shape(hidden=96, ffn=160, heads=6, kv_heads=2, head_dim=64, vocab=200, experts=4, top_k=2, expert_ffn=64),
-    # What no tile divides; formats whose codes cannot have such shapes are left out.
+    # What no tile divides; whoever cannot have such shapes is left out.
     Shape(hidden=70, ffn=45, heads=3, kv_heads=1, head_dim=48, vocab=83, experts=3, top_k=2, expert_ffn=35),
 )
-NEED_WHOLE_BLOCKS = ("int4",)
+WHOLE_BLOCKS = ("int4", "hadamard")  # formats and ops of powers of two
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -86,7 +86,7 @@ def native_work() -> Made:
         kernel = implementations(op).get("native")
         for shape in SHAPES:
             for format in formats(op):
-                if format in NEED_WHOLE_BLOCKS and shape.hidden % 32:
+                if shape.hidden % 32 and (format in WHOLE_BLOCKS or op in WHOLE_BLOCKS):
                     continue
                 if usable(kernel, torch.bfloat16, shape.head_dim, format if op in KV_OPS else "bf16"):
                     at = WORK[op](Subject(kernel, format, shape))  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ def run(how: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(script), how], capture_output=True, text=True, timeout=280)
 
 
-@pytest.mark.parametrize("side", ["end", "begin"])
+@pytest.mark.parametrize("side", ["end", pytest.param("begin", marks=pytest.mark.slow)])
 def test_kernels_stay_within_their_tensors(side: str) -> None:
     done = run(side)
     reached = done.stdout.splitlines()

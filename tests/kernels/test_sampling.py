@@ -144,6 +144,11 @@ class TestSample:
         alone = [run(logits[i : i + 1], **{k: v[i : i + 1] for k, v in params.items()}) for i in range(3)]
         assert torch.equal(together, torch.cat(alone))
 
+    @pytest.mark.parametrize("params", [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}], ids=str)
+    def test_a_row_that_nothing_can_be_drawn_from_gives_an_id(self, run, params):
+        logits = torch.tensor([[-INF] * 3, [0.0, math.nan, 1.0], [INF, 0.0, 1.0], [-INF, math.nan, INF]])
+        assert set(run(logits, **columns(4, **params)).tolist()) <= {0, 1, 2}
+
     def test_rows_keep_their_own_parameters(self, run):
         logits = torch.randn(4, 100, generator=torch.Generator().manual_seed(2))
         params = columns(4)

@@ -103,14 +103,14 @@ void one_run(i64 threads, i64 rows, i64 bad) {
   counts.reserve(3);
   totals.reserve(3);
   for (i64 i = 0; i < 3; ++i) {
-    counts.push_back({kRows, counted.data()});
-    totals.push_back({kRows, counted.data(), sums.data(), 8 * (2 + 300 * i * threads)});
-    calls.push_back({kCount, (i64*)&counts[i], 1});
-    calls.push_back({kShift, (i64*)&shifting, 0});
-    calls.push_back({kSum, (i64*)&totals[i], 1});
-    calls.push_back({kCheck, (i64*)&checking, 0});
+    counts.push_back({rows, counted.data()});
+    totals.push_back({rows, counted.data(), sums.data(), 8 * (2 + 300 * i * threads)});
+    calls.push_back({kCount, (i64*)&counts[i]});
+    calls.push_back({kShift, (i64*)&shifting});
+    calls.push_back({kSum, (i64*)&totals[i]});
+    calls.push_back({kCheck, (i64*)&checking});
   }
-  const i64 status = run_calls(kLevel, calls.data(), calls.size(), threads, rows);
+  const i64 status = run_calls(kLevel, calls.data(), calls.size(), threads);
   const bool fails = bad >= 0 && bad < rows;
   require(status == (fails ? kOutOfRange : kDone), "the status of a run");
   const i64 rounds = fails ? 1 : 3;  // calls behind one that fails are not made

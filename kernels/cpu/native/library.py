@@ -93,13 +93,14 @@ class Kernel:
         if slots != len(fields) or (_library is not None and self.number < 0):
             raise RuntimeError(f"the C++ library was built from other sources (kernel {name}): install quire again")
 
-    def __call__(self, *values: float) -> int:
+    def __call__(self, *values: float, threads: int | None = None) -> int:
+        """threads: as many as torch would use, or 1 for work that is done before another thread has woken up."""
         slots = self._pack(*values)
         if recorder is not None:
             return recorder(self.number, slots)
         if _library is None:
             raise RuntimeError(str(problem))
-        return _library.quire_call(self.number, slots, torch.get_num_threads())
+        return _library.quire_call(self.number, slots, threads or torch.get_num_threads())
 
 
 def run(calls: int, count: int, rows: int) -> int:

@@ -28,9 +28,12 @@ const std::vector<const Level*>& levels() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    const bool amx = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
-                     __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16");
+    const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+    const bool amx = vnni && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
+                     __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+                     __builtin_cpu_supports("amx-int8");
     if (amx && may_use_tiles()) found.push_back(&kAmx);
+    if (vnni) found.push_back(&kVnni);
     if (avx512) found.push_back(&kAvx512);
     if (avx2) found.push_back(&kAvx2);
 #endif

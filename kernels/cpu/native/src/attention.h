@@ -251,8 +251,7 @@ struct Attend {
     return {{keys, keys + 16 * wide, keys + 32 * wide, keys + 48 * wide}, wide};
   }
 
-  // Where the keys and values of a tile lie, fetched ahead of their use: they are strewn over blocks, and the processor
-  // does not guess the next one. Keys outside of the task's range are not read: zeros stand in for them, unseen.
+  // Where the keys and values of a tile lie. Keys outside of the task's range are not read: zeros stand in for them, unseen.
   bool locate(i64 tile) {
     const Batch& b = *a.batch;
     const std::int32_t* table = b.block_table + t.seq * b.table_width;
@@ -273,8 +272,6 @@ struct Attend {
       for (i64 i = j; i < j + count; ++i, k += step, v += step) {
         key_rows[i] = k;
         value_rows[i] = v;
-        __builtin_prefetch(k);  // the processor fetches what lies next to it
-        __builtin_prefetch(v);
       }
       if (has_token_scales(a.format))
         for (i64 i = 0; i < count; ++i) {
@@ -284,6 +281,16 @@ struct Attend {
       j += count;
     }
     return true;
+  }
+
+  // Asks for the key and value of number j of the tile that was located last: they are strewn over blocks, and the
+  // processor does not guess the next one. A few at a time while others are softened, because it waits for 16 at most.
+  void fetch(i64 j) const {
+    const i64 bytes = row_bytes(a.format, dim);
+    for (i64 byte = 0; byte < bytes; byte += 64) {
+      __builtin_prefetch((const char*)key_rows[j] + byte);
+      __builtin_prefetch((const char*)value_rows[j] + byte);
+    }
   }
 
   void read_scales() {
@@ -342,6 +349,7 @@ struct Attend {
     for (i64 j = 0; j < kTileKeys; j += kChains) {
       f32x16 p[kChains];
       for (int c = 0; c < kChains; ++c) {
+        if (block == 0) fetch(j + c);
         p[c] = Product::power(fma(load(s + (j + c) * kLanes), factor(j + c), minus));
         if (Masked) p[c] = hidden(j + c) ? f32x16{} : p[c];
         total[c] += p[c];

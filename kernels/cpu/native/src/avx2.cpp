@@ -5,6 +5,7 @@
 #define LEVEL_NAME "avx2"
 #define HAS_AVX2 1
 #define HAS_AVX512 0
+#define HAS_VNNI 0
 #define HAS_AMX 0
 #include "level.h"
 

@@ -3,6 +3,7 @@
 #define LEVEL_NAME "base"
 #define HAS_AVX2 0
 #define HAS_AVX512 0
+#define HAS_VNNI 0
 #define HAS_AMX 0
 #include "level.h"
 

@@ -43,6 +43,7 @@ enum Status : i64 { kDone = 0, kOutOfRange = 1, kOutOfMemory = 2 };
   X(Probabilities, probabilities) \
   X(TokenLogprobs, token_logprobs) \
   X(ProcessLogits, process_logits) \
+  X(IntegerLinear, linear_w8a8) \
   X(Attention, attention)
 
 // One of the threads that run a kernel together: all of them call the same function with the same arguments.
@@ -100,7 +101,7 @@ struct Level {
 
 extern const Level kBase;
 #if defined(__x86_64__)
-extern const Level kAvx2, kAvx512, kAmx;
+extern const Level kAvx2, kAvx512, kVnni, kAmx;
 #endif
 
 }  // namespace quire

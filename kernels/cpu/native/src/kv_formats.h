@@ -122,10 +122,10 @@ INLINE u32x16 to_fp8(f32x16 x) {
   return found | (bits >> 24 & 0x80u);
 }
 
-INLINE f32x16 from_fp8(u32x16 codes) {
-  const u32x16 size = (codes & 0x7fu) << 20;
-  const u32x16 value = size == 0x07f00000u ? u32x16{} + 0x7fc00000u : (u32x16)((f32x16)size * 0x1p120f);
-  return (f32x16)(value | (codes & 0x80u) << 24);
+// As fp16 they are 2^8 times smaller, subnormals included.
+INLINE f32x16 from_fp8(u16x16 codes) {
+  const u16x16 size = codes << 7 & 0x3f80u, sign = codes << 8 & 0x8000u;
+  return to_float((size == 0x3f80u ? u16x16{} + 0x7e00u : size) | sign) * 256.0f;
 }
 
 // codes[i] = f(x + 16 i), a byte per lane.
@@ -173,14 +173,24 @@ static void encode(i64 format, const float* row, i64 dim, float static_scale, st
   for (i64 i = 0; i < dim / 2; ++i) ((std::uint8_t*)codes)[i] = (std::uint8_t)(bytes[i] | bytes[i + dim / 2] << 4);
 }
 
-template <class T>
-INLINE u32x16 load_bytes(const T* p) {
-  T v;
+INLINE u16x16 load_bytes(const void* p) {
+#if HAS_AVX512  // the portable form becomes many instructions
+  return (u16x16)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)p));
+#else
+  u8x16 v;
   __builtin_memcpy(&v, p, sizeof v);
-#if HAS_AVX512
-  if constexpr (sizeof(v) == 16) return (u32x16)_mm512_cvtepu8_epi32((__m128i)v);
+  return __builtin_convertvector(v, u16x16);
 #endif
-  return __builtin_convertvector(v, u32x16);
+}
+
+INLINE f32x16 load_int8(const void* p) {
+#if HAS_AVX512
+  return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#else
+  i8x16 v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(__builtin_convertvector(v, i32x16), f32x16);
+#endif
 }
 
 // out[i] = f(rows[i], d), 16 numbers from column d on.
@@ -190,7 +200,14 @@ INLINE void each_row(const void* const* rows, i64 count, i64 dim, i64 stride, Ou
     for (i64 d = 0; d < dim; d += kLanes) store(out + i * stride + d, f(rows[i], d));
 }
 
-INLINE f32x16 nibbles(u32x16 codes) { return __builtin_convertvector((i32x16)codes, f32x16) - 7.5f; }
+// Four bits each.
+INLINE f32x16 from_int4(u16x16 codes) {
+#if HAS_AVX512
+  return (f32x16)_mm512_cvtepi32_ps(_mm512_cvtepu16_epi32((__m256i)codes)) - 7.5f;
+#else
+  return __builtin_convertvector(__builtin_convertvector(codes, i32x16), f32x16) - 7.5f;
+#endif
+}
 
 // The codes of `count` heads as numbers, without their scales; dim is a multiple of 16.
 template <class Out>
@@ -204,14 +221,10 @@ static void decode_rows(i64 format, const void* const* rows, i64 count, i64 dim,
       return each_row(rows, count, dim, stride, out, [](const void* p, i64 d) { return load((const fp16*)p + d); });
     case kKvFp8:
       return each_row(rows, count, dim, stride, out, [](const void* p, i64 d) {
-        return from_fp8(load_bytes((const u8x16*)((const char*)p + d)));
+        return from_fp8(load_bytes((const char*)p + d));
       });
     case kKvInt8:
-      return each_row(rows, count, dim, stride, out, [](const void* p, i64 d) {
-        i8x16 v;
-        __builtin_memcpy(&v, (const char*)p + d, sizeof v);
-        return __builtin_convertvector(__builtin_convertvector(v, i32x16), f32x16);
-      });
+      return each_row(rows, count, dim, stride, out, [](const void* p, i64 d) { return load_int8((const char*)p + d); });
   }
   const i64 half = dim / 2;
   for (i64 i = 0; i < count; ++i) {
@@ -221,14 +234,84 @@ static void decode_rows(i64 format, const void* const* rows, i64 count, i64 dim,
       std::uint8_t twice[kLanes];
       __builtin_memcpy(twice, codes, half);
       __builtin_memcpy(twice + half, codes, half);
-      const u32x16 shift = {0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4};
-      store(row, nibbles(load_bytes((const u8x16*)twice) >> shift & 15u));
+      const u16x16 shift = {0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4};
+      store(row, from_int4(load_bytes(twice) >> shift & 15u));
       continue;
     }
     for (i64 d = 0; d < half; d += kLanes) {
-      const u32x16 both = load_bytes((const u8x16*)(codes + d));
-      store(row + d, nibbles(both & 15u));
-      store(row + half + d, nibbles(both >> 4));
+      const u16x16 both = load_bytes(codes + d);
+      store(row + d, from_int4(both & 15u));
+      store(row + half + d, from_int4(both >> 4));
     }
   }
 }
+
+#if HAS_AMX
+// The same for the formats whose codes become bf16 by a few instructions, 32 at a time.
+
+// Sign-extended words in pairs become two numbers below 2^7, which are their own upper halves.
+INLINE __m512i bf16_of_int8(__m256i codes) {
+  const __m512i words = _mm512_cvtepi8_epi16(codes);
+  const __m512i odd = (__m512i)_mm512_cvtepi32_ps(_mm512_srai_epi32(words, 16));
+  const __m512i even = (__m512i)_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(words, 16), 16));
+  return _mm512_or_si512(odd, _mm512_srli_epi32(even, 16));
+}
+
+// Exponents are 120 apart; the eight smallest sizes, 0 and the subnormal, are looked up.
+INLINE __m512i bf16_of_fp8(__m256i codes) {
+  const __m512i words = _mm512_cvtepu8_epi16(codes), size = _mm512_and_si512(words, _mm512_set1_epi16(0x7f));
+  const __m512i small = _mm512_broadcast_i32x4(
+      _mm_setr_epi16(0, 0x3b00, 0x3b80, 0x3bc0, 0x3c00, 0x3c20, 0x3c40, 0x3c60));  // in units of 2^-9
+  const __m512i normal = _mm512_add_epi16(_mm512_slli_epi16(size, 4), _mm512_set1_epi16(0x3c00));
+  const __mmask32 is_small = _mm512_testn_epi16_mask(size, _mm512_set1_epi16(0x78));
+  const __mmask32 is_nan = _mm512_cmpeq_epi16_mask(size, _mm512_set1_epi16(0x7f));
+  __m512i found = _mm512_mask_permutexvar_epi16(normal, is_small, size, small);
+  found = _mm512_mask_mov_epi16(found, is_nan, _mm512_set1_epi16(0x7fc0));
+  return _mm512_or_si512(found, _mm512_and_si512(_mm512_slli_epi16(words, 8), _mm512_set1_epi16((short)0x8000)));
+}
+
+// -7.5, -6.5 ... 7.5, twice.
+INLINE __m512i bf16_of_int4(__m512i codes) {
+  const __m512i numbers = _mm512_broadcast_i64x4(_mm256_setr_epi16(
+      (short)0xc0f0, (short)0xc0d0, (short)0xc0b0, (short)0xc090, (short)0xc060, (short)0xc020, (short)0xbfc0,
+      (short)0xbf00, 0x3f00, 0x3fc0, 0x4020, 0x4060, 0x4090, 0x40b0, 0x40d0, 0x40f0));
+  return _mm512_permutexvar_epi16(codes, numbers);
+}
+
+// f(32 bytes of a head, where they begin, a bit for each that is).
+template <class F>
+INLINE void each_bytes(const void* const* rows, i64 count, i64 bytes, F f) {
+  for (i64 i = 0; i < count; ++i)
+    for (i64 d = 0; d < bytes; d += 32) {
+      const __mmask32 there = bytes - d >= 32 ? ~0u : (1u << (bytes - d)) - 1;
+      f(_mm256_maskz_loadu_epi8(there, (const char*)rows[i] + d), i, d, there);
+    }
+}
+
+static void decode_tiles(i64 format, const void* const* rows, i64 count, i64 dim, i64 stride, bf16* out) {
+  const auto put = [&](i64 i, i64 d, __mmask32 there, __m512i v) __attribute__((always_inline)) {
+    _mm512_mask_storeu_epi16(out + i * stride + d, there, v);
+  };
+  switch (format) {
+    case kKvInt8:
+      return each_bytes(rows, count, dim, [&](__m256i codes, i64 i, i64 d, __mmask32 there) __attribute__((always_inline)) {
+        put(i, d, there, bf16_of_int8(codes));
+      });
+    case kKvFp8:
+      return each_bytes(rows, count, dim, [&](__m256i codes, i64 i, i64 d, __mmask32 there) __attribute__((always_inline)) {
+        put(i, d, there, bf16_of_fp8(codes));
+      });
+    case kKvInt4:
+      return each_bytes(rows, count, dim / 2, [&](__m256i codes, i64 i, i64 d, __mmask32 there) __attribute__((always_inline)) {
+        const __m512i both = _mm512_cvtepu8_epi16(codes);
+        put(i, d, there, bf16_of_int4(both));  // looks at the low bits alone
+        put(i, dim / 2 + d, there, bf16_of_int4(_mm512_srli_epi16(both, 4)));
+      });
+    case kKvBfloat16:
+      for (i64 i = 0; i < count; ++i) __builtin_memcpy(out + i * stride, rows[i], dim * sizeof(bf16));
+      return;
+    default:
+      return decode_rows(format, rows, count, dim, stride, out);
+  }
+}
+#endif

@@ -1,6 +1,6 @@
 // All kernels, compiled for the instruction set of the including file: it says which by a pragma, names its namespace by
-// LEVEL, and says once more what there is by HAS_AVX2 (FMA too), HAS_AVX512 and HAS_AMX (bf16 conversions too), because
-// before version 13 GCC's pragma does not define its own macros in C++.
+// LEVEL, and says once more what there is by HAS_AVX2 (FMA too), HAS_AVX512, HAS_VNNI and HAS_AMX (bf16 conversions too),
+// because before version 13 GCC's pragma does not define its own macros in C++.
 #include "tasks.h"
 
 #if defined(__x86_64__)
@@ -28,6 +28,7 @@ INLINE void with_dtype(i64 dtype, F f) {
 #include "attention.h"
 #include "linear_args.h"
 #include "tiles.h"
+#include "integers.h"
 #include "linear.h"
 #include "rowwise.h"
 #include "codes.h"

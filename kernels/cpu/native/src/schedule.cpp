@@ -240,8 +240,10 @@ void make(const Attention& a, i64 threads, Plan& plan) {
 i64 run(const Attention& a, Worker& w, const Level& level, const std::vector<Task>& list, i64 phase) {
   char* const memory = w.scratch(scratch_bytes(max_task_rows(a) * group_heads(a), a.dim));
   i64 status = memory ? kDone : kOutOfMemory;
-  for (Worker::Range r; memory && w.next(r, list.size(), 1, phase);)
-    if (!level.attend(a, list[r.first], memory)) status = kOutOfRange;
+  const i64 grain = (i64)list.size() >= 2 * w.count * a.kv_heads ? a.kv_heads : 1;
+  for (Worker::Range r; memory && w.next(r, list.size(), grain, phase);)
+    for (i64 i = r.first; i < r.last; ++i)
+      if (!level.attend(a, list[i], memory)) status = kOutOfRange;
   return status;
 }
 

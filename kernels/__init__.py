@@ -46,8 +46,6 @@ NATIVE = (
     "rowwise",
     "sampling",
 )
-NATIVE = ("attention", "linear", "linear_w8a8", "rowwise")
-NATIVE = ("attention", "linear", "linear_quantized", "rowwise")
 TRITON: tuple[str, ...] = (
     "activation",
     "attention",

@@ -15,7 +15,8 @@ from quire.kernels.packed import stack_experts, weight_format
 from quire.kernels.testing import NAN, assert_close, normal, pair
 
 AMX = library.levels()[:1] == ["amx"]
-pytestmark = pytest.mark.skipif(not AMX, reason="this processor has no matrix tiles (AMX)")
+pytestmark = pytest.mark.skipif(library.problem is not None, reason=str(library.problem))
+needs_tiles = pytest.mark.skipif(not AMX, reason="this processor has no matrix tiles (AMX)")
 
 EXPERTS, WIDTH, HIDDEN, TOP_K = 5, 96, 160, 2
 KINDS = ["moe", "moe_int8", "moe_int8-groups", "moe_int4"]
@@ -62,6 +63,7 @@ def check(op: str, packed: list[Any], x: Tensor, activation: str) -> None:
     assert_close(result, oracle.run(x.float(), exact, *routes, activation), torch.bfloat16)
 
 
+@needs_tiles
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("activation", ["silu", "gelu"])
 def test_ragged_numbers_of_rows(kind: str, activation: str) -> None:
@@ -70,12 +72,14 @@ def test_ragged_numbers_of_rows(kind: str, activation: str) -> None:
         check(op, packed, normal((rows, WIDTH), torch.bfloat16, rows), activation)
 
 
+@needs_tiles
 def test_sizes_that_no_tile_divides() -> None:
     op, *packed = weights("moe", 72, 50)
     for rows in (1, 40):
         check(op, packed, normal((rows, 200), torch.bfloat16)[:, :72], "silu")
 
 
+@needs_tiles
 @pytest.mark.parametrize("kind", KINDS)
 def test_bits_do_not_depend_on_the_others(kind: str) -> None:
     op, *packed = weights(kind)
@@ -89,6 +93,7 @@ def test_bits_do_not_depend_on_the_others(kind: str) -> None:
             assert torch.equal(ours.run(x[some], mine, shares[some], ids[some], "silu"), together[some])
 
 
+@needs_tiles
 @pytest.mark.parametrize("kind", KINDS)
 def test_nan_stays_in_its_row(kind: str) -> None:
     op, *packed = weights(kind)
@@ -100,6 +105,7 @@ def test_nan_stays_in_its_row(kind: str) -> None:
     assert result.isnan().sum() == WIDTH
 
 
+@needs_tiles
 def test_experts_that_there_are_not() -> None:
     op, *packed = weights("moe")
     ours, _ = pair(op, "native")
@@ -110,6 +116,7 @@ def test_experts_that_there_are_not() -> None:
             ours.run(normal((20, WIDTH), torch.bfloat16), ours.prepare(*packed), shares, ids, "silu")
 
 
+@needs_tiles
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
 def test_a_tape_holds_the_router_and_the_experts(kind: str) -> None:
@@ -128,10 +135,11 @@ def test_a_tape_holds_the_router_and_the_experts(kind: str) -> None:
 
 
 def test_what_is_refused() -> None:
-    for op in ("moe", "moe_int8", "moe_int4"):
+    for op in ("moe_int8", "moe_int4"):
         assert "the target in float32" in str(pair(op, "native")[0].when(Target("cpu", torch.float32, 64, "fp32")))
 
 
+@needs_tiles
 def test_groups_that_no_tile_has_are_the_reference_s(caplog: pytest.LogCaptureFixture) -> None:
     form = weight_format("int8")
     gate_up, down = (
@@ -144,3 +152,30 @@ def test_groups_that_no_tile_has_are_the_reference_s(caplog: pytest.LogCaptureFi
     assert torch.equal(
         ours.run(x, packed, shares, ids, "silu"), oracle.run(x, oracle.prepare(gate_up, down), shares, ids, "silu")
     )
+
+
+@pytest.fixture(params=library.levels())
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    library.use_level(library.levels().index(request.param))
+    yield request.param
+    library.use_level(0)
+
+
+@pytest.mark.usefixtures("level")
+def test_vectors_for_fp32() -> None:
+    """Every instruction set: the reference's results, and bits and NaN of a row that the others do not change."""
+    _, *packed = weights("moe", 72, 50)
+    gate_up, down = (w.float() for w in packed)
+    ours, oracle = pair("moe", "native")
+    mine = ours.prepare(gate_up, down)
+    x, (shares, ids) = normal((75, 72), torch.float32), choices(75)
+    together = ours.run(x, mine, shares, ids, "gelu")
+    assert_close(together, oracle.run(x, oracle.prepare(gate_up, down), shares, ids, "gelu"), torch.float32)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for some in (slice(0, 0), slice(0, 1), slice(7, 9), slice(20, 37), slice(74, None)):
+            assert torch.equal(ours.run(x[some], mine, shares[some], ids[some], "gelu"), together[some])
+    x[11, 5] = NAN
+    result = ours.run(x, mine, shares, ids, "gelu")
+    assert result.isnan().all(-1).nonzero().flatten().tolist() == [11]
+    assert result.isnan().sum() == 72

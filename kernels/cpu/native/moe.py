@@ -8,14 +8,15 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...packed import PackedWeight
 from ...reference import int4, int8
 from ...reference.routing import check_top_k
-from ...registry import implements
+from ...registry import Target, implements
 from .library import DTYPES, OUT_OF_MEMORY, OUT_OF_RANGE, Kernel, address, usable
-from .linear import INPUTS, INT4, ROWS, Packed, has_tiles, prepare_linear
+from .linear import FLOATS, INPUTS, INT4, OUTPUTS, ROWS, Packed, has_tiles, prepare_linear
 from .linear_quantized import prepare_linear_int4, prepare_linear_int8, refusal
 from .pages import huge_empty
 
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 
 _EXPERTS = "ipppiii"  # kind, weight, scales, zeros, group, inputs, outputs
 _route = Kernel("route", "iipiiipp")
-_moe = Kernel("moe", "ipiiipp" + 2 * _EXPERTS + "ipppppp")
+_moe = Kernel("moe", "iipiiipp" + 2 * _EXPERTS + "ipppppp")
 
 
 @implements("route", "native", when=usable)
@@ -74,7 +75,24 @@ def _stack(count: int, pack: Callable[[int], Packed]) -> Packed:
 
 def prepare_moe(gate_up: Tensor, down: Tensor) -> TiledExperts:
     """Once per layer: gate_up [E, 2f, d] with the gate in the first f rows, down [E, d, f]."""
-    return TiledExperts(*(_stack(len(w), lambda e, w=w: prepare_linear(w[e], None)) for w in (gate_up, down)))
+    pack = _by_vectors if gate_up.dtype == torch.float32 else _by_tiles
+    return TiledExperts(*(_stack(len(w), lambda e, w=w: pack(w[e])) for w in (gate_up, down)))
+
+
+def _by_tiles(weight: Tensor) -> Packed:
+    return prepare_linear(weight, None)
+
+
+def _by_vectors(weight: Tensor) -> Packed:
+    """[N, K] fp32 -> [N / 16, K, 16], padded with zeros."""
+    outputs, inputs = weight.shape
+    vectors = F.pad(weight, (0, 0, 0, -outputs % OUTPUTS)).view(-1, OUTPUTS, inputs).transpose(1, 2)
+    return Packed(FLOATS, vectors, None, None, inputs, None, inputs, outputs)
+
+
+def has_experts(target: Target) -> str | None:
+    """The predicate of mixtures whose weights are floats."""
+    return usable(target) if target.dtype == torch.float32 else has_tiles(target)
 
 
 def _one(experts: PackedWeight, index: int) -> PackedWeight:
@@ -127,13 +145,14 @@ def _mixture(x: Tensor, packed: TiledExperts, weights: Tensor, ids: Tensor, acti
     widest = max(-(-w.inputs // INPUTS) * INPUTS for w in packed)
     groups = max(-(-w.inputs // w.group) if w.kind == INT4 else 0 for w in packed)
     lists = torch.empty(4 * (experts + 1) + 1 + 2 * choices, dtype=torch.int64)
-    tiles = torch.empty((places, widest), dtype=torch.bfloat16)
+    tiles = torch.empty((places if x.dtype == torch.bfloat16 else 0, widest), dtype=torch.bfloat16)
     group_sums = torch.empty((places, groups), dtype=torch.float32)
-    hidden = torch.empty((choices, gate_up.outputs), dtype=torch.bfloat16)
-    routed = torch.empty((choices, down.outputs), dtype=torch.bfloat16)
-    out = torch.empty((rows, down.outputs), dtype=torch.bfloat16)
+    hidden = torch.empty((choices, gate_up.outputs), dtype=x.dtype)
+    routed = torch.empty((choices, down.outputs), dtype=x.dtype)
+    out = torch.empty((rows, down.outputs), dtype=x.dtype)
     status = _moe(
         rows,
+        DTYPES[x.dtype],
         x.data_ptr(),
         x.stride(0),
         experts,
@@ -157,7 +176,7 @@ def _mixture(x: Tensor, packed: TiledExperts, weights: Tensor, ids: Tensor, acti
     return out
 
 
-@implements("moe", "native", when=has_tiles, prepare=prepare_moe)
+@implements("moe", "native", when=has_experts, prepare=prepare_moe)
 def moe(x: Tensor, packed: Any, topk_weights: Tensor, topk_ids: Tensor, activation: str) -> Tensor:
     """See the reference. A row's bits do not depend on the others; IndexError for an expert that there is not."""
     return _mixture(x, packed, topk_weights, topk_ids, activation)

@@ -1,4 +1,5 @@
-// A mixture of gated experts, the tokens of each multiplied together by matrix tiles (linear.h).
+// A mixture of gated experts, the tokens of each multiplied together: in bf16 by matrix tiles (linear.h), in fp32 by
+// vectors.
 //
 //     ids ──sort by expert──▶ rows of x as tiles ──gate_up──▶ hidden ──gate──▶ tiles ──down──▶ routed ──weights──▶ out
 //
@@ -14,8 +15,8 @@ struct Experts {  // weights, each as linear_args.h has it, one after the other
 };
 
 struct Moe {
-  i64 rows;
-  const void* x;  // [rows, gate_up.inputs] bf16
+  i64 rows, dtype;  // of x, hidden, routed and out
+  const void* x;    // [rows, gate_up.inputs]
   i64 x_row, experts, top_k;
   const i64* ids;        // [rows, top_k]
   const float* weights;  // [rows, top_k]
@@ -24,12 +25,10 @@ struct Moe {
   i64* lists;         // Routes
   void* tiles;        // x, later hidden, as tiles: as many rows as Routes has places
   float* group_sums;  // of kInt4: [places][groups]
-  void* hidden;       // [rows * top_k, gate_up.outputs] bf16
-  void* routed;       // [rows * top_k, down.outputs] bf16
-  void* out;          // [rows, down.outputs] bf16
+  void* hidden;       // [rows * top_k, gate_up.outputs]
+  void* routed;       // [rows * top_k, down.outputs]
+  void* out;          // [rows, down.outputs]
 };
-
-#if HAS_AMX
 
 // Choices, row * top_k + which, sorted by expert. `first`, `places` and `units` say where an expert's begin, and behind
 // the last where all end: among the sorted choices; among the rows of tiles, where blocks of 16 are whole for experts
@@ -48,6 +47,109 @@ struct Routes {
     sorted = order + m.rows * m.top_k;  // [rows * top_k]: the place of each choice in it
   }
 };
+
+// units: (experts' weights, expert) -> units of work of the product with the rows that `first` gives it.
+template <class F>
+static i64 sort_choices(const Moe& m, const Routes& r, F units) {
+  const i64 choices = m.rows * m.top_k;
+  __builtin_memset(r.first, 0, (m.experts + 1) * sizeof(i64));
+  for (i64 i = 0; i < choices; ++i) {
+    if (m.ids[i] < 0 || m.ids[i] >= m.experts) return kOutOfRange;
+    ++r.first[m.ids[i] + 1];
+  }
+  r.places[0] = r.units[0][0] = r.units[1][0] = 0;
+  for (i64 e = 0; e < m.experts; ++e) {
+    const i64 rows = r.first[e + 1];
+    r.first[e + 1] += r.first[e];
+    r.places[e + 1] = r.places[e] + (rows > kBlockRows ? (rows + kBlockRows - 1) / kBlockRows * kBlockRows : rows);
+    for (int i = 0; i < 2; ++i) r.units[i][e + 1] = r.units[i][e] + (rows ? units(i ? m.down : m.gate_up, e) : 0);
+  }
+  // Each choice behind those of its expert that came before; afterwards `first` says again where they begin.
+  for (i64 i = 0; i < choices; ++i) {
+    const i64 at = r.first[m.ids[i]]++;
+    r.order[at] = i;
+    r.sorted[i] = at;
+  }
+  for (i64 e = m.experts; e > 0; --e) r.first[e] = r.first[e - 1];
+  r.first[0] = 0;
+  return kDone;
+}
+
+// Each token's results, summed in the order of its choices.
+template <class T>
+static void sum_choices(const Moe& m, const Routes& r, Worker& worker, i64 phase) {
+  const i64 width = m.down.outputs;
+  for (Worker::Range some; worker.next(some, m.rows, piece(m.top_k * width), phase);)
+    for (i64 row = some.first; row < some.last; ++row)
+      for_lanes(width, [&](auto at, auto put) {
+        f32x16 sum{};
+        for (i64 k = row * m.top_k; k < (row + 1) * m.top_k; ++k)
+          sum = fma(splat(m.weights[k]), at((const T*)m.routed + r.sorted[k] * width), sum);
+        put((T*)m.out + row * width, sum);
+      });
+}
+
+// `Rows` rows of x by 16 outputs, over the inputs in order.
+template <int Rows>
+INLINE void multiply_rows(const float* const* x, i64 inputs, const float* weight, f32x16* sums) {
+  for (int row = 0; row < Rows; ++row) sums[row] = f32x16{};
+  for (i64 k = 0; k < inputs; ++k) {
+    const f32x16 some = load(weight + k * kLanes);
+    for (int row = 0; row < Rows; ++row) sums[row] = fma(splat(x[row][k]), some, sums[row]);
+  }
+}
+
+// The same products by vectors; a unit is 16 outputs of an expert for all of its rows, source(place in the sorted
+// list).
+template <class F>
+INLINE void vector_products(const Moe& m, const Routes& r, const Experts& w, const i64* units, float* out,
+                            Worker& worker, i64 phase, F source) {
+  constexpr i64 kRows = 6;  // whose sums take turns in the pipelines
+  for (Worker::Range some; worker.next(some, units[m.experts], 1, phase);) {
+    i64 expert = 0;
+    while (some.first >= units[expert + 1]) ++expert;
+    const i64 tile = some.first - units[expert], tiles = units[expert + 1] - units[expert];
+    const float* const weight = (const float*)w.weight + (expert * tiles + tile) * w.inputs * kLanes;
+    const i64 column = tile * kLanes, count = w.outputs - column < kLanes ? w.outputs - column : kLanes;
+    for (i64 at = r.first[expert]; at < r.first[expert + 1];) {
+      const float* x[kRows];
+      f32x16 sums[kRows];
+      const i64 left = r.first[expert + 1] - at, rows = left < kRows ? 1 : kRows;
+      for (i64 row = 0; row < rows; ++row) x[row] = source(at + row);
+      if (rows == 1)
+        multiply_rows<1>(x, w.inputs, weight, sums);
+      else
+        multiply_rows<kRows>(x, w.inputs, weight, sums);
+      for (i64 row = 0; row < rows; ++row) store_some(out + (at + row) * w.outputs + column, sums[row], count);
+      at += rows;
+    }
+  }
+}
+
+static i64 vector_moe(const Moe& m, Worker& worker) {
+  const Routes r(m);
+  if (worker.index == 0)
+    *r.status = sort_choices(m, r, [](const Experts& w, i64) { return (w.outputs + kLanes - 1) / kLanes; });
+  worker.barrier();
+  if (*r.status != kDone) return *r.status;
+  float* const hidden = (float*)m.hidden;
+  vector_products(m, r, m.gate_up, r.units[0], hidden, worker, 0,
+                  [&](i64 at) { return (const float*)m.x + r.order[at] / m.top_k * m.x_row; });
+  worker.barrier();
+  const i64 width = m.down.inputs, choices = m.rows * m.top_k;
+  const Gate gate = {choices, kFloat32, hidden, m.gate_up.outputs, width, nullptr, m.gelu};
+  for (Worker::Range some; worker.next(some, choices, piece(4 * width), 1);)
+    for (i64 at = some.first; at < some.last; ++at)
+      gate_row<float>(gate, at, 0, width, hidden + at * m.gate_up.outputs);  // in the gate's own place
+  worker.barrier();
+  vector_products(m, r, m.down, r.units[1], (float*)m.routed, worker, 2,
+                  [&](i64 at) { return hidden + at * m.gate_up.outputs; });
+  worker.barrier();
+  sum_choices<float>(m, r, worker, 3);
+  return kDone;
+}
+
+#if HAS_AMX
 
 constexpr i64 kBfloat16Bytes = 2;
 
@@ -71,33 +173,6 @@ INLINE Linear of_expert(const Experts& w, const Routes& r, i64 expert, void* out
 }
 
 INLINE i64 count_units(const Cut& c) { return up(c.outputs, c.unit_outputs) * up(c.blocks, c.unit_blocks); }
-
-static i64 sort_choices(const Moe& m, const Routes& r, i64 threads) {
-  const i64 choices = m.rows * m.top_k;
-  __builtin_memset(r.first, 0, (m.experts + 1) * sizeof(i64));
-  for (i64 i = 0; i < choices; ++i) {
-    if (m.ids[i] < 0 || m.ids[i] >= m.experts) return kOutOfRange;
-    ++r.first[m.ids[i] + 1];
-  }
-  r.places[0] = r.units[0][0] = r.units[1][0] = 0;
-  for (i64 e = 0; e < m.experts; ++e) {
-    const i64 rows = r.first[e + 1];
-    r.first[e + 1] += r.first[e];
-    r.places[e + 1] = r.places[e] + (rows > kBlockRows ? up(rows, kBlockRows) * kBlockRows : rows);
-    for (int i = 0; i < 2; ++i)
-      r.units[i][e + 1] =
-          r.units[i][e] + (rows ? count_units(cut(of_expert(i ? m.down : m.gate_up, r, e, nullptr), threads)) : 0);
-  }
-  // Each choice behind those of its expert that came before; afterwards `first` says again where they begin.
-  for (i64 i = 0; i < choices; ++i) {
-    const i64 at = r.first[m.ids[i]]++;
-    r.order[at] = i;
-    r.sorted[i] = at;
-  }
-  for (i64 e = m.experts; e > 0; --e) r.first[e] = r.first[e - 1];
-  r.first[0] = 0;
-  return kDone;
-}
 
 // Every place among the tiles: source(place in the sorted list) gives the row of an expert that is laid out there.
 template <class F>
@@ -165,22 +240,11 @@ static i64 multiply_all(const Moe& m, const Routes& r, const Experts& w, const i
   return status;
 }
 
-// Each token's results, summed in the order of its choices.
-static void sum_choices(const Moe& m, const Routes& r, Worker& worker, i64 phase) {
-  const i64 width = m.down.outputs;
-  for (Worker::Range some; worker.next(some, m.rows, piece(m.top_k * width), phase);)
-    for (i64 row = some.first; row < some.last; ++row)
-      for_lanes(width, [&](auto at, auto put) {
-        f32x16 sum{};
-        for (i64 k = row * m.top_k; k < (row + 1) * m.top_k; ++k)
-          sum = fma(splat(m.weights[k]), at((const bf16*)m.routed + r.sorted[k] * width), sum);
-        put((bf16*)m.out + row * width, sum);
-      });
-}
-
-static i64 moe(const Moe& m, Worker& worker) {
+static i64 tile_moe(const Moe& m, Worker& worker) {
   const Routes r(m);
-  if (worker.index == 0) *r.status = sort_choices(m, r, worker.count);
+  if (worker.index == 0)
+    *r.status = sort_choices(
+        m, r, [&](const Experts& w, i64 e) { return count_units(cut(of_expert(w, r, e, nullptr), worker.count)); });
   worker.barrier();
   if (*r.status != kDone) return *r.status;
   lay_out_all(m, r, m.gate_up, 1, worker, 0,
@@ -197,12 +261,15 @@ static i64 moe(const Moe& m, Worker& worker) {
   worker.barrier();
   if (const i64 second = multiply_all(m, r, m.down, r.units[1], m.routed, worker, 3); second != kDone) status = second;
   worker.barrier();
-  sum_choices(m, r, worker, 4);
+  sum_choices<bf16>(m, r, worker, 4);
   return status;
 }
 
-#else
-
-static i64 moe(const Moe&, Worker&) { return kDone; }  // without tiles nobody packs weights for it
-
 #endif
+
+static i64 moe(const Moe& m, Worker& worker) {
+#if HAS_AMX
+  if (m.dtype == kBfloat16) return tile_moe(m, worker);
+#endif
+  return m.dtype == kFloat32 ? vector_moe(m, worker) : (i64)kDone;  // else nobody packs weights for it
+}

@@ -28,7 +28,7 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
     library.use_level(0)
 
 
-@pytest.fixture(params=[1, 2, 3])
+@pytest.fixture(params=[1, 3])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -63,9 +63,8 @@ MIXED = filters(
 @pytest.mark.usefixtures("level")
 class TestLevels:
     @pytest.mark.parametrize("width", WIDTHS)
-    @pytest.mark.parametrize("scale", [0.5, 4.0])
-    def test_draws(self, width: int, scale: float) -> None:
-        logits = normal((9, width), torch.float32, width) * scale
+    def test_draws(self, width: int) -> None:
+        logits = normal((9, width), torch.float32, width) * torch.tensor([4.0, 0.5, 8.0]).repeat(3)[:, None]
         ours, oracle = pair("sample", "native")
         assert torch.equal(ours.run(logits, **MIXED, **sources(9)), oracle.run(logits, **MIXED, **sources(9)))
         ours, oracle = pair("probabilities", "native")
@@ -213,7 +212,7 @@ def test_bits_depend_on_the_row_alone() -> None:
 
 @pytest.mark.usefixtures("level")
 @pytest.mark.parametrize("odd", [NAN, INF, -INF])
-@pytest.mark.parametrize("place", [0, 70, 8999, slice(None)])
+@pytest.mark.parametrize("place", [70, 8999, slice(None)])
 def test_an_unsound_row_stays_alone(odd: float, place: int | slice) -> None:
     logits = normal((9, 9000), torch.float32)
     source = sources(9)

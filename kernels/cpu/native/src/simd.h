@@ -144,9 +144,9 @@ INLINE f32x16 exp2(f32x16 x) {
   const f32x16 shifted = x + kRound;
   const f32x16 r = x - (shifted - kRound);
   f32x16 p = splat(0.0013264735462144017f);
-  constexpr float kRest[] = {0.00967151764780283f, 0.05550733953714371f, 0.24022242426872253f, 0.6931470036506653f, 1.0f};
-  for (float c : kRest)
-    p = fma(p, r, splat(c));
+  constexpr float kRest[] = {0.00967151764780283f, 0.05550733953714371f, 0.24022242426872253f, 0.6931470036506653f,
+                             1.0f};
+  for (float c : kRest) p = fma(p, r, splat(c));
   const u32x16 exponent = (u32x16)shifted << 23;
   return x < -126.0f ? f32x16{} : (f32x16)((u32x16)p + exponent);
 }

@@ -106,7 +106,7 @@ def _lists(groups: tuple[SharedPrefix, ...], block_size: int) -> tuple[Tensor | 
 def attention(
     q: Tensor, cache: LayerKV, plan: Any, scale: float, softcap: float, sinks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """See the reference. Products in bf16 with fp32 sums where there is AMX, q is bf16 and the cache is not fp32; else fp32.
+    """See the reference. In bf16 with fp32 sums where there is AMX, q is bf16 and the cache not fp32; else in fp32.
 
     IndexError for a block that the table or the cache lacks, and for a group that is none.
     """

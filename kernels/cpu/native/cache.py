@@ -35,7 +35,7 @@ def rope_kv_write(
     cache: LayerKV,
     slot_mapping: Tensor,
 ) -> Tensor:
-    """See the reference. Overwrites q. IndexError for a position that the table lacks, or a slot that the cache does."""
+    """See the reference. Overwrites q. IndexError for a position or a slot that there is not."""
     _write(q, k, v, positions, table, interleaved, cache, slot_mapping)
     return q
 

@@ -16,7 +16,7 @@ from ...reference import int4, int8
 from ...reference.routing import check_top_k
 from ...registry import Target, implements
 from .library import DTYPES, OUT_OF_MEMORY, OUT_OF_RANGE, Kernel, address, usable
-from .linear import FLOATS, INPUTS, INT4, OUTPUTS, ROWS, Packed, has_tiles, prepare_linear
+from .linear import FLOATS, OUTPUTS, Packed, has_tiles, prepare_linear
 from .linear_quantized import prepare_linear_int4, prepare_linear_int8, refusal
 from .pages import huge_empty
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 _EXPERTS = "ipppiii"  # kind, weight, scales, zeros, group, inputs, outputs
 _route = Kernel("route", "iipiiipp")
-_moe = Kernel("moe", "iipiiipp" + 2 * _EXPERTS + "ipppppp")
+_moe = Kernel("moe", "iipiiipp" + 2 * _EXPERTS + "ipppp")
 
 
 @implements("route", "native", when=usable)
@@ -140,13 +140,7 @@ def _mixture(x: Tensor, packed: TiledExperts, weights: Tensor, ids: Tensor, acti
     gate_up, down = packed
     experts, (rows, top_k) = len(gate_up.weight), ids.shape
     choices = rows * top_k
-    # Rows of tiles: an expert with more than 16 rows has whole blocks of them.
-    places = choices + (ROWS - 1) * min(experts, choices // (ROWS + 1))
-    widest = max(-(-w.inputs // INPUTS) * INPUTS for w in packed)
-    groups = max(-(-w.inputs // w.group) if w.kind == INT4 else 0 for w in packed)
-    lists = torch.empty(4 * (experts + 1) + 1 + 2 * choices, dtype=torch.int64)
-    tiles = torch.empty((places if x.dtype == torch.bfloat16 else 0, widest), dtype=torch.bfloat16)
-    group_sums = torch.empty((places, groups), dtype=torch.float32)
+    lists = torch.empty(3 * (experts + 1) + 1 + 2 * choices, dtype=torch.int64)
     hidden = torch.empty((choices, gate_up.outputs), dtype=x.dtype)
     routed = torch.empty((choices, down.outputs), dtype=x.dtype)
     out = torch.empty((rows, down.outputs), dtype=x.dtype)
@@ -163,8 +157,6 @@ def _mixture(x: Tensor, packed: TiledExperts, weights: Tensor, ids: Tensor, acti
         *_slots(down),
         activation == "gelu",
         lists.data_ptr(),
-        tiles.data_ptr(),
-        group_sums.data_ptr(),
         hidden.data_ptr(),
         routed.data_ptr(),
         out.data_ptr(),

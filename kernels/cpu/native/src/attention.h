@@ -54,7 +54,8 @@ INLINE i64 token(const Batch& b, const Task& t, i64 row) {
   return t.tokens ? t.tokens[row] : b.cu_q[t.seq] + t.first_row + row;
 }
 
-// The state's sums to rows of out and lse; a sink joins the denominator here, and a scale that all values of a head have.
+// The state's sums to rows of out and lse; a sink joins the denominator here, and a scale that all values of a head
+// have.
 template <class Tq>
 static void finish(const Attention& a, const Task& t, StateView state) {
   const i64 group = a.q_heads / a.kv_heads, rows = t.num_rows * group;
@@ -73,7 +74,8 @@ static void finish(const Attention& a, const Task& t, StateView state) {
     const f32x16 share = total == 0 ? f32x16{} : value_scale * (scaled / total);
     store(totals, total);
     store(tops, top);
-    for (i64 i = 0; i < count; ++i) a.lse[at[i]] = totals[i] == 0 ? -kInfinity : tops[i] * kLn2 + __builtin_logf(totals[i]);
+    for (i64 i = 0; i < count; ++i)
+      a.lse[at[i]] = totals[i] == 0 ? -kInfinity : tops[i] * kLn2 + __builtin_logf(totals[i]);
     for (i64 d = 0; d < a.dim; d += kLanes) {
       float columns[kLanes * kLanes], turned[kLanes * kLanes];
       const void* rows_of[kLanes];
@@ -220,9 +222,12 @@ struct Attend {
       if (has_token_scales(a.format)) read_scales();
       if (tile + kTileKeys < end && !locate(tile + kTileKeys)) return false;
       const bool masked = look(tile);
-      score(lie, 0);
+      const auto score = [&](i64 block) __attribute__((always_inline)) {
+        Product::scores(wide, lie, queries + block * wide, scores_of(block));
+      };
+      score(0);
       for (i64 block = 0; block < rows; block += kBlockRows) {
-        if (block + kBlockRows < rows) score(lie, block + kBlockRows);
+        if (block + kBlockRows < rows) score(block + kBlockRows);
         if (has_token_scales(a.format))
           masked ? soften<true, true>(block, state) : soften<false, true>(block, state);
         else
@@ -235,14 +240,11 @@ struct Attend {
 
   float* scores_of(i64 block) const { return scores + block % (2 * kBlockRows) * kTileKeys; }
 
-  void score(const KeysOf<Operand>& lie, i64 block) {
-    Product::scores(wide, lie, queries + block * wide, scores_of(block));
-  }
-
   // In the pages where they lie as the product wants them, else decoded.
   KeysOf<Operand> read_keys(i64 tile) {
     const bool plain = a.format == (sizeof(Operand) == 4 ? kKvFloat32 : kKvBfloat16);
-    if (plain && wide == dim && a.batch->block_size % 16 == 0 && tile >= t.first_key && tile + kTileKeys <= t.last_key) {
+    if (plain && wide == dim && a.batch->block_size % 16 == 0 && tile >= t.first_key &&
+        tile + kTileKeys <= t.last_key) {
       KeysOf<Operand> there = {{}, a.kv_heads * dim};
       for (int i = 0; i < 4; ++i) there.sixteen[i] = (const Operand*)key_rows[16 * i];
       return there;
@@ -251,7 +253,8 @@ struct Attend {
     return {{keys, keys + 16 * wide, keys + 32 * wide, keys + 48 * wide}, wide};
   }
 
-  // Where the keys and values of a tile lie. Keys outside of the task's range are not read: zeros stand in for them, unseen.
+  // Where the keys and values of a tile lie. Keys outside of the task's range are not read: zeros stand in for them,
+  // unseen.
   bool locate(i64 tile) {
     const Batch& b = *a.batch;
     const std::int32_t* table = b.block_table + t.seq * b.table_width;
@@ -283,14 +286,15 @@ struct Attend {
     return true;
   }
 
-  // Asks for the key and value of number j of the tile that was located last: they are strewn over blocks, and the
-  // processor does not guess the next one. A few at a time while others are softened, because it waits for 16 at most.
-  void fetch(i64 j) const {
+  // Asks for some keys and values of the tile that was located last: they are strewn over blocks, and the processor
+  // does not guess the next one. A few at a time while others are softened, because it waits for 16 lines at most.
+  __attribute__((noinline)) void fetch(i64 first, i64 count) const {
     const i64 bytes = row_bytes(a.format, dim);
-    for (i64 byte = 0; byte < bytes; byte += 64) {
-      __builtin_prefetch((const char*)key_rows[j] + byte);
-      __builtin_prefetch((const char*)value_rows[j] + byte);
-    }
+    for (i64 j = first; j < first + count; ++j)
+      for (i64 byte = 0; byte < bytes; byte += 64) {
+        __builtin_prefetch((const char*)key_rows[j] + byte);
+        __builtin_prefetch((const char*)value_rows[j] + byte);
+      }
   }
 
   void read_scales() {
@@ -302,10 +306,12 @@ struct Attend {
 
   // What each row sees of a tile, and whether any sees less than all of it. Lanes without a row see nothing.
   bool look(i64 tile) {
-    if (t.tokens) return false;
+    const Batch& b = *a.batch;
+    const bool inside = tile >= t.first_key && tile + kTileKeys <= t.last_key;
+    if (t.tokens || (inside && !b.window && tile + kTileKeys <= context)) return false;
     std::uint64_t all = ~0ull;
     for (i64 r = 0; r < t.num_rows; ++r) {
-      const std::uint64_t bits = visible(*a.batch, t, context, t.first_row + r, tile);
+      const std::uint64_t bits = visible(b, t, context, t.first_row + r, tile);
       for (i64 m = r * group; m < (r + 1) * group; ++m) {
         seen[m] = (std::uint32_t)bits;
         seen[padded + m] = (std::uint32_t)(bits >> 32);
@@ -315,10 +321,10 @@ struct Attend {
     return all != ~0ull;
   }
 
-  // A block's scores become weights relative to 2^m. What m is does not matter as long as nothing overflows, so it moves
-  // only when a score exceeds it by kSlack: weights reach 2^8, their sums 2^17.
+  // A block's scores become weights relative to 2^m. What m is does not matter as long as nothing overflows, so it
+  // moves only when a score exceeds it by kSlack: weights reach 2^8, their sums 2^17.
   template <bool Masked, bool Scaled>
-  void soften(i64 block, StateView state) {
+  __attribute__((noinline)) void soften(i64 block, StateView state) {
     constexpr float kSlack = 8;
     constexpr int kChains = 4;  // of additions, which wait for each other
     float* const s = scores_of(block);
@@ -327,15 +333,13 @@ struct Attend {
     if (a.softcap != 0) cap(s);
     const u32x16 seen_half[2] = {Masked ? load_words(seen + block) : u32x16{},
                                  Masked ? load_words(seen + padded + block) : u32x16{}};
-    const auto hidden = [&](i64 j) __attribute__((always_inline)) {
-      return (seen_half[j / 32] & (1u << j % 32)) == 0;
-    };
-    const auto factor = [&](i64 j) __attribute__((always_inline)) {
-      return per_key ? splat(score_factors[j]) : constant;
-    };
+    const auto hidden = [&](i64 j) __attribute__((always_inline)) { return (seen_half[j / 32] & (1u << j % 32)) == 0; };
+    const auto factor = [&](i64 j)
+                            __attribute__((always_inline)) { return per_key ? splat(score_factors[j]) : constant; };
     f32x16 highest[kChains];
     for (int c = 0; c < kChains; ++c) highest[c] = splat(-kInfinity);
     for (i64 j = 0; j < kTileKeys; j += kChains)
+#pragma GCC unroll 4
       for (int c = 0; c < kChains; ++c) {
         f32x16 x = load(s + (j + c) * kLanes) * factor(j + c);
         if (Masked) x = hidden(j + c) ? splat(-kInfinity) : x;
@@ -347,9 +351,10 @@ struct Attend {
     const f32x16 minus = -base_of(top);
     f32x16 total[kChains] = {};
     for (i64 j = 0; j < kTileKeys; j += kChains) {
+      if (block == 0) fetch(j, kChains);
       f32x16 p[kChains];
+#pragma GCC unroll 4
       for (int c = 0; c < kChains; ++c) {
-        if (block == 0) fetch(j + c);
         p[c] = Product::power(fma(load(s + (j + c) * kLanes), factor(j + c), minus));
         if (Masked) p[c] = hidden(j + c) ? f32x16{} : p[c];
         total[c] += p[c];

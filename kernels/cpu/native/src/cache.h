@@ -8,7 +8,7 @@ struct RopeKvWrite {  // q and k are rotated where there is a table, k and v wri
   const i64* positions;
   const float* table;  // null, or [positions, rotary_dim]: cosines, then sines
   i64 table_rows, rotary_dim, interleaved;
-  void *k_cache, *v_cache;  // [slots, heads, width]
+  void *k_cache, *v_cache;        // [slots, heads, width]
   const void *k_scale, *v_scale;  // null; [heads] fp32; or [slots, heads] fp16, which is written
   i64 num_slots;
   const i64* slots;

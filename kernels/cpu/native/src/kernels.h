@@ -66,7 +66,7 @@ class Worker {
   void barrier();            // until all have come
   char* scratch(i64 bytes);  // the thread's own memory, on a 64-byte boundary, contents arbitrary; null = there is none
 
-  static constexpr i64 kPhases = 5;
+  static constexpr i64 kPhases = 4;
 
  private:
   i64 take(i64 grain, i64 phase);

@@ -64,7 +64,8 @@ constexpr i64 row_bytes(i64 format, i64 dim) {
 
 constexpr bool has_token_scales(i64 format) { return format == kKvInt8 || format == kKvInt4; }
 
-// x * H / sqrt(size) in place, size a power of two: stage by stage as reference/hadamard.py, so with the same roundings.
+// x * H / sqrt(size) in place, size a power of two: stage by stage as reference/hadamard.py, so with the same
+// roundings.
 INLINE void turn(float* x, i64 size) {
   for (i64 half = 1; half < size; half *= 2) {
     if (half >= kLanes) {
@@ -161,9 +162,8 @@ static void encode(i64 format, const float* row, i64 dim, float static_scale, st
   const f32x16 divisor = to_float(stored);
   *scale = stored[0];
   if (eight) {
-    byte_codes(row, dim, bytes, [&](f32x16 x) {
-      return __builtin_convertvector(nearest(clamp(x / divisor, -127.0f, 127.0f)), i32x16);
-    });
+    byte_codes(row, dim, bytes,
+               [&](f32x16 x) { return __builtin_convertvector(nearest(clamp(x / divisor, -127.0f, 127.0f)), i32x16); });
     __builtin_memcpy(codes, bytes, dim);
     return;
   }
@@ -220,11 +220,11 @@ static void decode_rows(i64 format, const void* const* rows, i64 count, i64 dim,
     case kKvFloat16:
       return each_row(rows, count, dim, stride, out, [](const void* p, i64 d) { return load((const fp16*)p + d); });
     case kKvFp8:
-      return each_row(rows, count, dim, stride, out, [](const void* p, i64 d) {
-        return from_fp8(load_bytes((const char*)p + d));
-      });
+      return each_row(rows, count, dim, stride, out,
+                      [](const void* p, i64 d) { return from_fp8(load_bytes((const char*)p + d)); });
     case kKvInt8:
-      return each_row(rows, count, dim, stride, out, [](const void* p, i64 d) { return load_int8((const char*)p + d); });
+      return each_row(rows, count, dim, stride, out,
+                      [](const void* p, i64 d) { return load_int8((const char*)p + d); });
   }
   const i64 half = dim / 2;
   for (i64 i = 0; i < count; ++i) {
@@ -272,9 +272,9 @@ INLINE __m512i bf16_of_fp8(__m256i codes) {
 
 // -7.5, -6.5 ... 7.5, twice.
 INLINE __m512i bf16_of_int4(__m512i codes) {
-  const __m512i numbers = _mm512_broadcast_i64x4(_mm256_setr_epi16(
-      (short)0xc0f0, (short)0xc0d0, (short)0xc0b0, (short)0xc090, (short)0xc060, (short)0xc020, (short)0xbfc0,
-      (short)0xbf00, 0x3f00, 0x3fc0, 0x4020, 0x4060, 0x4090, 0x40b0, 0x40d0, 0x40f0));
+  const __m512i numbers = _mm512_broadcast_i64x4(
+      _mm256_setr_epi16((short)0xc0f0, (short)0xc0d0, (short)0xc0b0, (short)0xc090, (short)0xc060, (short)0xc020,
+                        (short)0xbfc0, (short)0xbf00, 0x3f00, 0x3fc0, 0x4020, 0x4060, 0x4090, 0x40b0, 0x40d0, 0x40f0));
   return _mm512_permutexvar_epi16(codes, numbers);
 }
 
@@ -289,24 +289,24 @@ INLINE void each_bytes(const void* const* rows, i64 count, i64 bytes, F f) {
 }
 
 static void decode_tiles(i64 format, const void* const* rows, i64 count, i64 dim, i64 stride, bf16* out) {
-  const auto put = [&](i64 i, i64 d, __mmask32 there, __m512i v) __attribute__((always_inline)) {
-    _mm512_mask_storeu_epi16(out + i * stride + d, there, v);
-  };
+  const auto put = [&](i64 i, i64 d, __mmask32 there, __m512i v)
+                       __attribute__((always_inline)) { _mm512_mask_storeu_epi16(out + i * stride + d, there, v); };
   switch (format) {
     case kKvInt8:
-      return each_bytes(rows, count, dim, [&](__m256i codes, i64 i, i64 d, __mmask32 there) __attribute__((always_inline)) {
-        put(i, d, there, bf16_of_int8(codes));
-      });
+      return each_bytes(rows, count, dim,
+                        [&](__m256i codes, i64 i, i64 d, __mmask32 there)
+                            __attribute__((always_inline)) { put(i, d, there, bf16_of_int8(codes)); });
     case kKvFp8:
-      return each_bytes(rows, count, dim, [&](__m256i codes, i64 i, i64 d, __mmask32 there) __attribute__((always_inline)) {
-        put(i, d, there, bf16_of_fp8(codes));
-      });
+      return each_bytes(rows, count, dim,
+                        [&](__m256i codes, i64 i, i64 d, __mmask32 there)
+                            __attribute__((always_inline)) { put(i, d, there, bf16_of_fp8(codes)); });
     case kKvInt4:
-      return each_bytes(rows, count, dim / 2, [&](__m256i codes, i64 i, i64 d, __mmask32 there) __attribute__((always_inline)) {
-        const __m512i both = _mm512_cvtepu8_epi16(codes);
-        put(i, d, there, bf16_of_int4(both));  // looks at the low bits alone
-        put(i, dim / 2 + d, there, bf16_of_int4(_mm512_srli_epi16(both, 4)));
-      });
+      return each_bytes(rows, count, dim / 2,
+                        [&](__m256i codes, i64 i, i64 d, __mmask32 there) __attribute__((always_inline)) {
+                          const __m512i both = _mm512_cvtepu8_epi16(codes);
+                          put(i, d, there, bf16_of_int4(both));  // looks at the low bits alone
+                          put(i, dim / 2 + d, there, bf16_of_int4(_mm512_srli_epi16(both, 4)));
+                        });
     case kKvBfloat16:
       for (i64 i = 0; i < count; ++i) __builtin_memcpy(out + i * stride, rows[i], dim * sizeof(bf16));
       return;

@@ -78,7 +78,8 @@ static void lay_out(const Linear& l, const Cut& c, const Unit& u, i64 k, Room& r
   const i64 end = least(k + c.reach, c.inputs), groups = c.groups ? c.groups : 1;
   for (i64 row = 0; row < u.blocks * c.tile_rows; ++row) {
     const bool exists = u.first_row + row < l.rows;
-    const bf16* x = (const bf16*)l.x + (exists ? u.first_row + row : 0) * l.x_row;
+    const i64 at = exists ? u.first_row + row : 0;
+    const bf16* x = (const bf16*)l.x + (l.row_of ? l.row_of[at] : at) * l.x_row;
     char* line = room.x + (row / kBlockRows * c.reach * c.tile_rows + row % kBlockRows) * kLine;
     f32x16 sum{};
     for (i64 i = k; i < end; ++i, line += c.tile_rows * kLine) {
@@ -334,36 +335,48 @@ static void product(const Linear& l, const Cut& c, const Unit& u, const Unit& af
     stream<Kind, 1>(l, c, u, after, room);
 }
 
-static i64 tile_linear(const Linear& l, Worker& worker) {
-  const Cut c = cut(l, worker.count);
+// A thread's memory for such a product; a null panel where there is none.
+static Room room_for(const Linear& l, const Cut& c, Worker& worker) {
   const i64 rows = c.unit_blocks * c.tile_rows;
   const i64 panel_bytes = 2 * (c.panel > 4 ? c.panel : 4) * kTileBytes, part_bytes = 4 * kTileBytes;
   const i64 sums_bytes = up(c.unit_outputs, 2) * up(c.unit_blocks, 2) * 4 * kTileBytes;
   const i64 group_bytes = up(4 * rows * (c.groups ? c.groups : 1), kLine) * kLine;
-  char* const memory = worker.scratch(panel_bytes + part_bytes + sums_bytes + group_bytes + rows * c.reach * kLine);
-  if (!memory) return kOutOfMemory;
   Room room;
-  room.panel = memory;
+  room.panel = worker.scratch(panel_bytes + part_bytes + sums_bytes + group_bytes + rows * c.reach * kLine);
+  if (!room.panel) return room;
   room.part = (float*)(room.panel + panel_bytes);
   room.sums = room.part + part_bytes / 4;
   room.group_sums = room.sums + sums_bytes / 4;
   room.x = (char*)room.group_sums + group_bytes;
-  const i64 wide = up(c.outputs, c.unit_outputs), units = wide * up(c.blocks, c.unit_blocks);
-  const auto unit_at = [&](i64 i) __attribute__((always_inline)) {
-    const i64 block = i / wide * c.unit_blocks, output = i % wide * c.unit_outputs;
-    return Unit{block * kBlockRows, least(c.unit_blocks, c.blocks - block), output,
-                least(c.unit_outputs, c.outputs - output)};
-  };
+  return room;
+}
+
+INLINE i64 count_units(const Cut& c) { return up(c.outputs, c.unit_outputs) * up(c.blocks, c.unit_blocks); }
+
+INLINE Unit unit_at(const Cut& c, i64 i) {
+  const i64 wide = up(c.outputs, c.unit_outputs);
+  const i64 block = i / wide * c.unit_blocks, output = i % wide * c.unit_outputs;
+  return Unit{block * kBlockRows, least(c.unit_blocks, c.blocks - block), output,
+              least(c.unit_outputs, c.outputs - output)};
+}
+
+// Unit i, after which this thread is likely to take the one that is `threads` further on.
+static void multiply_unit(const Linear& l, const Cut& c, i64 i, i64 threads, Room& room) {
+  const Unit unit = unit_at(c, i), after = unit_at(c, least(i + threads, count_units(c) - 1));
+  if (l.kind == kFloats)
+    product<kFloats>(l, c, unit, after, room);
+  else if (l.kind == kInt8)
+    product<kInt8>(l, c, unit, after, room);
+  else
+    product<kInt4>(l, c, unit, after, room);
+}
+
+static i64 tile_linear(const Linear& l, Worker& worker) {
+  const Cut c = cut(l, worker.count);
+  Room room = room_for(l, c, worker);
+  if (!room.panel) return kOutOfMemory;
   enter_tiles(c.tile_rows);
-  for (Worker::Range r; worker.next(r, units, 1);) {
-    const Unit unit = unit_at(r.first), after = unit_at(least(r.first + worker.count, units - 1));
-    if (l.kind == kFloats)
-      product<kFloats>(l, c, unit, after, room);
-    else if (l.kind == kInt8)
-      product<kInt8>(l, c, unit, after, room);
-    else
-      product<kInt4>(l, c, unit, after, room);
-  }
+  for (Worker::Range r; worker.next(r, count_units(c), 1);) multiply_unit(l, c, r.first, worker.count, room);
   leave_tiles();
   return kDone;
 }

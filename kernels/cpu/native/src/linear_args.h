@@ -24,5 +24,5 @@ struct Linear {
   const float* bias;    // [outputs, padded] or null
   i64 inputs, outputs;
   void* out;        // [rows, outputs]
-  void* workspace;  // shared by the threads; null where none is needed, as by tiles
+  const i64* row_of;  // null, or which row of x each one is: of an expert, those that chose it
 };

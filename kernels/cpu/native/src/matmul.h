@@ -1,6 +1,7 @@
 // The two products of an attention tile, scores = keys * queries and o += values^T * weights, for 16 rows, a lane each:
 //
-//     keys [64][dim], as they lie · queries [dim][16] = scores [64][16]     values^T [dim][64] · weights [64][16] = o [dim][16]
+//     keys [64][dim], as they lie · queries [dim][16] = scores [64][16]     values^T [dim][64] · weights [64][16] = o
+//     [dim][16]
 //
 // Two ways: fp32 vectors, and bf16 matrix tiles where there is AMX. Every sum runs over its depth in order.
 
@@ -114,14 +115,14 @@ struct VectorProduct {
 struct TileProduct {
   using Operand = bf16;
 
-  // 2^x to a relative 3e-6 (what follows is rounded to 2e-3): 2^floor(x) times a polynomial in the rest. 2^-126, which
-  // nothing adds to, stands in for what is less: the processor takes its time for subnormal numbers.
+  // 2^x to a relative 1e-4 (what follows is rounded to 2e-3), 1 at 0: 2^floor(x) times a polynomial in the rest.
+  // 2^-100, which nothing adds to, stands in for what is less: the processor takes its time for subnormal numbers.
   INLINE f32x16 power(f32x16 x) {
     constexpr int kFloor = 0x09;
-    x = max(splat(-126.0f), x);
+    x = max(splat(-100.0f), x);
     const f32x16 r = (f32x16)_mm512_reduce_ps((__m512)x, kFloor);
-    f32x16 p = splat(0.0135557359f);
-    constexpr float kRest[] = {0.0520323583f, 0.241379798f, 0.693032108f, 1.0f};
+    f32x16 p = splat(0.0782679101f);
+    constexpr float kRest[] = {0.226307625f, 0.695424465f, 1.0f};
     for (float c : kRest) p = fma(p, r, splat(c));
     return (f32x16)_mm512_scalef_ps((__m512)p, (__m512)x);
   }
@@ -204,7 +205,8 @@ struct TileProduct {
 
   // Two keys' weights of 16 rows as pairs; to nearest, ties upwards.
   INLINE void put(bf16* weights, i64 key, f32x16 first, f32x16 second) {
-    const u32x16 pairs = ((u32x16)first + 0x8000u) >> 16 | (((u32x16)second + 0x8000u) & 0xffff0000u);
+    const u32x16 low = ((u32x16)first + 0x8000u) >> 16, high = (u32x16)second + 0x8000u;
+    const __m512i pairs = _mm512_mask_blend_epi16(0xaaaaaaaa, (__m512i)low, (__m512i)high);
     __builtin_memcpy(weights + key * kBlockRows, &pairs, sizeof pairs);
   }
 

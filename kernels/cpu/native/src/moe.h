@@ -22,29 +22,25 @@ struct Moe {
   const float* weights;  // [rows, top_k]
   Experts gate_up, down;
   i64 gelu;
-  i64* lists;         // Routes
-  void* tiles;        // x, later hidden, as tiles: as many rows as Routes has places
-  float* group_sums;  // of kInt4: [places][groups]
-  void* hidden;       // [rows * top_k, gate_up.outputs]
-  void* routed;       // [rows * top_k, down.outputs]
-  void* out;          // [rows, down.outputs]
+  i64* lists;    // Routes
+  void* hidden;  // [rows * top_k, gate_up.outputs], in the order of Routes
+  void* routed;  // [rows * top_k, down.outputs], likewise
+  void* out;     // [rows, down.outputs]
 };
 
-// Choices, row * top_k + which, sorted by expert. `first`, `places` and `units` say where an expert's begin, and behind
-// the last where all end: among the sorted choices; among the rows of tiles, where blocks of 16 are whole for experts
-// with more rows than that; and among the units of work of each product.
+// Choices, row * top_k + which, sorted by expert. `first` and `units` say where an expert's begin, and behind the last
+// where all end: among the sorted choices, and among the units of work of each product.
 struct Routes {
-  i64 *first, *places, *units[2], *order, *sorted, *status;
+  i64 *first, *units[2], *status, *tokens, *sorted;
 
   Routes(const Moe& m) {
     const i64 ends = m.experts + 1;
     first = m.lists;
-    places = first + ends;
-    units[0] = places + ends;
+    units[0] = first + ends;
     units[1] = units[0] + ends;
     status = units[1] + ends;
-    order = status + 1;                 // [rows * top_k]: the choice at each place in the sorted list
-    sorted = order + m.rows * m.top_k;  // [rows * top_k]: the place of each choice in it
+    tokens = status + 1;                  // [rows * top_k]: whose choice stands at each place of the sorted list
+    sorted = tokens + m.rows * m.top_k;  // [rows * top_k]: the place of each choice in it
   }
 };
 
@@ -57,17 +53,16 @@ static i64 sort_choices(const Moe& m, const Routes& r, F units) {
     if (m.ids[i] < 0 || m.ids[i] >= m.experts) return kOutOfRange;
     ++r.first[m.ids[i] + 1];
   }
-  r.places[0] = r.units[0][0] = r.units[1][0] = 0;
+  r.units[0][0] = r.units[1][0] = 0;
   for (i64 e = 0; e < m.experts; ++e) {
     const i64 rows = r.first[e + 1];
     r.first[e + 1] += r.first[e];
-    r.places[e + 1] = r.places[e] + (rows > kBlockRows ? (rows + kBlockRows - 1) / kBlockRows * kBlockRows : rows);
     for (int i = 0; i < 2; ++i) r.units[i][e + 1] = r.units[i][e] + (rows ? units(i ? m.down : m.gate_up, e) : 0);
   }
   // Each choice behind those of its expert that came before; afterwards `first` says again where they begin.
   for (i64 i = 0; i < choices; ++i) {
     const i64 at = r.first[m.ids[i]]++;
-    r.order[at] = i;
+    r.tokens[at] = i / m.top_k;
     r.sorted[i] = at;
   }
   for (i64 e = m.experts; e > 0; --e) r.first[e] = r.first[e - 1];
@@ -126,6 +121,16 @@ INLINE void vector_products(const Moe& m, const Routes& r, const Experts& w, con
   }
 }
 
+// Gates times ups of all choices, in the gates' own place.
+template <class T>
+static void gate_all(const Moe& m, Worker& worker, i64 phase) {
+  const i64 width = m.down.inputs, choices = m.rows * m.top_k;
+  const Gate gate = {choices, m.dtype, m.hidden, m.gate_up.outputs, width, nullptr, m.gelu};
+  for (Worker::Range some; worker.next(some, choices, piece(4 * width), phase);)
+    for (i64 at = some.first; at < some.last; ++at)
+      gate_row<T>(gate, at, 0, width, (T*)m.hidden + at * m.gate_up.outputs);
+}
+
 static i64 vector_moe(const Moe& m, Worker& worker) {
   const Routes r(m);
   if (worker.index == 0)
@@ -134,13 +139,9 @@ static i64 vector_moe(const Moe& m, Worker& worker) {
   if (*r.status != kDone) return *r.status;
   float* const hidden = (float*)m.hidden;
   vector_products(m, r, m.gate_up, r.units[0], hidden, worker, 0,
-                  [&](i64 at) { return (const float*)m.x + r.order[at] / m.top_k * m.x_row; });
+                  [&](i64 at) { return (const float*)m.x + r.tokens[at] * m.x_row; });
   worker.barrier();
-  const i64 width = m.down.inputs, choices = m.rows * m.top_k;
-  const Gate gate = {choices, kFloat32, hidden, m.gate_up.outputs, width, nullptr, m.gelu};
-  for (Worker::Range some; worker.next(some, choices, piece(4 * width), 1);)
-    for (i64 at = some.first; at < some.last; ++at)
-      gate_row<float>(gate, at, 0, width, hidden + at * m.gate_up.outputs);  // in the gate's own place
+  gate_all<float>(m, worker, 1);
   worker.barrier();
   vector_products(m, r, m.down, r.units[1], (float*)m.routed, worker, 2,
                   [&](i64 at) { return hidden + at * m.gate_up.outputs; });
@@ -151,16 +152,25 @@ static i64 vector_moe(const Moe& m, Worker& worker) {
 
 #if HAS_AMX
 
-constexpr i64 kBfloat16Bytes = 2;
-
 INLINE i64 groups_of(const Experts& w) { return w.group < w.inputs ? up(w.inputs, w.group) : 1; }
 
-// The product of an expert with its rows of `x`, which is as tiles already: [choices, inputs] -> out.
-INLINE Linear of_expert(const Experts& w, const Routes& r, i64 expert, void* out) {
+// Rows that a product takes.
+struct Inputs {
+  const void* x;
+  i64 x_row;
+  const i64* row_of;  // null, or which row of x each place of the sorted list is
+};
+
+// The product of an expert with its rows -> its places of out.
+INLINE Linear of_expert(const Experts& w, const Routes& r, i64 expert, const Inputs& from, void* out) {
   const i64 tiles = up(w.outputs, kTileOutputs), scales = expert * tiles * groups_of(w) * kTileOutputs;
+  const i64 first = r.first[expert];
   Linear l{};
-  l.rows = r.first[expert + 1] - r.first[expert];
+  l.rows = r.first[expert + 1] - first;
   l.dtype = l.out_dtype = kBfloat16;
+  l.x = from.row_of ? from.x : (const bf16*)from.x + first * from.x_row;
+  l.x_row = from.x_row;
+  l.row_of = from.row_of ? from.row_of + first : nullptr;
   l.kind = w.kind;
   l.weight = (const char*)w.weight + expert * tiles * up(w.inputs, kTileInputs) * (kTileBytes >> w.kind);
   l.scales = w.scales ? w.scales + scales : nullptr;
@@ -168,100 +178,50 @@ INLINE Linear of_expert(const Experts& w, const Routes& r, i64 expert, void* out
   l.group = w.group;
   l.inputs = w.inputs;
   l.outputs = w.outputs;
-  l.out = (char*)out + r.first[expert] * w.outputs * kBfloat16Bytes;
+  l.out = (bf16*)out + first * w.outputs;
   return l;
 }
 
-INLINE i64 count_units(const Cut& c) { return up(c.outputs, c.unit_outputs) * up(c.blocks, c.unit_blocks); }
-
-// Every place among the tiles: source(place in the sorted list) gives the row of an expert that is laid out there.
-template <class F>
-INLINE void lay_out_all(const Moe& m, const Routes& r, const Experts& w, i64 cost, Worker& worker, i64 phase,
-                        F source) {
-  const i64 inputs = up(w.inputs, kTileInputs), groups = groups_of(w);
-  for (Worker::Range some; worker.next(some, r.places[m.experts], piece(cost * w.inputs), phase);)
-    for (i64 expert = 0, place = some.first; place < some.last; ++expert) {
-      const i64 first = r.places[expert], end = least(r.places[expert + 1], some.last);
-      if (place >= end) continue;
-      Linear l = of_expert(w, r, expert, nullptr);
-      const Cut c = cut(l, worker.count);
-      for (; place < end; ++place) {
-        const i64 row = place - first;
-        if (row < l.rows) l.x = source(r.first[expert] + row);  // by a stride of 0 it is every row
-        lay_out(l, c, row, (char*)m.tiles + first * inputs * kLine, m.group_sums + first * groups);
-      }
-    }
-}
-
 // The products of all experts, by the units that this thread gets of them.
-static i64 multiply_all(const Moe& m, const Routes& r, const Experts& w, const i64* units, void* out, Worker& worker,
-                        i64 phase) {
-  const i64 inputs = up(w.inputs, kTileInputs), groups = groups_of(w);
-  i64 status = kDone, expert = -1;
+static i64 tile_products(const Routes& r, i64 experts, const Experts& w, const i64* units, const Inputs& from,
+                         void* out, Worker& worker, i64 phase) {
+  i64 expert = -1;
   Linear l{};
   Cut c{};
-  Room room{};
-  for (Worker::Range some; worker.next(some, units[m.experts], 1, phase);) {
+  Room room;
+  for (Worker::Range some; worker.next(some, units[experts], 1, phase);) {
     if (expert < 0 || some.first >= units[expert + 1]) {
       do ++expert;
       while (some.first >= units[expert + 1]);
-      l = of_expert(w, r, expert, out);
+      l = of_expert(w, r, expert, from, out);
       c = cut(l, worker.count);
-      const i64 panel_bytes = 2 * (c.panel > 4 ? c.panel : 4) * kTileBytes, part_bytes = 4 * kTileBytes;
-      const i64 sums_bytes = up(c.unit_outputs, 2) * up(c.unit_blocks, 2) * 4 * kTileBytes;
-      char* const memory = worker.scratch(panel_bytes + part_bytes + sums_bytes);
-      if (!memory) {
-        status = kOutOfMemory;
-        break;
-      }
-      room = {memory, (float*)(memory + panel_bytes + part_bytes), (float*)(memory + panel_bytes)};
+      room = room_for(l, c, worker);
+      if (!room.panel) return kOutOfMemory;
       enter_tiles(c.tile_rows);
     }
-    const i64 wide = up(c.outputs, c.unit_outputs);
-    const auto unit_at = [&](i64 i) __attribute__((always_inline)) {
-      const i64 block = i / wide * c.unit_blocks, output = i % wide * c.unit_outputs;
-      const i64 place = r.places[expert] + block * kBlockRows;
-      return Unit{(const char*)m.tiles + place * inputs * kLine,
-                  m.group_sums + place * groups,
-                  block * kBlockRows,
-                  least(c.unit_blocks, c.blocks - block),
-                  output,
-                  least(c.unit_outputs, c.outputs - output)};
-    };
-    const i64 i = some.first - units[expert], likely = least(i + worker.count, units[expert + 1] - units[expert] - 1);
-    if (w.kind == kFloats)
-      product<kFloats>(l, c, unit_at(i), unit_at(likely), room);
-    else if (w.kind == kInt8)
-      product<kInt8>(l, c, unit_at(i), unit_at(likely), room);
-    else
-      product<kInt4>(l, c, unit_at(i), unit_at(likely), room);
+    multiply_unit(l, c, some.first - units[expert], worker.count, room);
   }
   leave_tiles();
-  return status;
+  return kDone;
 }
 
 static i64 tile_moe(const Moe& m, Worker& worker) {
   const Routes r(m);
+  const Inputs rows = {m.x, m.x_row, r.tokens}, hidden = {m.hidden, m.gate_up.outputs, nullptr};
   if (worker.index == 0)
-    *r.status = sort_choices(
-        m, r, [&](const Experts& w, i64 e) { return count_units(cut(of_expert(w, r, e, nullptr), worker.count)); });
+    *r.status = sort_choices(m, r, [&](const Experts& w, i64 e) {
+      return count_units(cut(of_expert(w, r, e, hidden, nullptr), worker.count));
+    });
   worker.barrier();
   if (*r.status != kDone) return *r.status;
-  lay_out_all(m, r, m.gate_up, 1, worker, 0,
-              [&](i64 at) { return (const bf16*)m.x + r.order[at] / m.top_k * m.x_row; });
+  i64 status = tile_products(r, m.experts, m.gate_up, r.units[0], rows, m.hidden, worker, 0);
   worker.barrier();
-  i64 status = multiply_all(m, r, m.gate_up, r.units[0], m.hidden, worker, 1);
+  gate_all<bf16>(m, worker, 1);
   worker.barrier();
-  const Gate gate = {m.rows * m.top_k, kBfloat16, m.hidden, m.gate_up.outputs, m.down.inputs, nullptr, m.gelu};
-  lay_out_all(m, r, m.down, 4, worker, 2, [&](i64 at) {
-    bf16* const hidden = (bf16*)m.hidden + at * m.gate_up.outputs;
-    gate_row<bf16>(gate, at, 0, m.down.inputs, hidden);  // in the gate's own place
-    return hidden;
-  });
+  if (const i64 second = tile_products(r, m.experts, m.down, r.units[1], hidden, m.routed, worker, 2); second != kDone)
+    status = second;
   worker.barrier();
-  if (const i64 second = multiply_all(m, r, m.down, r.units[1], m.routed, worker, 3); second != kDone) status = second;
-  worker.barrier();
-  sum_choices<bf16>(m, r, worker, 4);
+  sum_choices<bf16>(m, r, worker, 3);
   return status;
 }
 

@@ -71,14 +71,14 @@ constexpr i64 padded_dim(i64 dim) { return (dim + 31) / 32 * 32; }
 // Bytes of working memory for one task, 64-byte aligned pieces laid end to end.
 constexpr i64 scratch_bytes(i64 rows, i64 dim) {
   const i64 n = padded_rows(rows), wide = padded_dim(dim);
-  return 4 * (3 * kTileKeys * wide              // keys, values, and these on their way
-              + 3 * kTileKeys * kBlockRows      // two blocks' scores, one's weights
-              + n * wide + kBlockRows * wide    // queries, and some on their way
-              + 2 * state_floats(n, dim)        // what came before, this segment
-              + 4 * kTileKeys                   // scales
-              + 2 * n                           // visibility
-              + wide)                           // the key of zeros
-         + 2 * 8 * kTileKeys + 20 * 64;  // pointers, alignment
+  return 4 * (3 * kTileKeys * wide            // keys, values, and these on their way
+              + 3 * kTileKeys * kBlockRows    // two blocks' scores, one's weights
+              + n * wide + kBlockRows * wide  // queries, and some on their way
+              + 2 * state_floats(n, dim)      // what came before, this segment
+              + 4 * kTileKeys                 // scales
+              + 2 * n                         // visibility
+              + wide)                         // the key of zeros
+         + 2 * 8 * kTileKeys + 20 * 64;       // pointers, alignment
 }
 
 i64 run_attention(const Attention&, Worker&, const Level&);

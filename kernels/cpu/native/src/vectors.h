@@ -6,6 +6,57 @@
 // A panel holds what the weights stand for, (code - zero) * scale, and is made once for up to 512 rows. Sums run over
 // the inputs in order, however many rows there are.
 
+// Rows and vectors of 16 columns whose sums fit in the registers together with what they are made from.
+#if HAS_AVX512
+constexpr int kSumRows = 6, kSumVectors = 4;
+#elif HAS_AVX2
+constexpr int kSumRows = 3, kSumVectors = 2;
+#else
+constexpr int kSumRows = 3, kSumVectors = 1;
+#endif
+
+// c[rows][columns] (+)= a[rows][depth] * b[depth][columns]; every sum runs over the depth in order.
+template <int Rows, int Vectors, bool Add>
+INLINE void sums(i64 depth, const float* a, i64 a_row, const float* b, i64 b_row, float* c, i64 c_row) {
+  f32x16 sum[Rows][Vectors];
+  for (int i = 0; i < Rows; ++i)
+    for (int j = 0; j < Vectors; ++j) sum[i][j] = Add ? load(c + i * c_row + j * kLanes) : f32x16{};
+  for (i64 k = 0; k < depth; ++k)
+    for (int i = 0; i < Rows; ++i)
+      for (int j = 0; j < Vectors; ++j) sum[i][j] = fma(splat(a[i * a_row + k]), load(b + k * b_row + j * kLanes), sum[i][j]);
+  for (int i = 0; i < Rows; ++i)
+    for (int j = 0; j < Vectors; ++j) store(c + i * c_row + j * kLanes, sum[i][j]);
+}
+
+template <int Rows, bool Add>
+INLINE void row_sums(i64 columns, i64 depth, const float* a, i64 a_row, const float* b, i64 b_row, float* c, i64 c_row) {
+  i64 n = 0;
+  for (; n + kSumVectors * kLanes <= columns; n += kSumVectors * kLanes)
+    sums<Rows, kSumVectors, Add>(depth, a, a_row, b + n, b_row, c + n, c_row);
+  for (; n < columns; n += kLanes) sums<Rows, 1, Add>(depth, a, a_row, b + n, b_row, c + n, c_row);
+}
+
+template <bool Add>
+static void multiply(i64 rows, i64 columns, i64 depth, const float* a, i64 a_row, const float* b, i64 b_row, float* c,
+                     i64 c_row) {
+  for (i64 m = 0; m < rows;) {
+    const i64 blocks = (rows - m + kSumRows - 1) / kSumRows, now = (rows - m + blocks - 1) / blocks;
+    const float* some = a + m * a_row;
+    float* into = c + m * c_row;
+    switch (now) {
+      case 1: row_sums<1, Add>(columns, depth, some, a_row, b, b_row, into, c_row); break;
+      case 2: row_sums<2, Add>(columns, depth, some, a_row, b, b_row, into, c_row); break;
+      case 3: row_sums<3, Add>(columns, depth, some, a_row, b, b_row, into, c_row); break;
+#if HAS_AVX512
+      case 4: row_sums<4, Add>(columns, depth, some, a_row, b, b_row, into, c_row); break;
+      case 5: row_sums<5, Add>(columns, depth, some, a_row, b, b_row, into, c_row); break;
+      default: row_sums<6, Add>(columns, depth, some, a_row, b, b_row, into, c_row); break;
+#endif
+    }
+    m += now;
+  }
+}
+
 constexpr i64 kPanelInputs = 128, kPanelRows = 512, kPairs = 16;
 
 struct Affine {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quire.kernels import Target
-from quire.kernels.cpu.native import library, linear, linear_quantized
+from quire.kernels.cpu.native import linear, linear_quantized
 from quire.kernels.packed import PackedWeight, weight_format
 from quire.kernels.testing import NAN, assert_close, normal, pair
 
@@ -186,10 +186,3 @@ def test_logits_keep_what_bf16_would_round() -> None:
     torch.testing.assert_close(result.double(), x.double() @ exact.T, rtol=1e-5, atol=1e-5)
     assert not torch.equal(result, result.to(BF16).float())
     torch.testing.assert_close(result, oracle.run(x, oracle.prepare(weight, None)), rtol=2**-8, atol=1e-5)
-
-
-def test_fp32_targets_are_refused() -> None:
-    target = Target("cpu", torch.float32, 64, "fp32")
-    for op in OPS:
-        assert "float32" in str(pair(op, "native")[0].when(target))
-    assert library.levels()[0] == "amx"

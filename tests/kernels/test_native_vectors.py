@@ -7,11 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from quire.kernels.cpu.native import library
-from quire.kernels.cpu.native.linear import FLOATS, Packed, multiply, padded_bias, prepare_linear
+from quire.kernels.cpu.native.linear import Packed, multiply, prepare_linear
 from quire.kernels.cpu.native.linear_quantized import prepare_linear_int4, prepare_linear_int8
 from quire.kernels.packed import weight_format
 from quire.kernels.testing import assert_close, normal
@@ -40,10 +39,7 @@ def prepare(kind: str, outputs: int, inputs: int, dtype: torch.dtype, bias: Tens
     """A packed weight, and the fp32 weight [N, K] that it stands for. kind: floats, or a format/group."""
     weight = normal((outputs, inputs), torch.float32) / inputs**0.5
     if kind == "floats":
-        if dtype == torch.bfloat16:
-            return prepare_linear(weight.bfloat16(), bias), weight.bfloat16().float()
-        lines = F.pad(weight, (0, 0, 0, -outputs % 16)).unflatten(0, (-1, 16)).mT.contiguous()
-        return Packed(FLOATS, lines, None, None, inputs, padded_bias(bias), inputs, outputs), weight
+        return prepare_linear(weight.to(dtype), bias), weight.to(dtype).float()
     name, group = kind.split("/")
     spec = weight_format(name)
     quantized = spec.quantize(weight, int(group))

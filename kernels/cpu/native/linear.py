@@ -1,4 +1,4 @@
-"""Matrix products on weights that were laid out once as the matrix unit's tiles; see src/linear.h.
+"""Matrix products on weights that were laid out once, in bf16 as the matrix unit's tiles; see src/linear_args.h.
 
 weight ──pack──▶ Packed ──▶ multiply(x, packed, out dtype)
 """
@@ -37,7 +37,8 @@ class Packed(NamedTuple):
 def prepare_linear(weight: Tensor, bias: Tensor | None) -> Packed:
     """Once per weight: weight [N, K], bias [N] or None. The caller drops its own reference to the weight."""
     outputs, inputs = weight.shape
-    return Packed(FLOATS, as_tiles(weight), None, None, inputs, padded_bias(bias), inputs, outputs)
+    laid = as_tiles(weight) if weight.dtype == torch.bfloat16 else as_vectors(weight)
+    return Packed(FLOATS, laid, None, None, inputs, padded_bias(bias), inputs, outputs)
 
 
 def as_tiles(weight: Tensor) -> Tensor:
@@ -46,6 +47,13 @@ def as_tiles(weight: Tensor) -> Tensor:
     tiles = huge_empty((-(-outputs // OUTPUTS), -(-inputs // INPUTS), INPUTS // 2, OUTPUTS, 2), weight.dtype)
     whole = F.pad(weight, (0, -inputs % INPUTS, 0, -outputs % OUTPUTS))
     return tiles.copy_(whole.view(tiles.shape[0], OUTPUTS, tiles.shape[1], INPUTS // 2, 2).permute(0, 2, 3, 1, 4))
+
+
+def as_vectors(weight: Tensor) -> Tensor:
+    """[N, K] -> [N / 16, K, 16]; padded with zeros."""
+    outputs, inputs = weight.shape
+    vectors = huge_empty((-(-outputs // OUTPUTS), inputs, OUTPUTS), weight.dtype)
+    return vectors.copy_(F.pad(weight, (0, 0, 0, -outputs % OUTPUTS)).view(-1, OUTPUTS, inputs).transpose(1, 2))
 
 
 def padded_bias(bias: Tensor | None) -> Tensor | None:
@@ -81,20 +89,20 @@ def multiply(x: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
         inputs,
         outputs,
         out.data_ptr(),
-        0,
+        0,  # rows of x in their order
     )
     if status:
         raise MemoryError("linear: no memory for the working buffers")
     return out
 
 
-@implements("linear", "native", when=has_tiles, prepare=prepare_linear)
+@implements("linear", "native", when=usable, prepare=prepare_linear)
 def linear(x: Tensor, packed: Any) -> Tensor:
     """See the reference. A row's bits do not depend on the number of rows."""
     return multiply(x, packed, x.dtype)
 
 
-@implements("logits", "native", when=has_tiles, prepare=prepare_linear)
+@implements("logits", "native", when=usable, prepare=prepare_linear)
 def logits(x: Tensor, packed: Any) -> Tensor:
     """See the reference; the sums are not rounded. A row's bits do not depend on the number of rows."""
     return multiply(x, packed, torch.float32)

@@ -16,14 +16,15 @@ from torch import Tensor
 from ...packed import PackedWeight
 from ...reference import int4, int8
 from ...registry import implements
-from .linear import INPUTS, INT4, INT8, OUTPUTS, Packed, as_tiles, has_tiles, multiply, padded_bias
+from .library import usable
+from .linear import INPUTS, INT4, INT8, OUTPUTS, Packed, as_tiles, multiply, padded_bias
 from .pages import huge_empty
 
 log = logging.getLogger(__name__)
 
 
 def refusal(weight: PackedWeight) -> str | None:
-    """Why such a weight cannot be multiplied by tiles; None = it can."""
+    """Why such a weight cannot be laid out; None = it can."""
     if weight.codes.dim() != 2:
         return "it holds several experts"
     if weight.group < weight.inputs and weight.group % INPUTS:
@@ -100,7 +101,7 @@ def _packed(
     )
 
 
-@implements("linear_int8", "native", when=has_tiles, prepare=prepare_linear_int8)
+@implements("linear_int8", "native", when=usable, prepare=prepare_linear_int8)
 def linear_int8(x: Tensor, packed: Any) -> Tensor:
     """See the reference. A row's bits do not depend on the number of rows."""
     if isinstance(packed, Packed):
@@ -108,7 +109,7 @@ def linear_int8(x: Tensor, packed: Any) -> Tensor:
     return int8.linear_int8(x, packed)
 
 
-@implements("linear_int4", "native", when=has_tiles, prepare=prepare_linear_int4)
+@implements("linear_int4", "native", when=usable, prepare=prepare_linear_int4)
 def linear_int4(x: Tensor, packed: Any) -> Tensor:
     """See the reference. A row's bits do not depend on the number of rows."""
     if isinstance(packed, Packed):

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...packed import PackedWeight
@@ -16,7 +15,7 @@ from ...reference import int4, int8
 from ...reference.routing import check_top_k
 from ...registry import Target, implements
 from .library import DTYPES, OUT_OF_MEMORY, OUT_OF_RANGE, Kernel, address, usable
-from .linear import FLOATS, OUTPUTS, Packed, has_tiles, prepare_linear
+from .linear import Packed, has_tiles, prepare_linear
 from .linear_quantized import prepare_linear_int4, prepare_linear_int8, refusal
 from .pages import huge_empty
 
@@ -75,19 +74,7 @@ def _stack(count: int, pack: Callable[[int], Packed]) -> Packed:
 
 def prepare_moe(gate_up: Tensor, down: Tensor) -> TiledExperts:
     """Once per layer: gate_up [E, 2f, d] with the gate in the first f rows, down [E, d, f]."""
-    pack = _by_vectors if gate_up.dtype == torch.float32 else _by_tiles
-    return TiledExperts(*(_stack(len(w), lambda e, w=w: pack(w[e])) for w in (gate_up, down)))
-
-
-def _by_tiles(weight: Tensor) -> Packed:
-    return prepare_linear(weight, None)
-
-
-def _by_vectors(weight: Tensor) -> Packed:
-    """[N, K] fp32 -> [N / 16, K, 16], padded with zeros."""
-    outputs, inputs = weight.shape
-    vectors = F.pad(weight, (0, 0, 0, -outputs % OUTPUTS)).view(-1, OUTPUTS, inputs).transpose(1, 2)
-    return Packed(FLOATS, vectors, None, None, inputs, None, inputs, outputs)
+    return TiledExperts(*(_stack(len(w), lambda e, w=w: prepare_linear(w[e], None)) for w in (gate_up, down)))
 
 
 def has_experts(target: Target) -> str | None:

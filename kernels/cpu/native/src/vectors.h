@@ -1,7 +1,7 @@
 // out = x * weight^T + bias by vectors, on the layouts of linear_args.h: for levels without tiles, and for x in fp32.
 //
 //     weights of 64 outputs, 128 inputs ─widen─▶ panel in fp32 ─┐
-//     x, the same inputs ─widen─────────────────────────────────┴─▶ sums += x * panel (matmul.h) ─▶ bias ─▶ out
+//     x, the same inputs ─widen─────────────────────────────────┴─▶ sums += x * panel ────────────▶ bias ─▶ out
 //
 // A panel holds what the weights stand for, (code - zero) * scale, and is made once for up to 512 rows. Sums run over
 // the inputs in order, however many rows there are.
@@ -15,42 +15,58 @@ constexpr int kSumRows = 3, kSumVectors = 2;
 constexpr int kSumRows = 3, kSumVectors = 1;
 #endif
 
-// c[rows][columns] (+)= a[rows][depth] * b[depth][columns]; every sum runs over the depth in order.
-template <int Rows, int Vectors, bool Add>
-INLINE void sums(i64 depth, const float* a, i64 a_row, const float* b, i64 b_row, float* c, i64 c_row) {
-  f32x16 sum[Rows][Vectors];
+// What a register holds of a sum. With AVX2 that is half of a vector, and written out: the compiler keeps vectors of two
+// registers in memory, which takes ten times as long.
+#if HAS_AVX2 && !HAS_AVX512
+typedef __m256 Part;
+INLINE Part load_part(const float* p) { return _mm256_loadu_ps(p); }
+INLINE void store_part(float* p, Part v) { _mm256_storeu_ps(p, v); }
+INLINE Part add_product(float x, Part b, Part sum) { return _mm256_fmadd_ps(_mm256_set1_ps(x), b, sum); }
+#else
+typedef f32x16 Part;
+INLINE Part load_part(const float* p) { return load(p); }
+INLINE void store_part(float* p, Part v) { store(p, v); }
+INLINE Part add_product(float x, Part b, Part sum) { return fma(splat(x), b, sum); }
+#endif
+constexpr i64 kPartLanes = sizeof(Part) / sizeof(float);
+
+// c[rows][columns] += a[rows][depth] * b[depth][columns]; every sum runs over the depth in order.
+template <int Rows, int Vectors>
+INLINE void add_sums(i64 depth, const float* a, i64 a_row, const float* b, i64 b_row, float* c, i64 c_row) {
+  constexpr int kParts = Vectors * kLanes / kPartLanes;
+  Part sum[Rows][kParts];
   for (int i = 0; i < Rows; ++i)
-    for (int j = 0; j < Vectors; ++j) sum[i][j] = Add ? load(c + i * c_row + j * kLanes) : f32x16{};
+    for (int j = 0; j < kParts; ++j) sum[i][j] = load_part(c + i * c_row + j * kPartLanes);
   for (i64 k = 0; k < depth; ++k)
     for (int i = 0; i < Rows; ++i)
-      for (int j = 0; j < Vectors; ++j) sum[i][j] = fma(splat(a[i * a_row + k]), load(b + k * b_row + j * kLanes), sum[i][j]);
+      for (int j = 0; j < kParts; ++j)
+        sum[i][j] = add_product(a[i * a_row + k], load_part(b + k * b_row + j * kPartLanes), sum[i][j]);
   for (int i = 0; i < Rows; ++i)
-    for (int j = 0; j < Vectors; ++j) store(c + i * c_row + j * kLanes, sum[i][j]);
+    for (int j = 0; j < kParts; ++j) store_part(c + i * c_row + j * kPartLanes, sum[i][j]);
 }
 
-template <int Rows, bool Add>
-INLINE void row_sums(i64 columns, i64 depth, const float* a, i64 a_row, const float* b, i64 b_row, float* c, i64 c_row) {
+template <int Rows>
+INLINE void add_rows(i64 columns, i64 depth, const float* a, i64 a_row, const float* b, i64 b_row, float* c, i64 c_row) {
   i64 n = 0;
   for (; n + kSumVectors * kLanes <= columns; n += kSumVectors * kLanes)
-    sums<Rows, kSumVectors, Add>(depth, a, a_row, b + n, b_row, c + n, c_row);
-  for (; n < columns; n += kLanes) sums<Rows, 1, Add>(depth, a, a_row, b + n, b_row, c + n, c_row);
+    add_sums<Rows, kSumVectors>(depth, a, a_row, b + n, b_row, c + n, c_row);
+  for (; n < columns; n += kLanes) add_sums<Rows, 1>(depth, a, a_row, b + n, b_row, c + n, c_row);
 }
 
-template <bool Add>
-static void multiply(i64 rows, i64 columns, i64 depth, const float* a, i64 a_row, const float* b, i64 b_row, float* c,
-                     i64 c_row) {
+static void add_products(i64 rows, i64 columns, i64 depth, const float* a, i64 a_row, const float* b, i64 b_row,
+                         float* c, i64 c_row) {
   for (i64 m = 0; m < rows;) {
     const i64 blocks = (rows - m + kSumRows - 1) / kSumRows, now = (rows - m + blocks - 1) / blocks;
     const float* some = a + m * a_row;
     float* into = c + m * c_row;
     switch (now) {
-      case 1: row_sums<1, Add>(columns, depth, some, a_row, b, b_row, into, c_row); break;
-      case 2: row_sums<2, Add>(columns, depth, some, a_row, b, b_row, into, c_row); break;
-      case 3: row_sums<3, Add>(columns, depth, some, a_row, b, b_row, into, c_row); break;
+      case 1: add_rows<1>(columns, depth, some, a_row, b, b_row, into, c_row); break;
+      case 2: add_rows<2>(columns, depth, some, a_row, b, b_row, into, c_row); break;
+      case 3: add_rows<3>(columns, depth, some, a_row, b, b_row, into, c_row); break;
 #if HAS_AVX512
-      case 4: row_sums<4, Add>(columns, depth, some, a_row, b, b_row, into, c_row); break;
-      case 5: row_sums<5, Add>(columns, depth, some, a_row, b, b_row, into, c_row); break;
-      default: row_sums<6, Add>(columns, depth, some, a_row, b, b_row, into, c_row); break;
+      case 4: add_rows<4>(columns, depth, some, a_row, b, b_row, into, c_row); break;
+      case 5: add_rows<5>(columns, depth, some, a_row, b, b_row, into, c_row); break;
+      default: add_rows<6>(columns, depth, some, a_row, b, b_row, into, c_row); break;
 #endif
     }
     m += now;
@@ -133,7 +149,7 @@ static void vector_block(const Linear& l, i64 top, i64 bottom, i64 tile, i64 end
       x = wide;
       x_row = kPanelInputs;
     }
-    multiply<true>(rows, width, last - first, x, x_row, panel, width, sums, width);
+    add_products(rows, width, last - first, x, x_row, panel, width, sums, width);
   }
   with_dtype(l.out_dtype, [&](auto type) {
     for (i64 r = 0; r < rows; ++r)

@@ -24,6 +24,7 @@ from quire.engine.model_config import DecoderConfig, RopeConfig
 from quire.engine.recorded import RecordedDecoder
 from quire.kernels import Target, ops, resolve
 from quire.kernels.batch import KVSpec, LayerKV, RaggedBatch
+from quire.kernels.cpu.native.tape import Unrecordable
 
 BLOCK = 4
 LENGTHS = (23, 9, 17)
@@ -246,6 +247,10 @@ def load(folder: Path, kernels: str, config: DecoderConfig | None = None) -> Dec
 @pytest.mark.parametrize("kernels", ["reference", "cpu", "taped"])
 def test_logits_equal_those_of_transformers(oracle: Oracle, kernels: str) -> None:
     decoder = load(oracle.folder, kernels)
+    if kernels == "taped" and decoder.config.head_dim % 16:
+        with pytest.raises(Unrecordable, match="attention is not native"):
+            run(decoder, oracle.prompts, whole(), taped=True)
+        return
     for schedule in (whole, chunked):
         ours = run(decoder, oracle.prompts, schedule(), taped=kernels == "taped")
         for logits, expected in zip(ours, oracle.logits, strict=True):

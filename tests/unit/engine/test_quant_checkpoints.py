@@ -571,7 +571,7 @@ def test_a_quantized_logits_matrix(tmp_path: Path) -> None:
     rewrite(
         tmp_path, lambda t: (t.pop("lm_head.weight"), t.update({f"lm_head.{s}": v for s, v in written.tensors.items()}))
     )
-    packed = load(tmp_path).lm_head.packed.weight
+    packed = load(tmp_path).lm_head.packed.packed.weight
     assert torch.equal(weight_format("int4").dequantize(packed), written.dense)
 
 

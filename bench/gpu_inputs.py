@@ -216,6 +216,13 @@ def _rows(sizes: Sizes) -> Iterator[Case]:
             yield Case("add_rms_norm", name, plain(x, residual, weight, 1e-6, 1.0), dtype)
             yield Case("silu_and_mul", name, plain(wide), dtype)
             yield Case("gelu_and_mul", name, plain(wide), dtype)
+            yield Case("add_residual", name, plain(x, residual), dtype)
+            yield Case("add_gated", name, plain(x, normal((rows, 1), dtype, 4), residual), dtype)
+            ids = torch.arange(rows).flip(0)
+            yield Case("embed", name, plain(ids, x, 1.5), dtype)
+            yield Case("take_rows", name, plain(x, ids), dtype)
+            yield Case("route", name, plain(x, 4, True), dtype)
+            yield Case("soft_cap", name, plain(30 * normal((rows, width), torch.float32, 5), 30.0), dtype)
             for label, to in formats.items():
                 for op, arguments in (
                     ("quantize_rows", (x, to)),
@@ -271,6 +278,7 @@ def _linear(sizes: Sizes) -> Iterator[Case]:
     for rows in counts[:3]:
         yield case("linear_int4", "symmetric", rows, symmetric, torch.bfloat16, False)
         yield case("linear_int4", "act-order", rows, ordered, torch.bfloat16, False)
+    yield case("logits", "bf16", 5, lambda: normal((outputs, inputs), torch.bfloat16, 7), torch.bfloat16, False)
     yield case("linear", "bf16", 5, lambda: normal((outputs, inputs), torch.bfloat16, 7), torch.bfloat16, True)
 
     def side_path() -> Inputs:

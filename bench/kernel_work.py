@@ -546,6 +546,16 @@ def scores_of(subject: Subject, rows: int) -> Tensor:
     return 3 * normal((rows, subject.shape.vocab), torch.float32)
 
 
+@rowwise("soft_cap")
+def soft_cap(subject: Subject, rows: int) -> Work:
+    scores = scores_of(subject, rows)
+    return Work(
+        calls=(partial(subject.implementation.run, scores, 30.0),),
+        nbytes=2 * scores.nbytes,
+        aten=(lambda: torch.tanh(scores / 30) * 30,),
+    )
+
+
 @rowwise("greedy")
 def greedy(subject: Subject, rows: int) -> Work:
     scores = scores_of(subject, rows)

@@ -1,1 +1,1 @@
-"""The CPU's hot path outside the matrix products, in C++ behind a plain C interface."""
+"""The CPU's hot path in C++ behind a plain C interface."""

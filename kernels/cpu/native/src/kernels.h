@@ -80,6 +80,12 @@ constexpr i64 piece(i64 elements_per_unit) {
 
 using Kernel = i64 (*)(const void* args, Worker&);  // returns a Status
 
+// Memory that a kernel will read first.
+struct Soon {
+  const char* at;
+  i64 lines;  // of 64 bytes
+};
+
 struct Named {
   const char* name;
   i64 slots;  // fields of the arguments
@@ -92,6 +98,8 @@ struct Task;
 struct Level {
   const char* name;
   const Named* kernels;  // in the order of QUIRE_KERNELS
+  // The weights that worker `index` of a kernel will most likely begin with; nothing for kernels without weights.
+  Soon (*weights)(i64 kernel, const void* args, i64 index);
   // Attention's parts, which schedule.cpp puts together.
   bool (*attend)(const Attention&, const Task&, char* scratch);  // false: a block id is out of range
   void (*merge)(const Attention&, const Task&);                  // of all partial states, and the end

@@ -58,7 +58,17 @@ static i64 attention(const Attention&, Worker&);
 constexpr Named kNamed[] = {QUIRE_KERNELS(NAMED)};
 #undef NAMED
 
-constexpr Level kLevel = {LEVEL_NAME, kNamed, attend, merge, enter, leave};
+// The numbers of kernels, as kNamed has them.
+#define NUMBER(Arguments, function) kNumberOf_##function,
+enum : i64 { QUIRE_KERNELS(NUMBER) };
+#undef NUMBER
+
+static Soon weights(i64 kernel, const void* arguments, i64 index) {
+  if (kernel == kNumberOf_linear) return first_weights(*(const Linear*)arguments, index);
+  return {};
+}
+
+constexpr Level kLevel = {LEVEL_NAME, kNamed, weights, attend, merge, enter, leave};
 
 static i64 attention(const Attention& a, Worker& w) { return run_attention(a, w, kLevel); }
 

@@ -391,3 +391,10 @@ static i64 linear(const Linear& l, Worker& worker) {
 static i64 linear(const Linear& l, Worker& worker) { return vector_linear(l, worker); }
 
 #endif
+
+// Of few rows: two tiles of outputs, which is what a thread begins with.
+INLINE Soon first_weights(const Linear& l, i64 index) {
+  const i64 steps = (l.inputs + 31) / 32, tile = steps * (1024 >> l.kind), outputs = (l.outputs + 15) / 16;
+  if (l.rows > kBlockRows || l.dtype != kBfloat16 || 2 * index + 2 > outputs) return {};
+  return {(const char*)l.weight + 2 * index * tile, 2 * tile / 64};
+}

@@ -69,7 +69,8 @@ class Pool {
     return failure == kNone ? kDone : failure % kStatuses;
   }
 
-  void barrier(i64 threads) {
+  // Until all have come; whoever waits fetches what it will read next, a few lines at a look.
+  void barrier(i64 threads, Soon soon = {}) {
     if (threads == 1) return;
     const i64 round = rounds_.load(std::memory_order_acquire);
     if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
@@ -77,7 +78,11 @@ class Pool {
       rounds_.store(round + 1, std::memory_order_release);
       return;
     }
-    watch(kForEver, [&] { return rounds_.load(std::memory_order_acquire) != round; });
+    watch(kForEver, [&] {
+      constexpr i64 kLines = 4;
+      for (i64 i = 0; i < kLines && soon.lines > 0; ++i, --soon.lines, soon.at += 64) __builtin_prefetch(soon.at, 0, 2);
+      return rounds_.load(std::memory_order_acquire) != round;
+    });
   }
 
   i64 take(i64 grain, i64 phase) { return taken_[set_][phase].at.fetch_add(grain, std::memory_order_relaxed); }
@@ -170,13 +175,21 @@ Pool& pool() {
   return *the_pool;
 }
 
+// Of the first call behind call i that has weights.
+Soon next_weights(const Job& job, i64 i, i64 index) {
+  constexpr i64 kLook = 4;  // calls: a norm, a rotation or attention stand between two products
+  for (i64 j = i + 1; j < job.count && j <= i + kLook; ++j)
+    if (const Soon soon = job.level->weights(job.calls[j].kernel, job.calls[j].slots, index); soon.lines) return soon;
+  return {};
+}
+
 void Pool::work(const Job& job, i64 index) {
   Worker worker{index, job.threads};
   for (i64 i = 0; i < job.count; ++i) {
     set_ = i & 1;
     const i64 status = job.level->kernels[job.calls[i].kernel].run(job.calls[i].slots, worker);
     if (status != kDone) failure_.store(i * kStatuses + status, std::memory_order_relaxed);
-    barrier(job.threads);
+    barrier(job.threads, next_weights(job, i, index));
     if (failure_.load(std::memory_order_relaxed) / kStatuses <= i) return;
     if (index == 0)
       for (auto& counter : taken_[i & 1]) counter.at.store(0, std::memory_order_relaxed);

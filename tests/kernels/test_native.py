@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -19,22 +18,6 @@ from quire.kernels.testing import FORMATS, assert_close, grow_tree, make_batch, 
 
 pytestmark = pytest.mark.skipif(library.problem is not None, reason=str(library.problem))
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-@pytest.fixture(params=library.levels())
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set that this processor has, in turn."""
-    library.use_level(library.levels().index(request.param))
-    yield request.param
-    library.use_level(0)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def attend(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -20,22 +19,6 @@ pytestmark = pytest.mark.skipif(library.problem is not None, reason=str(library.
 DTYPES = (torch.float32, torch.bfloat16)
 QUANTIZED = ("fp8_e4m3", "int8_per_token_head", "int4_per_token_head")
 RAGGED = ([1, 20, 5, 1], [530, 70, 600, 3])
-
-
-@pytest.fixture(params=library.levels())
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set that this processor has, in turn."""
-    library.use_level(library.levels().index(request.param))
-    yield request.param
-    library.use_level(0)
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def attend(name: str, batch: RaggedBatch, cache: LayerKV, q: Tensor, **options: object) -> tuple[Tensor, Tensor]:

@@ -20,14 +20,6 @@ INF, NAN = math.inf, math.nan
 WIDTHS = (1, 15, 17, 64, 65, 1000, 8193, 20_011)
 
 
-@pytest.fixture(params=library.levels())
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set that this processor has, in turn."""
-    library.use_level(library.levels().index(request.param))
-    yield request.param
-    library.use_level(0)
-
-
 @pytest.fixture(params=[1, 3])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()

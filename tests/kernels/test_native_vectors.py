@@ -19,14 +19,6 @@ pytestmark = pytest.mark.skipif(library.problem is not None, reason=str(library.
 ROWS = (0, 1, 2, 3, 5, 6, 15, 17, 33, 64)
 
 
-@pytest.fixture(params=library.levels())
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set that this processor has, in turn."""
-    library.use_level(library.levels().index(request.param))
-    yield request.param
-    library.use_level(0)
-
-
 @pytest.fixture(autouse=True)
 def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()

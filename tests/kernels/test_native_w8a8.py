@@ -22,14 +22,6 @@ ROWS = (0, 1, 3, 5, 16, 17, 33, 48, 70)
 SHAPES = ((1, 1), (40, 203), (33, 64), (210, 130), (72, 1348))
 
 
-@pytest.fixture(params=library.levels())
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set that this processor has, in turn."""
-    library.use_level(library.levels().index(request.param))
-    yield request.param
-    library.use_level(0)
-
-
 @pytest.fixture(params=[1, 2])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -84,8 +85,26 @@ def test_what_a_replay_would_not_repeat_is_refused(function: Callable[[Tensor, T
     x, weight = normal((ROWS, DIM), torch.float32), normal((DIM,), torch.float32, 1)
     with pytest.raises(tape.Unrecordable, match=reason):
         tape.record(lambda: function(x, weight), ROWS)
-    assert library.recorder is None
+    assert library.recording.note is None
     assert torch.isfinite(norm(x, weight, 1e-6, 0.0)).all()
+
+
+@torch.inference_mode()
+def test_other_threads_compute_while_one_records() -> None:
+    """An engine that starts must not take the steps of one that serves for its own."""
+    x, weight = normal((ROWS, DIM), torch.float32), normal((DIM,), torch.float32, 1)
+    expected = norm(x, weight, 1e-6, 0.0)
+    results: list[Tensor] = []
+    with ThreadPoolExecutor(1) as elsewhere:
+
+        def function() -> Tensor:
+            results.append(elsewhere.submit(norm, x, weight, 1e-6, 0.0).result())
+            return norm(x, weight, 1e-6, 0.0)
+
+        recorded = tape.record(function, ROWS)
+    assert len(recorded) == 1
+    assert torch.equal(results[0], expected)
+    assert torch.equal(recorded.replay(ROWS), expected)
 
 
 class TestLargePages:

@@ -13,6 +13,7 @@ import ctypes
 import logging
 import os
 import struct
+import threading
 from collections.abc import Callable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -73,8 +74,14 @@ def _kernels() -> dict[str, tuple[int, int]]:
 
 _KERNELS = _kernels()
 
-# While a tape records: what takes a call's place, (kernel, its slots) -> status.
-recorder: Callable[[int, bytes], int] | None = None
+
+class _Recording(threading.local):
+    """While this thread records a tape: what takes its calls' place, (kernel, its slots) -> status."""
+
+    note: Callable[[int, bytes], int] | None = None
+
+
+recording = _Recording()
 
 
 class Kernel:
@@ -96,8 +103,8 @@ class Kernel:
     def __call__(self, *values: float, threads: int | None = None) -> int:
         """threads: as many as torch would use, or 1 for work that is done before another thread has woken up."""
         slots = self._pack(*values)
-        if recorder is not None:
-            return recorder(self.number, slots)
+        if recording.note is not None:
+            return recording.note(self.number, slots)
         if _library is None:
             raise RuntimeError(str(problem))
         return _library.quire_call(self.number, slots, threads or torch.get_num_threads())

@@ -72,7 +72,7 @@ class Tape:
 
 def record(function: Callable[[], Tensor], rows: int) -> Tape:
     """What `function` does for `rows` rows, which all its kernel calls have. Unrecordable says why not."""
-    if library.recorder is not None:
+    if library.recording.note is not None:
         raise Unrecordable("a tape is being recorded already")
     calls: list[tuple[int, bytes]] = []
 
@@ -84,12 +84,12 @@ def record(function: Callable[[], Tensor], rows: int) -> Tape:
         return 0
 
     memory = _Memory()
-    library.recorder = note
+    library.recording.note = note
     try:
         with memory:
             result = function()
     finally:
-        library.recorder = None
+        library.recording.note = None
     return Tape(calls, memory.blocks, result, rows)
 
 

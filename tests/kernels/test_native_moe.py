@@ -154,13 +154,6 @@ def test_groups_that_no_tile_has_are_the_reference_s(caplog: pytest.LogCaptureFi
     )
 
 
-@pytest.fixture(params=library.levels())
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    library.use_level(library.levels().index(request.param))
-    yield request.param
-    library.use_level(0)
-
-
 @pytest.mark.usefixtures("level")
 def test_vectors_for_fp32() -> None:
     """Every instruction set: the reference's results, and bits and NaN of a row that the others do not change."""

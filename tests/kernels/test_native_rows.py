@@ -25,13 +25,6 @@ FORMATS = [
 ]
 
 
-@pytest.fixture(params=library.levels())
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    library.use_level(library.levels().index(request.param))
-    yield request.param
-    library.use_level(0)
-
-
 @pytest.fixture(autouse=True)
 def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()

@@ -405,12 +405,12 @@ static void merge(const Attention& a, const Task& t) {
 
 static void enter([[maybe_unused]] const Attention& a) {
 #if HAS_AMX
-  if (tiles_serve(a)) TileProduct::enter();
+  if (tiles_serve(a)) enter_tiles();
 #endif
 }
 
 static void leave([[maybe_unused]] const Attention& a) {
 #if HAS_AMX
-  if (tiles_serve(a)) TileProduct::leave();
+  if (tiles_serve(a)) leave_tiles();
 #endif
 }

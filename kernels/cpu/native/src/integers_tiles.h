@@ -234,7 +234,7 @@ static i64 many_rows(const IntegerLinear& l, const Codes& x, Worker& w) {
   for (Worker::Range r; w.next(r, l.rows, 4);) make_codes(l, x, r.first, r.last);
   w.barrier();
   if (!sums) return kOutOfMemory;
-  TileProduct::enter();
+  enter_tiles();
   Worker::Range now, next;
   bool more = w.next(now, pieces, 1, 1);
   while (more) {
@@ -242,7 +242,7 @@ static i64 many_rows(const IntegerLinear& l, const Codes& x, Worker& w) {
     with_dtype(l.out_dtype, [&](auto t) { tile_piece<decltype(t)>(l, x, c, now.first, more ? next.first : -1, sums); });
     now = next;
   }
-  TileProduct::leave();
+  leave_tiles();
   return kDone;
 }
 
@@ -292,7 +292,7 @@ INLINE void few_steps(const IntegerLinear& l, const Codes& x, i64 tile, std::int
 static i64 few_rows(const IntegerLinear& l, const Codes& x, std::int32_t* sums, Worker& w) {
   const i64 tiles = (l.outputs + kLanes - 1) / kLanes, width = l.rows <= kLanes ? 4 : 2;
   const i64 units = (tiles + width - 1) / width;
-  TileProduct::enter(x.height);
+  enter_tiles(x.height);
   Worker::Range now, next;
   bool more = w.next(now, units, 1, 1);
   while (more) {
@@ -310,7 +310,7 @@ static i64 few_rows(const IntegerLinear& l, const Codes& x, std::int32_t* sums, 
       few_steps<2, 2>(l, x, tile, sums, after);
     now = next;
   }
-  TileProduct::leave();
+  leave_tiles();
   return kDone;
 }
 

@@ -13,6 +13,9 @@ namespace quire::LEVEL {
 
 #include "simd.h"
 
+#include "linear_args.h"
+#include "tiles.h"
+
 #include "kv_formats.h"
 
 #include "matmul.h"
@@ -27,8 +30,6 @@ INLINE void with_dtype(i64 dtype, F f) {
 
 #include "attention.h"
 #include "integers.h"
-#include "linear_args.h"
-#include "tiles.h"
 #include "vectors.h"
 #include "linear.h"
 #include "rowwise.h"

@@ -249,20 +249,5 @@ struct TileProduct {
     }
     __asm__ volatile("" ::: "memory");
   }
-
-  // Tiles 0 to 4, of sums and of the first factor, have `rows`; the others 16.
-  INLINE void enter(i64 rows = kBlockRows) {
-    struct alignas(64) {
-      std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    for (int tile = 0; tile < 5; ++tile) config.rows[tile] = (std::uint8_t)rows;
-    // GCC 12 takes the structure for unused without this and leaves it empty.
-    __asm__ volatile("" : : "r"(&config) : "memory");
-    _tile_loadconfig(&config);
-  }
-
-  INLINE void leave() { _tile_release(); }
 };
 #endif

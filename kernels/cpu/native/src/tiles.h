@@ -8,8 +8,8 @@
 
 constexpr i64 kTileInputs = 32, kTileOutputs = 16, kTileBytes = 1024, kTileFloats = 256, kLine = 64;
 
-// Sums and first factors of `rows` rows.
-INLINE void enter_tiles(i64 rows) {
+// Tiles 0 to 5, of sums and of first factors, have `rows` rows; the others 16.
+INLINE void enter_tiles(i64 rows = kBlockRows) {
   struct alignas(64) {
     std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
     std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};

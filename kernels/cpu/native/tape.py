@@ -97,6 +97,11 @@ class _Memory(TorchDispatchMode):
     """Gives out memory that outlives the recording. What a function lets go of, its later calls get again: a replay
     keeps their order."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """What torch asks of a mode: for a yes it imports its compiler, a second of every start."""
+        return False
+
     def __init__(self) -> None:
         super().__init__()
         self.blocks: list[Tensor] = []

@@ -227,7 +227,7 @@ def _check_ranges(config: EngineConfig) -> None:
         "max_num_batched_tokens": (1, 1 << 20),
         "max_num_prefill_tokens": (1, 1 << 20),
         "overtaking": (0, 1_000_000),
-        "slo_itl_ms": (1, 60_000),
+        "slo_itl_ms": (0.01, 60_000),
         "max_n": (1, MAX_N),
         "block_size": (1, 1024),
         "num_blocks": (2, 1 << 31),

@@ -31,6 +31,11 @@ struct Cut {
 
 constexpr i64 up(i64 n, i64 step) { return (n + step - 1) / step; }
 
+// Of a unit of few rows. Codes take four tiles at a time, where all threads get some; floats two.
+INLINE i64 stream_outputs(const Linear& l, i64 threads) {
+  return l.kind != kFloats && l.outputs >= 8 * threads * kTileOutputs ? 4 : 2;
+}
+
 INLINE Cut cut(const Linear& l, i64 threads) {
   constexpr i64 kPanel = 16;  // 32 KiB of weights in an L1 of 48
   constexpr i64 kUnitBlocks = 32;
@@ -52,7 +57,7 @@ INLINE Cut cut(const Linear& l, i64 threads) {
   // With few rows as little as can be, so that threads end together; with many enough for long pieces of a row of the
   // output; and where x does not stay in L2 over all inputs, as much as sums have room.
   const i64 share = up(c.outputs, threads), most = reaches > 1 ? kSums / (c.unit_blocks * kTileBytes) : 16;
-  c.unit_outputs = c.blocks == 1 ? 2 : up(up(share, up(share, most)), 2) * 2;
+  c.unit_outputs = c.blocks == 1 ? stream_outputs(l, threads) : up(up(share, up(share, most)), 2) * 2;
   return c;
 }
 
@@ -105,12 +110,17 @@ INLINE f32x16 folded(f32x16 sum, f32x16 scale, f32x16 zero, const float* x_sum, 
   return fma(scale, sum, total);
 }
 
+template <WeightKind Kind>
+INLINE f32x16 zeros(const Linear& l, i64 at) {
+  return Kind == kInt4 ? l.zeros ? load(l.zeros + at) : splat(kMiddle) : f32x16{};
+}
+
 // One tile of a group's sums into the totals.
 template <WeightKind Kind>
 INLINE void fold(const Linear& l, const Cut& c, const Unit& u, const float* x_sums, i64 block, i64 output, i64 group,
                  const float* sums, float* totals) {
   const i64 at = ((u.first_output + output) * c.groups + group) * kTileOutputs;
-  const f32x16 scale = load(l.scales + at), zero = Kind == kInt4 ? load(l.zeros + at) : f32x16{};
+  const f32x16 scale = load(l.scales + at), zero = zeros<Kind>(l, at);
   x_sums += block * kBlockRows * c.groups + group;
   const auto add = [&](i64 row, f32x16 total) __attribute__((always_inline)) {
     store(totals + row * kLanes, folded<Kind>(load(sums + row * kLanes), scale, zero, x_sums + row * c.groups, total));
@@ -136,7 +146,7 @@ INLINE void finish_row(const Linear& l, const Cut& c, i64 row, i64 column, const
     total[n] = load(sums + n * kTileFloats);
     if (Kind != kFloats && !c.groups)
       total[n] =
-          folded<Kind>(total[n], load(l.scales + at), Kind == kInt4 ? load(l.zeros + at) : f32x16{}, x_sum, f32x16{});
+          folded<Kind>(total[n], load(l.scales + at), zeros<Kind>(l, at), x_sum, f32x16{});
     if (l.bias) total[n] += load(l.bias + at);
   }
   const i64 count = least(l.outputs - column, Outputs * kTileOutputs), at = row * l.outputs + column;
@@ -178,63 +188,40 @@ static void finish(const Linear& l, const Cut& c, const Unit& u, const Room& roo
 }
 
 // Few rows: a unit, after which the weights of `after` come.
-template <WeightKind Kind, int Outputs>
+template <int Outputs>
 static void stream(const Linear& l, const Cut& c, const Unit& u, const Unit& after, Room& room) {
-  // Tiles of weights between their prefetch and their use: 4, 4 and 5 KiB.
-  constexpr i64 kAhead = Kind == kFloats ? 4 : Kind == kInt8 ? 8 : 20;
-  constexpr i64 kBytes = kStoredBytes<Kind>, kLag = Kind == kFloats ? 0 : 2, kRing = 4;
-  const i64 next = c.inputs * kBytes, ahead = least(kAhead, c.inputs);
+  constexpr i64 kAhead = 4;  // tiles of weights between their prefetch and their use
+  const i64 next = c.inputs * kTileBytes, ahead = least(kAhead, c.inputs), x_tile = c.tile_rows * kLine;
   const char* const w = (const char*)l.weight + u.first_output * next;
   const char* const then = (const char*)l.weight + (after.first_output - 1) * next;  // less the inputs of this unit
   const i64 then_apart = after.outputs > 1 ? next : 0;
-  const i64 x_tile = c.tile_rows * kLine;
   lay_out(l, c, u, 0, room);
   _tile_zero(0);
   if constexpr (Outputs > 1) _tile_zero(1);
-  for (i64 k = 0; k < c.inputs + kLag; ++k) {
-    if (k < c.inputs) {
-      const bool here = k + ahead < c.inputs;
-      const char* const soon = (here ? w : then) + (k + ahead) * kBytes;
-      const i64 apart = here ? next : then_apart;
-      for (i64 i = 0; i < kBytes; i += kLine) {
-        _mm_prefetch(soon + i, _MM_HINT_T0);
-        if constexpr (Outputs > 1) _mm_prefetch(soon + apart + i, _MM_HINT_T0);
-      }
-      if constexpr (Kind != kFloats) {
-        for (i64 n = 0; n < Outputs; ++n)
-          widen_tile<Kind>(w + n * next + k * kBytes, room.panel + (n * kRing + k % kRing) * kTileBytes);
-        __asm__ volatile("" ::: "memory");
-      }
+  for (i64 k = 0; k < c.inputs; ++k) {
+    const bool here = k + ahead < c.inputs;
+    const char* const soon = (here ? w : then) + (k + ahead) * kTileBytes;
+    const i64 apart = here ? next : then_apart;
+    for (i64 i = 0; i < kTileBytes; i += kLine) {
+      _mm_prefetch(soon + i, _MM_HINT_T0);
+      if constexpr (Outputs > 1) _mm_prefetch(soon + apart + i, _MM_HINT_T0);
     }
-    if (k < kLag) continue;
-    const i64 now = k - kLag;
-    const char* const tile = Kind == kFloats ? w + now * kBytes : room.panel + now % kRing * kTileBytes;
-    _tile_loadd(4, room.x + now * x_tile, kLine);
+    const char* const tile = w + k * kTileBytes;
+    _tile_loadd(4, room.x + k * x_tile, kLine);
     _tile_loadd(6, tile, kLine);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (Outputs > 1) {
-      _tile_loadd(7, tile + (Kind == kFloats ? next : kRing * kTileBytes), kLine);
+      _tile_loadd(7, tile + next, kLine);
       _tile_dpbf16ps(1, 4, 7);
     }
-    if (Kind == kFloats || !c.groups || ((now + 1) % c.group && now + 1 < c.inputs)) continue;
-    _tile_stored(0, room.part, kLine);
-    _tile_zero(0);
-    if constexpr (Outputs > 1) {
-      _tile_stored(1, room.part + kTileFloats, kLine);
-      _tile_zero(1);
-    }
-    __asm__ volatile("" ::: "memory");
-    for (i64 n = 0; n < Outputs; ++n)
-      fold<Kind>(l, c, u, room.group_sums, 0, n, now / c.group, room.part + n * kTileFloats,
-                 room.sums + n * kTileFloats);
   }
-  if (!c.groups) {
-    _tile_stored(0, room.sums, kLine);
-    if constexpr (Outputs > 1) _tile_stored(1, room.sums + kTileFloats, kLine);
-    __asm__ volatile("" ::: "memory");
-  }
-  finish<Kind>(l, c, u, room);
+  _tile_stored(0, room.sums, kLine);
+  if constexpr (Outputs > 1) _tile_stored(1, room.sums + kTileFloats, kLine);
+  __asm__ volatile("" ::: "memory");
+  finish<kFloats>(l, c, u, room);
 }
+
+#include "linear_few_codes.h"
 
 // Some inputs of one or two tiles of outputs.
 struct Panel {
@@ -329,10 +316,10 @@ template <WeightKind Kind>
 static void product(const Linear& l, const Cut& c, const Unit& u, const Unit& after, Room& room) {
   if (l.rows > kBlockRows)
     run<Kind>(l, c, u, after, room);
-  else if (u.outputs == 2)
-    stream<Kind, 2>(l, c, u, after, room);
+  else if constexpr (Kind == kFloats)
+    u.outputs == 2 ? stream<2>(l, c, u, after, room) : stream<1>(l, c, u, after, room);
   else
-    stream<Kind, 1>(l, c, u, after, room);
+    stream_parts<Kind>(l, c, u, after, room);
 }
 
 // A thread's memory for such a product; a null panel where there is none.
@@ -392,7 +379,7 @@ static i64 linear(const Linear& l, Worker& worker) { return vector_linear(l, wor
 
 #endif
 
-// Of few rows: two tiles of outputs, which is what a thread begins with.
+// Of few rows: two tiles of outputs, with which a thread begins.
 INLINE Soon first_weights(const Linear& l, i64 index) {
   const i64 steps = (l.inputs + 31) / 32, tile = steps * (1024 >> l.kind), outputs = (l.outputs + 15) / 16;
   if (l.rows > kBlockRows || l.dtype != kBfloat16 || 2 * index + 2 > outputs) return {};

@@ -9,6 +9,8 @@
 //
 // w = code * scale, of kInt4 (code - zero) * scale.
 
+constexpr float kMiddle = 8;  // of four-bit codes: the zero of symmetric ones
+
 enum WeightKind : i64 { kFloats = 0, kInt8 = 1, kInt4 = 2 };
 
 struct Linear {
@@ -19,7 +21,7 @@ struct Linear {
   i64 kind;
   const void* weight;
   const float* scales;  // [outputs / 16][groups][16]; null for kFloats
-  const float* zeros;   // likewise; null for all but kInt4
+  const float* zeros;   // likewise, of kInt4; null = all are kMiddle
   i64 group;            // inputs per scale: a multiple of 32, or all inputs
   const float* bias;    // [outputs, padded] or null
   i64 inputs, outputs;

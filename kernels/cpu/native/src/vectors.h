@@ -126,7 +126,8 @@ INLINE void widen(const Linear& l, i64 tile, i64 first, i64 last, float* out, i6
       continue;
     }
     const i64 at = (tile * groups + k / l.group) * kLanes;
-    const Affine a{l.kind == kInt4 && l.zeros ? load(l.zeros + at) : f32x16{}, load(l.scales + at)};
+    const f32x16 zero = l.kind != kInt4 ? f32x16{} : l.zeros ? load(l.zeros + at) : splat(kMiddle);
+    const Affine a{zero, load(l.scales + at)};
     l.kind == kInt8 ? widen_int8(from, out, width, a) : widen_int4(from, out, width, a);
   }
 }

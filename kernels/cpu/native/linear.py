@@ -27,7 +27,7 @@ class Packed(NamedTuple):
     kind: int
     weight: Tensor
     scales: Tensor | None  # [outputs / 16, groups, 16] fp32
-    zeros: Tensor | None  # likewise
+    zeros: Tensor | None  # likewise; None = 8, as of symmetric codes
     group: int
     bias: Tensor | None  # [outputs, padded to 16] fp32
     inputs: int

@@ -55,8 +55,6 @@ def prepare_linear_int4(weight: PackedWeight, bias: Tensor | None) -> Packed | i
         log.warning("an int4 weight [%d, %d] is multiplied by torch: %s", weight.outputs, weight.inputs, why)
         return int4.prepare_linear_int4(weight, bias)
     codes, scales, zeros = _in_order(weight, int4.unpack_int4(weight.codes, weight.group))
-    if zeros is None:
-        zeros = torch.full_like(scales, int4.ZERO)
     return _packed(weight, INT4, as_words(codes), scales, zeros, bias)
 
 
@@ -82,8 +80,8 @@ def as_words(codes: Tensor) -> Tensor:
 
 def _by_outputs(values: Tensor) -> Tensor:
     """[G, N] -> [N / 16, G, 16] fp32, padded with zeros."""
-    whole = F.pad(values.float(), (0, -values.shape[1] % OUTPUTS))
-    return whole.view(values.shape[0], -1, OUTPUTS).transpose(0, 1).contiguous()
+    whole = F.pad(values.float(), (0, -values.shape[1] % OUTPUTS)).view(values.shape[0], -1, OUTPUTS).transpose(0, 1)
+    return huge_empty(tuple(whole.shape), whole.dtype).copy_(whole)
 
 
 def _packed(

@@ -66,10 +66,21 @@ struct Unit {
   i64 first_row, blocks, first_output, outputs;
 };
 
+// The sums of a group, of 32 rows by 32 outputs, that wait to be folded.
+struct Unfolded {
+  i64 rows = 0;         // that are left
+  const float* part;    // [2][2][16][16], of the first row left
+  float* totals;        // likewise
+  const float* x_sums;  // of that row, `groups` from row to row
+  f32x16 scale[2], zero[2];
+  __mmask16 keep;  // of the totals: none in the first group
+};
+
 // A thread's own memory.
 struct Room {
-  char* panel;           // [2][panel] tiles of weights
-  float *sums, *part;    // [pairs of outputs][pairs of blocks][2][2] tiles; [2][2] tiles
+  char* panel;         // [2][panel] tiles of weights
+  float *sums, *part;  // [pairs of outputs][pairs of blocks][2][2] tiles; [2][2] tiles
+  Unfolded waiting;
   float* group_sums;     // [rows of a unit][groups] of x
   char* x;               // [blocks][reach] tiles
   i64 row = -1, k = -1;  // of x: its first row and input
@@ -145,8 +156,7 @@ INLINE void finish_row(const Linear& l, const Cut& c, i64 row, i64 column, const
     const i64 at = column + n * kTileOutputs;
     total[n] = load(sums + n * kTileFloats);
     if (Kind != kFloats && !c.groups)
-      total[n] =
-          folded<Kind>(total[n], load(l.scales + at), zeros<Kind>(l, at), x_sum, f32x16{});
+      total[n] = folded<Kind>(total[n], load(l.scales + at), zeros<Kind>(l, at), x_sum, f32x16{});
     if (l.bias) total[n] += load(l.bias + at);
   }
   const i64 count = least(l.outputs - column, Outputs * kTileOutputs), at = row * l.outputs + column;
@@ -239,6 +249,8 @@ INLINE const char* stored(const Linear& l, const Cut& c, const Unit& u, const Pa
   return (const char*)l.weight + ((u.first_output + p.output) * c.inputs + p.k) * c.stored_bytes;
 }
 
+#include "linear_many_codes.h"
+
 template <WeightKind Kind>
 INLINE void widen_panel(const Cut& c, const Panel& p, const char* codes, char* room, Ahead& ahead) {
   for (i64 i = 0; i < p.count; ++i) {
@@ -256,7 +268,7 @@ struct Count {
 // One or two blocks of rows by the one or two tiles of outputs of a panel, whose weights are at w.
 template <WeightKind Kind, int Rows, int Outputs>
 INLINE void multiply(const Linear& l, const Cut& c, const Unit& u, const Panel& p, i64 block, const char* w, i64 w_next,
-                     const Room& room, Ahead& ahead) {
+                     Room& room, Ahead& ahead) {
   const i64 x_tile = c.tile_rows * kLine, x_next = c.reach * x_tile;
   const char* const x = room.x + block * x_next + (p.k - room.k) * x_tile;
   float* const sums = room.sums + sums_at(u, block, p.output);
@@ -264,6 +276,8 @@ INLINE void multiply(const Linear& l, const Cut& c, const Unit& u, const Panel& 
     add_products<Rows, Outputs>(x, x_tile, x_next, w, w_next, p.count, p.k == 0, sums, ahead);
     return;
   }
+  if constexpr (Rows == 2 && Outputs == 2) return multiply_groups<Kind>(l, c, u, p, block, w, w_next, room, ahead);
+  fold_all<Kind>(room.waiting, c.groups);
   for (i64 i = 0; i < p.count; i += c.group) {
     add_products<Rows, Outputs>(x + i * x_tile, x_tile, x_next, w + i * kTileBytes, w_next, least(c.group, p.count - i),
                                 true, room.part, ahead);
@@ -309,6 +323,7 @@ static void run(const Linear& l, const Cut& c, const Unit& u, const Unit& after,
         p.outputs == 2 ? multiply_by(Count<1>{}, Count<2>{}) : multiply_by(Count<1>{}, Count<1>{});
     }
   }
+  fold_all<Kind>(room.waiting, c.groups);
   finish<Kind>(l, c, u, room);
 }
 
@@ -347,9 +362,11 @@ INLINE Unit unit_at(const Cut& c, i64 i) {
               least(c.unit_outputs, c.outputs - output)};
 }
 
-// Unit i, after which this thread is likely to take the one that is `threads` further on.
+// The i-th unit taken, after which this thread is likely to take the one that is `threads` further on.
 static void multiply_unit(const Linear& l, const Cut& c, i64 i, i64 threads, Room& room) {
-  const Unit unit = unit_at(c, i), after = unit_at(c, least(i + threads, count_units(c) - 1));
+  const i64 units = count_units(c);
+  const auto taken = [&](i64 at) { return unit_at(c, c.blocks == 1 ? in_stretches(at, units, threads) : at); };
+  const Unit unit = taken(i), after = taken(least(i + threads, units - 1));
   if (l.kind == kFloats)
     product<kFloats>(l, c, unit, after, room);
   else if (l.kind == kInt8)

@@ -25,6 +25,6 @@ struct Linear {
   i64 group;            // inputs per scale: a multiple of 32, or all inputs
   const float* bias;    // [outputs, padded] or null
   i64 inputs, outputs;
-  void* out;        // [rows, outputs]
+  void* out;          // [rows, outputs]
   const i64* row_of;  // null, or which row of x each one is: of an expert, those that chose it
 };

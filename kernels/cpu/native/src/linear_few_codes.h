@@ -52,16 +52,11 @@ INLINE void store_step_sums(float* sums, i64 apart) {
   __asm__ volatile("" ::: "memory");
 }
 
-#ifndef AHEAD_BYTES
-#define AHEAD_BYTES 2560
-#define AHEAD_HINT _MM_HINT_T0
-#endif
-
 // A unit of 1, 2 or 4 outputs, after which the weights of `after` come.
 template <WeightKind Kind, int Outputs>
 static void stream_codes(const Linear& l, const Cut& c, const Unit& u, const Unit& after, Room& room) {
   constexpr i64 kBytes = kStoredBytes<Kind>;
-  constexpr i64 kAhead = AHEAD_BYTES / kBytes;  // of each tile of outputs
+  constexpr i64 kAhead = 1024 / kBytes;  // of each tile of outputs; the processor goes on from there by itself
   const i64 next = c.inputs * kBytes, ahead = least(kAhead, c.inputs), x_tile = c.tile_rows * kLine;
   const char* const w = (const char*)l.weight + u.first_output * next;
   const char* const then = (const char*)l.weight + (after.first_output - 1) * next;  // less the inputs of this unit
@@ -70,7 +65,7 @@ static void stream_codes(const Linear& l, const Cut& c, const Unit& u, const Uni
   const auto fetch = [&](i64 k, i64 n) __attribute__((always_inline)) {
     const bool here = k + ahead < c.inputs;
     const char* const soon = (here ? w + n * next : then + least(n * next, then_last)) + (k + ahead) * kBytes;
-    for (i64 i = 0; i < kBytes; i += kLine) _mm_prefetch(soon + i, AHEAD_HINT);
+    for (i64 i = 0; i < kBytes; i += kLine) _mm_prefetch(soon + i, _MM_HINT_T1);
   };
   const auto widened = [&](i64 k) __attribute__((always_inline)) { return room.panel + k % 2 * Outputs * kTileBytes; };
   i64 stored = 0, folded = 0, left = c.group;  // groups; inputs of the present one
@@ -79,8 +74,8 @@ static void stream_codes(const Linear& l, const Cut& c, const Unit& u, const Uni
       fold<Kind>(l, c, u, room.group_sums, 0, n, folded, room.part + n * kTileFloats,
                  room.sums + sums_at(u, 0, n) + n % 2 * kTileFloats);
       const i64 soon = ((after.first_output + least(n, after.outputs - 1)) * c.groups + folded) * kTileOutputs;
-      _mm_prefetch(l.scales + soon, AHEAD_HINT);
-      if (Kind == kInt4 && l.zeros) _mm_prefetch(l.zeros + soon, AHEAD_HINT);
+      _mm_prefetch(l.scales + soon, _MM_HINT_T1);
+      if (Kind == kInt4 && l.zeros) _mm_prefetch(l.zeros + soon, _MM_HINT_T1);
     }
     ++folded;
   };

@@ -127,10 +127,8 @@ INLINE void widen_nibbles(const char* words, char* tile) {
     const __m512i word = _mm512_loadu_si512(words);
     _mm512_storeu_si512(tile, _mm512_permutexvar_epi16(word, codes));
     _mm512_storeu_si512(tile + kLine, _mm512_permutexvar_epi16(_mm512_srli_epi16(word, 4), codes));
-    _mm512_storeu_si512(tile + 2 * kLine,
-                        _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(third, word), codes));
-    _mm512_storeu_si512(tile + 3 * kLine,
-                        _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(fourth, word), codes));
+    _mm512_storeu_si512(tile + 2 * kLine, _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(third, word), codes));
+    _mm512_storeu_si512(tile + 3 * kLine, _mm512_permutexvar_epi16(_mm512_multishift_epi64_epi8(fourth, word), codes));
   }
 }
 

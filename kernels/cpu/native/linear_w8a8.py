@@ -13,7 +13,6 @@ from ...packed import PackedWeight, QuantizedRows
 from ...reference import int8 as reference
 from ...registry import implements
 from .library import DTYPES, OUT_OF_MEMORY, Kernel, address, usable
-from .pages import huge_empty
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +47,8 @@ def prepare_linear_w8a8(weight: PackedWeight, bias: Tensor | None) -> TiledInteg
 
     codes = F.pad(weight.codes, (0, -inputs % INPUTS, 0, -outputs % OUTPUTS))
     tiles = codes.view(codes.shape[0] // OUTPUTS, OUTPUTS, codes.shape[1] // INPUTS, INPUTS // 4, 4)
-    tiles = tiles.permute(0, 2, 3, 1, 4)
     return TiledIntegers(
-        huge_empty(tuple(tiles.shape), tiles.dtype).copy_(tiles),
+        tiles.permute(0, 2, 3, 1, 4).contiguous(),
         padded(weight.scales.flatten()),
         codes.sum(-1, dtype=torch.int32),
         None if bias is None else padded(bias),

@@ -10,17 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from .drafts import DraftOrder
 from .params import SamplingParams
-
-
-class DraftTree(NamedTuple):
-    """Guessed continuations of one sequence; node i's parent is node parents[i], -1 = the last real token.
-
-    Parents precede children. A chain is the tree with parents[i] = i - 1.
-    """
-
-    tokens: tuple[int, ...]
-    parents: tuple[int, ...]
 
 
 class NewSeq(NamedTuple):
@@ -37,7 +28,7 @@ class NewSeq(NamedTuple):
 class Row(NamedTuple):
     """One sequence's share of a step: the tokens at positions start .. start + num_tokens - 1.
 
-    With a draft, its nodes are the last len(draft.tokens) of num_tokens.
+    With a draft, num_tokens is 1 + draft.shape.nodes: the last real token and room for what is guessed behind it.
     keeps: the last token's logits are kept under this key, for the plan's later `draws`.
     """
 
@@ -45,7 +36,7 @@ class Row(NamedTuple):
     start: int
     num_tokens: int
     new_block_ids: tuple[int, ...] = ()
-    draft: DraftTree | None = None
+    draft: DraftOrder | None = None
     samples: bool = True  # the row reaches the end of what is known, so a next token is drawn
     keeps: int | None = None
 
@@ -96,6 +87,18 @@ class RowResult:
     logprobs: list[TokenLogprob] | None = None  # beside token_ids, when asked for
     prompt_logprobs: list[TokenLogprob] | None = None  # for the prompt tokens at start + 1 .. start + num_tokens
     error: str | None = None
+    drafted: int = 0  # nodes that were verified; all tokens but the last of token_ids were among them
+    draft_depth: int = 0  # levels that they had
+    draft_error: str | None = None  # why nothing was guessed for a row with a draft: its proposer failed
+
+
+class DraftPass(NamedTuple):
+    """What guessing took in one step."""
+
+    method: str
+    levels: int  # passes of the proposer, one after another
+    rows: int  # of all of them
+    seconds: float
 
 
 @dataclass(slots=True)
@@ -103,6 +106,7 @@ class StepResult:
     step_id: int
     rows: list[RowResult]  # beside StepPlan.rows
     draws: list[RowResult] = field(default_factory=list)  # beside StepPlan.draws
+    drafting: list[DraftPass] = field(default_factory=list)
 
 
 @dataclass(slots=True)

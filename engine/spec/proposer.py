@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...scheduler.drafts import DraftShape
 from ...scheduler.plan import DraftPass
-from ..sampler import SequenceState
+from ..sequence_state import SequenceState
 
 
 class DraftTree(NamedTuple):

@@ -1,10 +1,10 @@
 """The acceptance head of SpecDec++ (arXiv 2405.19715): how likely the target accepts what a draft model guessed.
 
-    x = final hidden state where the guess Y is the input      D times: x += SiLU(W x + b)      a(Y) = softmax(V x + c)[1]
+    x = final hidden state where the guess Y is the input     D times: x += SiLU(W x + b)     a(Y) = softmax(V x + c)[1]
 
-A chain stops once 1 - a(Y_1) · a(Y_2) · ... exceeds the threshold: some guess is likely rejected. As Y must be the input,
-the pass that judges it draws the next guess already; that one is kept. Whether to go on so depends on nothing but what
-was drawn before, and the output keeps its distribution.
+A chain stops once 1 - a(Y_1) · a(Y_2) · ... exceeds the threshold: some guess is likely rejected. As Y must be the
+input, the pass that judges it draws the next guess already; that one is kept. Whether to go on so depends on nothing
+but what was drawn before, and the output keeps its distribution.
 
 A head is a file beside its draft model's weights, in one of two layouts:
 
@@ -75,8 +75,8 @@ def load_head(path: Path, hidden: int, dtype: torch.dtype, device: torch.device)
                 raise EngineStartError(f"{path}: tensor {name}.{suffix} is missing; make or download the head again")
             if tuple(tensor.shape) != shape:
                 raise EngineStartError(
-                    f"{path}: tensor {name}.{suffix} has shape {list(tensor.shape)}, the draft model's hidden size asks "
-                    f"for {list(shape)}; take a head that was trained for this draft model"
+                    f"{path}: tensor {name}.{suffix} has shape {list(tensor.shape)}, the draft model's hidden size "
+                    f"asks for {list(shape)}; take a head that was trained for this draft model"
                 )
             parts.append(tensor.to(device, dtype, copy=True))
         return Dense(*parts)

@@ -2,8 +2,8 @@
 
 Its blocks have the numbers of the target's, and the scheduler gives those out, shares, frees and reuses them without a
 word. So each block is named by its content: by the tokens that its keys and values were computed for, and a hash of all
-that stood before them. Prefix hits, preemption and reuse then need no hooks: what fits is used, what does not is computed
-again. Two hashes that are equal by accident would cost acceptance, never a wrong token.
+that stood before them. Prefix hits, preemption and reuse then need no hooks: what fits is used, what does not is
+computed again. Two hashes that are equal by accident would cost acceptance, never a wrong token.
 """
 
 from __future__ import annotations

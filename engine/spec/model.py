@@ -63,9 +63,7 @@ class _Guess:
 
     def parents(self) -> list[Parent]:
         growth, state = self.growth, self.view.state
-        return [
-            Parent(state, node, growth.path(node), self.length + growth.depth(node)) for node in growth.frontier
-        ]
+        return [Parent(state, node, growth.path(node), self.length + growth.depth(node)) for node in growth.frontier]
 
     def draft(self) -> Draft | None:
         tree = self.growth.tree

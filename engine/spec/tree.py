@@ -91,7 +91,8 @@ class Growth:
         if self.shape.kind == "rsd-s":
             chosen = self._beam(best)
         else:
-            chosen = [child for node, one in zip(self.frontier, best, strict=True) for child in self._children(node, one)]
+            pairs = zip(self.frontier, best, strict=True)
+            chosen = [child for node, own in pairs for child in self._children(node, own)]
         first = len(self.tokens)
         for child in chosen:
             self._add(child)

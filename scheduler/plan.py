@@ -23,6 +23,7 @@ class NewSeq(NamedTuple):
     params: SamplingParams
     sample_index: int  # which of the request's n samples
     block_ids: tuple[int, ...]
+    salt: str = ""  # the request's cache_salt
 
 
 class Row(NamedTuple):

@@ -37,6 +37,17 @@ class DraftTree(NamedTuple):
             node = self.parents[node]
         return tuple(reversed(tokens))
 
+    @property
+    def is_chain(self) -> bool:
+        return all(parent == node - 1 for node, parent in enumerate(self.parents))
+
+    def masks(self) -> list[int]:
+        """Of each node, the rows that it sees, as 64 bits in two's complement: the root is bit 0, node i bit i + 1."""
+        seen: list[int] = []
+        for node, parent in enumerate(self.parents):
+            seen.append((1 if parent < 0 else seen[parent]) | 1 << (node + 1))
+        return [bits - (bits >> 63 << 64) for bits in seen]
+
     def depths(self) -> list[int]:
         """Of each node; children of the root have 1."""
         depths: list[int] = []
@@ -63,6 +74,7 @@ class View:
     token_ids    [n] int64: all that is known, prompt and output; the target has computed all but the last
     block_table  [B] int32: its KV blocks, with room for shape.nodes tokens behind the last
     state        its sampling parameters, and what they make of logits
+    salt         sequences of different salts must not learn of each other
     """
 
     slot: int
@@ -71,6 +83,7 @@ class View:
     block_table: np.ndarray
     state: SequenceState
     shape: DraftShape
+    salt: str = ""
 
 
 class Proposer(Protocol):

@@ -63,6 +63,7 @@ class View:
     token_ids    [n] int64: all that is known, prompt and output; the target has computed all but the last
     block_table  [B] int32: its KV blocks, with room for shape.nodes tokens behind the last
     state        its sampling parameters, and what they make of logits
+    salt         only sequences with equal salts may learn of each other's tokens
     """
 
     slot: int
@@ -71,6 +72,7 @@ class View:
     block_table: np.ndarray
     state: SequenceState
     shape: DraftShape
+    salt: str = ""
 
 
 class Proposer(Protocol):

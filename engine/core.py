@@ -44,7 +44,7 @@ from .resolve import Resolved, look_at_machine, resolve, with_kv_cache
 from .runner import Launched, ModelRunner
 from .sampler import Sampler
 from .slots import SlotTable
-from .validation import Limits, check_request
+from .validation import check_request, limits_of
 
 log = logging.getLogger(__name__)
 
@@ -122,14 +122,6 @@ class EngineCore:
             ),
             cost,
         )
-        self.limits = Limits(
-            model.vocab_size,
-            settings.max_model_len,
-            config.max_logprobs,
-            config.max_n,
-            config.scheduling_policy,
-            frozenset(config.tenant_weights),
-        )
         self._ahead = int(settings.overlap)  # steps launched before one is collected
         self._out: deque[Step] = deque()
         self._collected = 0.0  # when the last step was, on the clock of perf_counter
@@ -160,7 +152,12 @@ class EngineCore:
             startup_seconds=self._phases,
             memory_bytes=memory,
             tenant_weights=dict(config.tenant_weights),
+            speculative_method=settings.draft_method,
+            speculative_tree=str(settings.draft_shape or ""),
+            num_speculative_tokens=settings.draft_shape.depth if settings.draft_shape else 0,
+            speculative_adaptive=config.speculative_adaptive,
         )
+        self.limits = limits_of(self.ready)
         for name, reason in settings.reasons.items():
             log.info("%s = %s (%s)", name, str(getattr(settings, name)).removeprefix("torch."), reason)
         log.info("kernels: %s", ", ".join(f"{op}={name}" for op, name in kernels.describe().items()))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..scheduler.drafts import MAX_NODES, DraftShape
 from ..scheduler.policy import POLICIES
 from . import cgroup
 from .config import EngineConfig
@@ -18,6 +19,7 @@ from .layout import weight_bytes
 from .model_config import DecoderConfig
 from .quant.rounding import choose_rounding, refuses_gpu
 from .quant.scheme import Packing
+from .spec.settings import choose_drafts
 from .validation import MAX_N, MAX_TENANT_BYTES
 
 log = logging.getLogger(__name__)
@@ -59,6 +61,8 @@ class Resolved:
     rounding        how they become that; None = they stay
     kv_cache_dtype  a name in kernels/kv_formats.py
     memory_share    of the GPU, to be used; num_blocks is then a guess, until it has been measured. None = it is settled
+    draft_method    who guesses ahead, "none" = nobody
+    draft_shape     what is guessed for one sequence in one step, at most; None = nothing
     """
 
     dtype: torch.dtype
@@ -79,6 +83,8 @@ class Resolved:
     memory_share: float | None
     graphs: bool
     overlap: bool
+    draft_method: str
+    draft_shape: DraftShape | None
     reasons: dict[str, str] = field(default_factory=dict)
 
 
@@ -146,6 +152,7 @@ def resolve(config: EngineConfig, model: DecoderConfig, machine: Machine) -> Res
     weights = weight_bytes(model, dtype, rounding)
     spec = kv_spec(model, config.block_size, kv_cache_dtype)
     per_block = block_bytes(spec, model.num_layers)
+    draft_method, draft_shape = choose_drafts(config, reasons)
     memory_share = _memory_share(config, device)
     num_blocks, reasons["num_blocks"] = _num_blocks(config, machine, wanted, weights, per_block, memory_share)
     return Resolved(
@@ -167,6 +174,8 @@ def resolve(config: EngineConfig, model: DecoderConfig, machine: Machine) -> Res
         memory_share=memory_share,
         graphs=_on_a_gpu("graphs", config.graphs, device, reasons),
         overlap=_on_a_gpu("overlap", config.overlap, device, reasons),
+        draft_method=draft_method,
+        draft_shape=draft_shape,
         reasons=reasons,
     )
 
@@ -233,6 +242,7 @@ def _check_ranges(config: EngineConfig) -> None:
         "num_blocks": (2, 1 << 31),
         "kv_cache_bytes": (1, 1 << 50),
         "gpu_memory_utilization": (0.01, 1.0),
+        "num_speculative_tokens": (1, MAX_NODES),
     }
     for name, (low, high) in bounds.items():
         value = getattr(config, name)

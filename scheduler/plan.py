@@ -119,7 +119,8 @@ class Chunk:
     prompt_logprobs  with sample 0, in pieces as the prompt is computed, in order; the first prompt token has none
     num_cached       prompt tokens that came from the prefix cache; -1 except in a sample's first chunk
     queued_seconds   from the request's arrival to the first step it was in; -1 except in a sample's first chunk
-    num_drafted      tokens that were guessed and verified for it in this step; of these num_accepted are in token_ids
+    num_drafted      tokens guessed for this sample and verified, since the chunk before
+    num_accepted     of these, those among its tokens
     error            why finish_reason is "error"; of "expired" which promise it was: "timeout" or "deadline" (it has
                      passed), "unreachable" (the deadline cannot be met any more, so the work was not begun)
     """

@@ -10,15 +10,15 @@ import torch
 
 from ...kernels import Kernels
 from ...kernels.batch import LayerKV
-from ..config import EngineConfig
+from ..config import BUNDLED_MODEL, EngineConfig
 from ..decoder import Decoder
 from ..errors import EngineStartError
 from ..families import load_config
 from ..kv_cache import FORMAT, allocate, kv_spec
-from ..loader import load_decoder, locate_model
+from ..loader import BUNDLED_FOLDER, load_decoder, locate_model
 from ..model_config import DecoderConfig
 from ..recorded import recorded
-from ..resolve import Resolved, resolve_kernels
+from ..resolve import Resolved, choose_kernels
 from ..sampler import Sampler
 from .acceptance import HEAD_FILE, AcceptanceHead, load_head
 from .contents import CacheContents
@@ -27,6 +27,8 @@ from .ngram import NgramProposer
 from .proposer import Proposer
 from .slices import layers_decoder, nested_decoder
 from .vocabulary import check_same_tokenizer, check_vocabulary
+
+BUNDLED_DRAFT = BUNDLED_FOLDER.parent / "quire-py-1m"
 
 
 class Drafter(NamedTuple):
@@ -45,7 +47,7 @@ def load_draft_config(config: EngineConfig, folder: Path, target: DecoderConfig)
     """
     if config.speculative_method != "draft" or config.speculative_model is None:
         return None
-    path = locate_model(config.speculative_model)
+    path = _folder(config.speculative_model)
     draft = load_config(path)
     check_same_tokenizer(folder, path)
     check_vocabulary(target, draft)
@@ -61,8 +63,8 @@ def load_drafter(
     """
     asked = config.speculative_model
     if settings.draft is not None and asked is not None:
-        path = locate_model(asked)
-        own = resolve_kernels(config, settings, settings.draft, FORMAT[settings.dtype])
+        path = _folder(asked)
+        own = choose_kernels(config, settings, settings.draft, FORMAT[settings.dtype])
         decoder = load_decoder(path, settings.draft, own, settings.dtype, settings.device, settings.max_model_len)
         return Drafter(decoder, own, True, _head(path / HEAD_FILE, settings.draft, settings))
     if settings.draft_method == "nested" and asked is not None:
@@ -95,7 +97,7 @@ def make_proposers(
         rows = settings.max_num_batched_tokens
         proposers[settings.draft_method] = ModelProposer(
             settings.draft_method,
-            recorded(drafter.decoder, drafter.kernels, cache, rows, rows),
+            recorded(drafter.decoder, drafter.kernels, cache, rows, settings.most_drawn),
             list(cache),
             sampler,
             max_tokens=rows,
@@ -104,6 +106,11 @@ def make_proposers(
             head=drafter.head,
         )
     return proposers
+
+
+def _folder(name: str) -> Path:
+    """As for the model that is served, whose bundled one has a bundled draft model."""
+    return locate_model(str(BUNDLED_DRAFT) if name == BUNDLED_MODEL else name)
 
 
 def _own_cache(config: DecoderConfig, settings: Resolved) -> list[LayerKV]:

@@ -45,6 +45,7 @@ NATIVE = (
     "rows",
     "rowwise",
     "sampling",
+    "verify",
 )
 TRITON: tuple[str, ...] = (
     "activation",

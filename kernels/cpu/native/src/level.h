@@ -44,6 +44,8 @@ INLINE void with_dtype(i64 dtype, F f) {
 
 #include "sampling.h"
 
+#include "verify.h"
+
 #include "edits.h"
 #include "logprobs.h"
 

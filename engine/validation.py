@@ -174,11 +174,11 @@ def check_promises(slo: Slo, timeout: float | None) -> None:
 
 def check_speculative(wish: Speculative, limits: Limits) -> None:
     """Method and length are the engine's, or less; a wish for nothing and for something at once is refused."""
-    start = "" if limits.draft_depth else "; this server does not speculate unless started with --speculative-method"
+    start = "" if limits.draft_depth else " (this server does not speculate unless started with --speculative-method)"
     method, num_tokens = wish.method, wish.num_tokens
     if method is not None and method not in limits.draft_methods:
         raise RequestError(
-            f"speculative.method must be one of {', '.join(limits.draft_methods)}, got {shown(method)}{start}",
+            f"speculative.method must be one of {', '.join(limits.draft_methods)}{start}, got {shown(method)}",
             "speculative.method",
         )
     if num_tokens is not None:

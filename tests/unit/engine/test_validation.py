@@ -312,7 +312,7 @@ def test_drafts_that_it_makes_and_none_where_it_makes_none() -> None:
         for num_tokens in (None, 0, 1, 3):
             check_speculative(Speculative(method=method, num_tokens=num_tokens), limits)
             if method or num_tokens:
-                with pytest.raises(RequestError, match=r"unless started with --speculative-method$"):
+                with pytest.raises(RequestError, match="unless started with --speculative-method"):
                     check_speculative(Speculative(method=method, num_tokens=num_tokens), LIMITS)
     for limited in (limits, LIMITS):
         for wish in (Speculative(), Speculative(method="none"), Speculative(method="none", num_tokens=0)):

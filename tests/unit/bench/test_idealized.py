@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+import math
 import random
 from itertools import pairwise
-import math
 from pathlib import Path
 
 import pytest

@@ -5,6 +5,7 @@ import tracemalloc
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from quire.engine.spec.outputs import Outputs
 from quire.engine.spec.suffix import ROOT, SuffixAutomaton
 

@@ -121,9 +121,11 @@ INLINE void fold(const Linear& l, const Cut& c, const Unit& u, const float* x_su
     for (i64 row = 0; row < c.tile_rows; ++row) add(row, f32x16{});
 }
 
-// Where the sums of one or two tiles of outputs for one or two blocks of rows are, [blocks][outputs][16][16].
-INLINE i64 sums_at(const Unit& u, i64 block, i64 output) {
-  return (output / 2 * up(u.blocks, 2) + block / 2) * 4 * kTileFloats;
+// Where the sums of one or two tiles of outputs for one or two blocks of rows are, [blocks][outputs][16][16]. Where they
+// are finished before those of other outputs begin, all have the same place.
+INLINE i64 sums_at(const Cut& c, const Unit& u, i64 block, i64 output) {
+  const i64 pair = c.reach < c.inputs ? output / 2 : 0;
+  return (pair * up(u.blocks, 2) + block / 2) * 4 * kTileFloats;
 }
 
 // Finished sums of one row for one or two tiles of outputs, side by side.
@@ -155,26 +157,21 @@ INLINE void finish_row(const Linear& l, const Cut& c, i64 row, i64 column, const
   }
 }
 
-// Finished sums of a unit to the output. A large one is written past the caches, a line at a time: to own a line before
-// writing it takes longer than all products with 32 rows and 900 inputs that fill it.
-template <WeightKind Kind>
-static void finish(const Linear& l, const Cut& c, const Unit& u, const Room& room) {
+// Finished sums of one or two tiles of outputs for rows [first, last) of a unit to the output. A large one is written
+// past the caches, a line at a time: to own a line before writing it takes longer than all products with 32 rows and
+// 900 inputs that fill it.
+template <WeightKind Kind, int Outputs>
+INLINE void finish(const Linear& l, const Cut& c, const Unit& u, i64 first, i64 last, i64 output, const Room& room) {
   constexpr i64 kLarge = 1 << 19;
   const bool past_cache = 2 * l.rows * l.outputs >= kLarge;
   const i64 groups = c.groups ? c.groups : 1;
-  for (i64 row = 0; row < least(l.rows - u.first_row, u.blocks * kBlockRows); ++row)
-    for (i64 output = 0; output < u.outputs; output += 2) {
-      const bool two = output + 1 < u.outputs;
-      const i64 block = row / kBlockRows, tile = block % 2 * (two ? 2 : 1);
-      const float* const sums = room.sums + sums_at(u, block, output) + tile * kTileFloats + row % kBlockRows * kLanes;
-      const float* const x_sum = room.group_sums + row * groups;
-      const i64 column = (u.first_output + output) * kTileOutputs;
-      if (two)
-        finish_row<Kind, 2>(l, c, u.first_row + row, column, x_sum, sums, past_cache);
-      else
-        finish_row<Kind, 1>(l, c, u.first_row + row, column, x_sum, sums, past_cache);
-    }
-  if (past_cache) _mm_sfence();
+  for (i64 row = first; row < least(l.rows - u.first_row, last); ++row) {
+    const i64 block = row / kBlockRows, tile = block % 2 * Outputs;
+    const float* const sums =
+        room.sums + sums_at(c, u, block, output) + tile * kTileFloats + row % kBlockRows * kLanes;
+    finish_row<Kind, Outputs>(l, c, u.first_row + row, (u.first_output + output) * kTileOutputs,
+                              room.group_sums + row * groups, sums, past_cache);
+  }
 }
 
 // Few rows: a unit, after which the weights of `after` come.
@@ -233,7 +230,7 @@ static void stream(const Linear& l, const Cut& c, const Unit& u, const Unit& aft
     if constexpr (Outputs > 1) _tile_stored(1, room.sums + kTileFloats, kLine);
     __asm__ volatile("" ::: "memory");
   }
-  finish<Kind>(l, c, u, room);
+  finish<Kind, Outputs>(l, c, u, 0, kBlockRows, 0, room);
 }
 
 // Some inputs of one or two tiles of outputs.
@@ -272,7 +269,7 @@ INLINE void multiply(const Linear& l, const Cut& c, const Unit& u, const Panel& 
                      const Room& room, Ahead& ahead) {
   const i64 x_tile = c.tile_rows * kLine, x_next = c.reach * x_tile;
   const char* const x = room.x + block * x_next + (p.k - room.k) * x_tile;
-  float* const sums = room.sums + sums_at(u, block, p.output);
+  float* const sums = room.sums + sums_at(c, u, block, p.output);
   if (!c.groups) {
     add_products<Rows, Outputs>(x, x_tile, x_next, w, w_next, p.count, p.k == 0, sums, ahead);
     return;
@@ -314,7 +311,10 @@ static void run(const Linear& l, const Cut& c, const Unit& u, const Unit& after,
     for (i64 block = 0; block < u.blocks; block += 2) {
       ahead.lines = ahead.at < end ? up(lines, pairs * p.count) : 0;
       const auto multiply_by = [&](auto rows, auto outputs) __attribute__((always_inline)) {
-        multiply<Kind, decltype(rows)::value, decltype(outputs)::value>(l, c, u, p, block, w, w_next, room, ahead);
+        constexpr int kRows = decltype(rows)::value, kOutputs = decltype(outputs)::value;
+        multiply<Kind, kRows, kOutputs>(l, c, u, p, block, w, w_next, room, ahead);
+        if (p.k + p.count == c.inputs)
+          finish<Kind, kOutputs>(l, c, u, block * kBlockRows, (block + kRows) * kBlockRows, p.output, room);
       };
       if (block + 1 < u.blocks)
         p.outputs == 2 ? multiply_by(Count<2>{}, Count<2>{}) : multiply_by(Count<2>{}, Count<1>{});
@@ -322,7 +322,6 @@ static void run(const Linear& l, const Cut& c, const Unit& u, const Unit& after,
         p.outputs == 2 ? multiply_by(Count<1>{}, Count<2>{}) : multiply_by(Count<1>{}, Count<1>{});
     }
   }
-  finish<Kind>(l, c, u, room);
 }
 
 template <WeightKind Kind>
@@ -339,7 +338,7 @@ static void product(const Linear& l, const Cut& c, const Unit& u, const Unit& af
 static Room room_for(const Linear& l, const Cut& c, Worker& worker) {
   const i64 rows = c.unit_blocks * c.tile_rows;
   const i64 panel_bytes = 2 * (c.panel > 4 ? c.panel : 4) * kTileBytes, part_bytes = 4 * kTileBytes;
-  const i64 sums_bytes = up(c.unit_outputs, 2) * up(c.unit_blocks, 2) * 4 * kTileBytes;
+  const i64 sums_bytes = (c.reach < c.inputs ? up(c.unit_outputs, 2) : 1) * up(c.unit_blocks, 2) * 4 * kTileBytes;
   const i64 group_bytes = up(4 * rows * (c.groups ? c.groups : 1), kLine) * kLine;
   Room room;
   room.panel = worker.scratch(panel_bytes + part_bytes + sums_bytes + group_bytes + rows * c.reach * kLine);

@@ -37,13 +37,14 @@ struct Ahead {
   }
 };
 
-// sums (+)= x * weights over `steps` tiles of inputs, for Rows x Outputs tiles. Tiles of x follow each other over the
-// inputs, those of the next 16 rows lie x_next bytes behind; weights likewise. sums: [Rows][Outputs][16][16].
-// x passes by L1 (a hint of its loads), so that the weights stay there: measured on a Sapphire Rapids core with x in
-// L2, this makes 2.0 TFLOP/s of 1.5; the tiles allow 2.7.
+// sums (+)= x * weights over `steps` tiles of inputs, for Rows x Outputs tiles. The lines of a tile of x are x_line
+// bytes apart, its tiles over the inputs x_tile, those of the next block of rows x_next; weights lie as tiles, those of
+// the next outputs w_next bytes behind. sums: [Rows][Outputs][16][16]. x passes by L1 (a hint of its loads), so that
+// the weights stay there: measured on a Sapphire Rapids core with x in L2, this makes 2.0 TFLOP/s of 1.5; the tiles
+// allow 2.7.
 template <int Rows, int Outputs>
-INLINE void add_products(const char* x, i64 x_tile, i64 x_next, const char* w, i64 w_next, i64 steps, bool first,
-                         float* sums, Ahead& ahead) {
+INLINE void add_products(const char* x, i64 x_line, i64 x_tile, i64 x_next, const char* w, i64 w_next, i64 steps,
+                         bool first, float* sums, Ahead& ahead) {
   __asm__ volatile("" ::: "memory");  // the compiler does not know that a tile load reads memory
   if (first) {
     _tile_zero(0);
@@ -58,7 +59,7 @@ INLINE void add_products(const char* x, i64 x_tile, i64 x_next, const char* w, i
   }
   for (i64 i = 0; i < steps; ++i, x += x_tile, w += kTileBytes) {
     ahead.step();
-    _tile_stream_loadd(4, x, kLine);
+    _tile_stream_loadd(4, x, x_line);
     _tile_loadd(6, w, kLine);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (Outputs > 1) {
@@ -66,7 +67,7 @@ INLINE void add_products(const char* x, i64 x_tile, i64 x_next, const char* w, i
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (Rows > 1) {
-      _tile_stream_loadd(5, x + x_next, kLine);
+      _tile_stream_loadd(5, x + x_next, x_line);
       _tile_dpbf16ps(2, 5, 6);
       if constexpr (Outputs > 1) _tile_dpbf16ps(3, 5, 7);
     }

@@ -303,30 +303,39 @@ INLINE void multiply(const Linear& l, const Cut& c, const Unit& u, const Panel& 
   }
 }
 
+constexpr i64 kLeg = 2;  // panels whose weights are fetched together: of 900 inputs and two tiles of outputs, 14 pages
+
+// The weights of the leg that begins with panel i of a unit, while `steps` are done.
+INLINE Ahead fetch_leg(const Linear& l, const Cut& c, const Unit& u, i64 i, i64 steps) {
+  constexpr i64 kFewBlocks = 8;
+  const Panel p = panel_at(c, u, i);
+  const i64 end = least(c.inputs, p.k / c.reach * c.reach + c.reach);
+  const i64 inputs = p.count ? least(kLeg * c.panel, end - p.k) : 0;
+  return Ahead(stored(l, c, u, p), (p.outputs - 1) * c.inputs * c.stored_bytes, inputs * c.stored_bytes,
+               u.blocks <= kFewBlocks, steps);
+}
+
 // Many rows: a unit, after which the weights of `after` come.
 template <WeightKind Kind>
 static void run(const Linear& l, const Cut& c, const Unit& u, const Unit& after, Room& room) {
-  const i64 pairs = up(u.blocks, 2), panels = up(c.inputs, c.reach) * (c.reach / c.panel) * up(u.outputs, 2);
+  const i64 per_reach = c.reach / c.panel, panels = up(c.inputs, c.reach) * per_reach * up(u.outputs, 2);
   const i64 w_next = (Kind == kFloats ? c.inputs : c.panel) * kTileBytes;
+  Ahead ahead;
   for (i64 i = 0; i < panels; ++i) {
     const Panel p = panel_at(c, u, i);
     if (!p.count) continue;
     if (!c.in_place) lay_out(l, c, u, p.k / c.reach * c.reach, room);
-    const bool last = i + 1 == panels;
-    const Panel next = last ? panel_at(c, after, 0) : panel_at(c, u, i + 1);
-    i64 lines = next.count * c.stored_bytes / kLine;
-    const char* const soon = stored(l, c, last ? after : u, next);
-    const char* const end = soon + lines * kLine;
-    Ahead ahead = {soon, (next.outputs - 1) * c.inputs * c.stored_bytes, 0};
+    if (i % per_reach % kLeg == 0) {
+      const i64 next = i + least(kLeg, per_reach - i % per_reach);
+      const i64 steps = (next - i) * p.count * (up(u.blocks, 2) + (Kind != kFloats));
+      ahead = next < panels ? fetch_leg(l, c, u, next, steps) : fetch_leg(l, c, after, 0, steps);
+    }
     const char* w = stored(l, c, u, p);
-    if constexpr (Kind != kFloats) {  // half of the lines while the panel is widened
-      lines /= 2;
-      ahead.lines = up(lines, p.count);
+    if constexpr (Kind != kFloats) {
       widen_panel<Kind>(c, p, w, room.panel, ahead);
       w = room.panel;
     }
     for (i64 block = 0; block < u.blocks; block += 2) {
-      ahead.lines = ahead.at < end ? up(lines, pairs * p.count) : 0;
       const auto multiply_by = [&](auto rows, auto outputs) __attribute__((always_inline)) {
         constexpr int kRows = decltype(rows)::value, kOutputs = decltype(outputs)::value;
         multiply<Kind, kRows, kOutputs>(l, c, u, p, block, w, w_next, room, ahead);

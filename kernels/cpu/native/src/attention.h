@@ -174,12 +174,14 @@ struct Attend {
       fold(sum, next, rows, dim);
     }
     for (i64 s = 0; s < t.num_segments; ++s) {
+      const bool alone = s == 0 && t.prefix.num_closed == 0;
+      const StateView state = alone ? sum : next;
       if (s == 0 && t.prefix.open)
-        take_over(t.prefix, t.prefix.num_closed, next, rows, dim);
-      else
-        clear(next, rows, dim);
-      if (!segment(t.first_segment + s, next)) return false;
-      fold(sum, next, rows, dim);
+        take_over(t.prefix, t.prefix.num_closed, state, rows, dim);
+      else if (!alone)
+        clear(state, rows, dim);
+      if (!segment(t.first_segment + s, state)) return false;
+      if (!alone) fold(sum, state, rows, dim);
     }
     if (!t.partial) with_dtype(a.dtype, [&](auto q) { finish<decltype(q)>(a, t, sum); });
     return true;

@@ -63,7 +63,8 @@ struct KeysOf {
 struct VectorProduct {
   using Operand = float;  // of queries, keys, values and weights
 
-  INLINE f32x16 power(f32x16 x) { return exp2(x); }
+  // Very large at least, where 2^x is.
+  INLINE f32x16 power(f32x16 x) { return exp2(min(splat(126.0f), x)); }
 
   // Queries [16][dim] to [dim][16].
   INLINE void pack_queries(const float* rows, i64 dim, float* out) {
@@ -244,8 +245,7 @@ struct TileProduct {
       add_product<2, false>(kTileKeys, values + 2 * kNext, kRow, weights, o + 2 * kSumsOf);
       add_product<3, false>(kTileKeys, values + 3 * kNext, kRow, weights, o + 3 * kSumsOf);
     }
-    for (; d < dim; d += 16, values += kNext, o += kSumsOf)
-      add_product<0, false>(kTileKeys, values, kRow, weights, o);
+    for (; d < dim; d += 16, values += kNext, o += kSumsOf) add_product<0, false>(kTileKeys, values, kRow, weights, o);
   }
 };
 #endif

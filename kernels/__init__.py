@@ -15,6 +15,7 @@ from .registry import Implementation, Kernels, Target, implementations, ops, res
 REFERENCE = (
     "activation",
     "attention",
+    "draft",
     "embedding",
     "fp8",
     "hadamard",
@@ -37,6 +38,7 @@ CPU = ("activation", "attention", "kv", "linear", "moe", "norm", "rope", "sampli
 NATIVE = (
     "attention",
     "cache",
+    "draft",
     "embedding",
     "linear",
     "linear_quantized",

@@ -9,6 +9,7 @@ each node a stretch of columns of its own, node i the one from (i + 1) · V and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...kernels.reference import noise
-from ...kernels.reference.noise import Purpose
 from ..sampler import Sampler
 from ..sequence_state import SequenceState
 from ..transfer import Download, upload
 from .tree import Best
 
 BROKEN_LOGITS = "the draft model produced logits that are no numbers; this is a fault of the model or its weights"
+
+NOBODY = Best((), (), ())
 
 
 class Parent(NamedTuple):
@@ -54,43 +55,45 @@ def choose_children(sampler: Sampler, logits: Tensor, parents: Sequence[Parent],
     """
     edited = sampler.edited(logits, [parent.state for parent in parents], [parent.path for parent in parents])
     width = min(width, edited.shape[1])
-    chosen = Children([Best((), (), ())] * len(parents), [None] * len(parents))
+    chosen = Children([NOBODY] * len(parents), [None] * len(parents))
     greedy = [row for row, parent in enumerate(parents) if parent.state.params.temperature == 0]
     drawn = [row for row, parent in enumerate(parents) if parent.state.params.temperature > 0]
     if greedy:
-        x = sampler.select(edited, greedy)
-        log_q = x.log_softmax(dim=-1)
-        for row, best in zip(greedy, _largest(x, log_q, log_q, width), strict=True):
+        for row, best in zip(greedy, _likeliest(sampler, sampler.select(edited, greedy), width), strict=True):
             chosen.best[row] = best
     if drawn:
         x, some = sampler.select(edited, drawn), [parents[row] for row in drawn]
         q = sampler.distributions(x, [parent.state for parent in some])
-        log_q = q.log()
-        found = _largest(x, log_q, log_q + _noise(some, q), width)
+        tokens, keys = sampler.kernels.draw_children.run(q, width, *_sources(some, q.device))
+        found = _wait(sampler, x, tokens, q.gather(-1, tokens).log(), keys)
         for row, best, own in zip(drawn, found, q.unbind(), strict=True):
             chosen.best[row], chosen.q[row] = best, own
     return chosen
 
 
-def _noise(parents: Sequence[Parent], q: Tensor) -> Tensor:
-    """Gumbel noise like q [R, V]."""
+def _likeliest(sampler: Sampler, edited: Tensor, width: int) -> list[Best]:
+    if width == 1:
+        values, tokens = sampler.kernels.greedy.run(edited)
+        return _wait(sampler, edited, tokens[:, None], values[:, None], values[:, None])
+    log_q, tokens = edited.log_softmax(dim=-1).topk(width, dim=-1)
+    return _wait(sampler, edited, tokens, log_q, log_q)
+
+
+def _sources(parents: Sequence[Parent], device: torch.device) -> Sequence[Tensor]:
+    """Where the noise of each parent's children comes from: seeds, sample indices, positions, nodes."""
     rows = [(parent.state.seed, parent.state.sample_index, parent.position, parent.node + 1) for parent in parents]
-    (columns,) = upload([np.array(rows, np.int64).T.copy()], q.device)
-    seeds, sample_index, positions, stretch = columns.unbind()
-    vocab = q.shape[1]
-    places = stretch[:, None] * vocab + torch.arange(vocab, device=q.device)
-    return noise.gumbel(seeds, sample_index, positions, Purpose.DRAFT, places)
+    return upload([np.array(rows, np.int64).T.copy()], device)[0].unbind()
 
 
-def _largest(edited: Tensor, log_q: Tensor, keys: Tensor, width: int) -> list[Best]:
-    """Of each row [R, V] those with the largest keys."""
-    values, tokens = keys.max(dim=-1, keepdim=True) if width == 1 else keys.topk(width, dim=-1)
-    columns = Download([edited.amax(dim=-1), tokens, log_q.gather(-1, tokens), values]).wait()
+def _wait(sampler: Sampler, edited: Tensor, tokens: Tensor, log_q: Tensor, keys: Tensor) -> list[Best]:
+    """Columns [R, width] on the device as rows on the host."""
+    largest, _ = sampler.kernels.greedy.run(edited)
+    columns = Download([largest, tokens, log_q, keys]).wait()
     found = []
     for top, *best in zip(*(column.tolist() for column in columns), strict=True):
-        if top == -torch.inf:  # the edits forbid every token
-            found.append(Best((), (), ()))
-        elif top != top or top == torch.inf:
+        if top == -math.inf:  # the edits forbid every token
+            found.append(NOBODY)
+        elif not math.isfinite(top):
             raise ValueError(BROKEN_LOGITS)
         else:
             found.append(Best(*best))

@@ -41,6 +41,7 @@ enum Status : i64 { kDone = 0, kOutOfRange = 1, kOutOfMemory = 2 };
   X(Greedy, greedy)            \
   X(Sample, sample)            \
   X(Probabilities, probabilities) \
+  X(DrawChildren, draw_children) \
   X(Verify, verify)            \
   X(TokenLogprobs, token_logprobs) \
   X(ProcessLogits, process_logits) \

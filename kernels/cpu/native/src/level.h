@@ -46,6 +46,8 @@ INLINE void with_dtype(i64 dtype, F f) {
 
 #include "verify.h"
 
+#include "draft.h"
+
 #include "edits.h"
 #include "logprobs.h"
 

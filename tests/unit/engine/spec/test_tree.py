@@ -137,9 +137,9 @@ def test_cousins_are_independent() -> None:
 
 
 def test_noise_that_ignores_the_node_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = children_module._noise
+    right = children_module._sources
     monkeypatch.setattr(
-        children_module, "_noise", lambda parents, q: right([parent._replace(node=0) for parent in parents], q)
+        children_module, "_sources", lambda parents, device: right([p._replace(node=0) for p in parents], device)
     )
     assert cousins() < ALPHA
 
@@ -206,11 +206,11 @@ def test_a_chain_is_drawn_from_the_model() -> None:
 
 
 def test_noise_that_ignores_the_position_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = children_module._noise
+    right = children_module._sources
     monkeypatch.setattr(
         children_module,
-        "_noise",
-        lambda parents, q: right([parent._replace(position=1, node=-1) for parent in parents], q),
+        "_sources",
+        lambda parents, device: right([p._replace(position=1, node=-1) for p in parents], device),
     )
     assert chains() < ALPHA
 

@@ -41,8 +41,8 @@ def earlier(tokens: np.ndarray, longest: int = LONGEST) -> tuple[np.ndarray, np.
     if n <= SHORTEST:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     found = tokens[SHORTEST - 1 : -1] == tokens[-1]
-    for back in range(1, SHORTEST):
-        found &= tokens[SHORTEST - 1 - back : -1 - back] == tokens[-1 - back]
+    for i in range(1, SHORTEST):
+        found &= tokens[SHORTEST - 1 - i : -1 - i] == tokens[-1 - i]
     starts = np.flatnonzero(found)[: -PLACES - 1 : -1] + SHORTEST
     if not len(starts):
         return starts, starts
@@ -50,9 +50,7 @@ def earlier(tokens: np.ndarray, longest: int = LONGEST) -> tuple[np.ndarray, np.
     places = starts[:, None] - back
     agree = (tokens[places] == tokens[n - back]) & (places >= 0)
     lengths = agree.argmin(1)
-    lengths[lengths == 0] = len(
-        back
-    )  # the first tokens agree: no place but one that agrees altogether has its least there
+    lengths[lengths == 0] = len(back)  # SHORTEST tokens agree, so the first is the least only where all are equal
     order = np.argsort(-lengths, kind="stable")
     return starts[order], lengths[order]
 
@@ -60,7 +58,7 @@ def earlier(tokens: np.ndarray, longest: int = LONGEST) -> tuple[np.ndarray, np.
 def continuation(tokens: np.ndarray, start: int, count: int) -> list[int]:
     """`count` tokens from `start` on; a text that ends before goes on with the guess itself, as a repetition does."""
     period = len(tokens) - start
-    return tokens[start + np.arange(count) % period].tolist()
+    return [int(token) for token in tokens[start + np.arange(count) % period]]
 
 
 def merge(continuations: Iterable[Sequence[int]], shape: DraftShape) -> DraftTree:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
 from quire.engine.spec.ngram import LONGEST, SHORTEST, NgramProposer, continuation, earlier, merge
 from quire.engine.spec.proposer import DraftTree, View
 from quire.scheduler.drafts import chain, parse_shape

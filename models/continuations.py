@@ -15,8 +15,8 @@ from .export import FOLDERS, MODELS
 from .llama import Llama, rotate
 from .tokenizer import END_OF_TEXT, load_tokenizer
 
-# Batches of BATCH prompts. A head has some ten thousand weights, and 150,000 tokens teach it all that it learns.
-BATCHES = {"train": 6, "validate": 1, "held_out": 2}
+# Batches of BATCH prompts. A head has some ten thousand weights, and 100,000 tokens are enough for it.
+BATCHES = {"train": 4, "validate": 1, "held_out": 2}
 BATCH, CONTINUATION = 128, 192
 PROMPT_LENGTHS = (64, 128, 256)  # of one batch after another
 TEMPERATURES = (1.0, 0.5)  # of one prompt after another

@@ -105,7 +105,7 @@ def _attend(
     weights = (torch.cat([of_text, of_tail], -1) * a.head_dim**-0.5).softmax(-1).to(x.dtype)
     by_text, by_tail = weights.split([of_text.shape[-1], len(tail)], -1)
     y = torch.einsum("rkgl,klh->rkgh", by_text, values) + by_tail @ tail_values
-    return a.o_proj(y.reshape(len(x), -1))
+    return a.o_proj(y.reshape(len(x), a.heads * a.head_dim))
 
 
 class Played(NamedTuple):

@@ -20,7 +20,10 @@ from ...scheduler.plan import DraftPass
 from .outputs import REMEMBERED_TOKENS, Outputs, Place
 from .proposer import Draft, DraftTree, View
 
-# Tokens that must agree before anything is guessed: fewer agree by chance. See docs/speculation.md.
+# Tokens that must agree before anything is guessed. Of chains of four, on what the bundled model writes at temperature
+# 1 (and 0.5), a single token's guesses are accepted to 11 to 18 % (52 to 57), those of two to 24 to 33 % (65 to 71), of
+# three to 32 to 39 % (71 to 76) but a third as often. Among equal matches the latest is as good as a vote of all of
+# them, within 1 % of the tokens per pass.
 SHORTEST = 2
 # Agreement beyond this tells nothing more about what follows.
 LONGEST = 16
@@ -41,8 +44,8 @@ def earlier(tokens: np.ndarray, longest: int = LONGEST) -> tuple[np.ndarray, np.
     if n <= SHORTEST:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     found = tokens[SHORTEST - 1 : -1] == tokens[-1]
-    for back in range(1, SHORTEST):
-        found &= tokens[SHORTEST - 1 - back : -1 - back] == tokens[-1 - back]
+    for i in range(1, SHORTEST):
+        found &= tokens[SHORTEST - 1 - i : -1 - i] == tokens[-1 - i]
     starts = np.flatnonzero(found)[: -PLACES - 1 : -1] + SHORTEST
     if not len(starts):
         return starts, starts
@@ -50,9 +53,7 @@ def earlier(tokens: np.ndarray, longest: int = LONGEST) -> tuple[np.ndarray, np.
     places = starts[:, None] - back
     agree = (tokens[places] == tokens[n - back]) & (places >= 0)
     lengths = agree.argmin(1)
-    lengths[lengths == 0] = len(
-        back
-    )  # the first tokens agree: no place but one that agrees altogether has its least there
+    lengths[lengths == 0] = len(back)  # SHORTEST tokens agree, so the first is the least only where all are equal
     order = np.argsort(-lengths, kind="stable")
     return starts[order], lengths[order]
 
@@ -60,7 +61,7 @@ def earlier(tokens: np.ndarray, longest: int = LONGEST) -> tuple[np.ndarray, np.
 def continuation(tokens: np.ndarray, start: int, count: int) -> list[int]:
     """`count` tokens from `start` on; a text that ends before goes on with the guess itself, as a repetition does."""
     period = len(tokens) - start
-    return tokens[start + np.arange(count) % period].tolist()
+    return [int(token) for token in tokens[start + np.arange(count) % period]]
 
 
 def merge(continuations: Iterable[Sequence[int]], shape: DraftShape) -> DraftTree:

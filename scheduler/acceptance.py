@@ -1,16 +1,12 @@
 """How likely a guess is accepted, level by level: of one request, and of everything that its method guessed.
 
-    rate(level) = P(accepted | guessed there, and reached)        survival(level) = the product of the rates up to it
+    rate(level) = P(accepted | guessed there, and reached)      P(a level is reached) = product of the rates above it
 
 Both are means over the latest trials. A request that has few of its own is believed to be like the others of its
 method, and a level that was rarely reached to be like the one above it.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from itertools import accumulate
-from operator import mul
 
 # Before anything was tried. Drafts of half the target's size are accepted about so often, and a guess that is too high
 # is corrected by the first few steps, while one that is too low would have to wait for a probe.
@@ -50,12 +46,3 @@ def method_rates(trials: Trials) -> list[float]:
         belief = (accepted + BELIEF_WEIGHT * belief) / (tried + BELIEF_WEIGHT)
         rates.append(belief)
     return rates
-
-
-def survival(trials: Trials, beliefs: Sequence[float]) -> list[float]:
-    """By level, the chance that a request's guesses are right down to it; beliefs: the rates of its method."""
-    rates = [
-        (accepted + BELIEF_WEIGHT * belief) / (tried + BELIEF_WEIGHT)
-        for tried, accepted, belief in zip(trials.tried, trials.accepted, beliefs, strict=True)
-    ]
-    return list(accumulate(rates, mul))

@@ -89,11 +89,11 @@ class Counters:
     discarded: int = 0  # tokens drawn for samples that had ended while the step was out
     failed: int = 0
     drafted: int = 0  # tokens that were guessed and verified
-    accepted: int = 0  # of these
+    accepted: int = 0  # of these, those that were given out
     draft_failures: int = 0  # samples for which guessing failed: they went on without
     drafted_at: list[int] = field(default_factory=list)  # by level: how often something was guessed there
     accepted_at: list[int] = field(default_factory=list)  # by level: how often it was right down to there
-    depths: list[int] = field(default_factory=list)  # how often 0, 1, 2, … levels were ordered for a stream
+    depths: list[int] = field(default_factory=list)  # how often 0, 1, 2, … levels were decided on for a stream
 
     @property
     def wasted(self) -> int:

@@ -31,7 +31,7 @@ from typing import NamedTuple
 from .block_pool import BlockPool
 from .budget import UNPROMISED, Budget, equal_time_seconds
 from .config import Counters, SchedulerConfig
-from .drafts import DraftOrder
+from .drafts import MAX_NODES, DraftOrder
 from .forecast import wait_seconds
 from .packing import Want, pack
 from .params import SamplingParams, Slo, Speculative
@@ -80,6 +80,7 @@ class _Out(NamedTuple):
     """A plan whose result is not known yet."""
 
     plan: StepPlan
+    shape: StepShape
     in_step: list[Request]  # beside plan.rows
     drawing: list[Request]  # beside plan.draws
 
@@ -234,7 +235,7 @@ class Scheduler:
         plan.forgotten, self.residency.forgotten = self.residency.forgotten, []
         plan.rows = list(rows.values())
         self.shape = _shape(plan.rows)
-        self._out.append(_Out(plan, list(rows), self._drawing))
+        self._out.append(_Out(plan, self.shape, list(rows), self._drawing))
         for request in self._drawing:
             request.num_pending += 1
         for request, row in rows.items():
@@ -250,8 +251,11 @@ class Scheduler:
         if not self._out or plan is not self._out[0].plan or result.step_id != plan.step_id:
             raise ValueError(f"step {result.step_id} was answered out of turn")
         out = self._out.popleft()
-        ran = [_ran(row, got) for row, got in zip(plan.rows, result.rows, strict=True)]
-        self._learn_costs(ran, result, seconds)
+        ran, shape = plan.rows, out.shape
+        if any(row.draft for row in ran):
+            ran = [_ran(row, got) for row, got in zip(ran, result.rows, strict=True)]
+            shape = _shape(ran)
+        self._learn_costs(ran, shape, result, seconds)
         if self.policy.by_tenant:
             self._charge(out, ran, sum(done.seconds for done in result.drafting))
         chunks = []
@@ -308,6 +312,8 @@ class Scheduler:
     def _draft(self, rows: dict[Request, Row]) -> None:
         """Guesses for streams whose row is their last token, as far as they pay and there is room for them."""
         self._drafts = False
+        if self.config.draft_shape is None or self.speculation.rests():
+            return
         wishes = [Wish(request, most) for request, row in rows.items() if (most := self._most(request, row))]
         if not wishes:
             return
@@ -330,7 +336,10 @@ class Scheduler:
         if request.draft is None or row.num_tokens > 1 or not request.num_output or not row.samples:
             return None
         method, shape = request.draft
-        shape = shape.cut(max(request.group.max_len - request.num_tokens - 1, 0))
+        left = request.group.max_len - request.num_tokens - 1
+        if left >= MAX_NODES:
+            return request.draft
+        shape = shape.cut(max(left, 0))
         while request.num_tokens + shape.nodes > self.config.max_model_len:
             shape = shape.cut(shape.depth - 1)
         return DraftOrder(method, shape) if shape.depth else None
@@ -583,26 +592,19 @@ class Scheduler:
 
     def _learn_draft(self, request: Request, order: DraftOrder, got: RowResult) -> None:
         self.speculation.learn(request, order.method, got)
-        accepted = len(got.token_ids) - 1
-        for level in range(got.draft_depth):
-            self.counters.drafted_at[level] += 1
-            self.counters.accepted_at[level] += level < accepted
-        self.counters.drafted += got.drafted
-        self.counters.accepted += accepted
         if got.draft_error is not None:
             request.draft = None
             self.counters.draft_failures += 1
 
-    def _learn_costs(self, ran: list[Row], result: StepResult, seconds: float | None) -> None:
+    def _learn_costs(self, ran: list[Row], shape: StepShape, result: StepResult, seconds: float | None) -> None:
         """What the step took: in all, and of that to guess."""
+        orders = [row.draft for row in ran if row.draft]
         for done in result.drafting:
-            self.speculation.cost.guessed(
-                done, sum(row.draft is not None and row.draft.method == done.method for row in ran)
-            )
+            self.speculation.cost.guessed(done, sum(order.method == done.method for order in orders))
         if seconds is not None:
-            guessed = [row.num_tokens - 1 for row in ran if row.draft]
+            nodes = sum(row.num_tokens - 1 for row in ran if row.draft)
             seconds -= sum(done.seconds for done in result.drafting)
-            self.speculation.observe(_shape(ran), sum(guessed), seconds)
+            self.speculation.observe(shape, nodes, seconds)
 
     def _discard(self, request: Request, row: Row, got: RowResult, out: _Out) -> None:
         """The row of a sample that has ended; one that forked in this very step has been counted, or ended by it."""
@@ -634,6 +636,12 @@ class Scheduler:
                 break
         if not request.draws and num_computed == len(request.token_ids):
             finish = "length"
+        accepted = min(drawn, len(got.token_ids) - 1) if got.drafted else 0
+        for level in range(got.draft_depth):
+            self.counters.drafted_at[level] += 1
+            self.counters.accepted_at[level] += level < accepted
+        self.counters.drafted += got.drafted
+        self.counters.accepted += accepted
         self.counters.generated_tokens += drawn
         known = min(num_computed, len(request.token_ids))  # an end among accepted tokens leaves the rest unsaid
         if known // self.config.block_size != request.num_published:
@@ -649,7 +657,7 @@ class Scheduler:
         chunk.prompt_logprobs = got.prompt_logprobs
         chunk.num_cached, request.num_cached = request.num_cached, -1
         chunk.queued_seconds, request.queued_seconds = request.queued_seconds, -1.0
-        chunk.num_drafted, chunk.num_accepted = got.drafted, min(drawn, len(got.token_ids) - 1) if got.drafted else 0
+        chunk.num_drafted, chunk.num_accepted = got.drafted, accepted
         return chunk
 
     def _stop(self, request: Request, token: int) -> tuple[str | None, int | None]:

@@ -5,7 +5,7 @@
 With one stream the rows of a verification are nearly free, and it pays to guess far ahead. In a full batch every row
 costs what a prompt's token would, and guessing pays only for who is nearly always right. Nothing is always allowed, so
 to guess never costs more than it is believed to bring; what is believed is learned from every step (`acceptance.py`,
-`draft_cost.py`), and one per cent of the time is spent on finding out whether it still holds.
+`draft_cost.py`), and half a per cent of the time is spent on finding out whether it still holds.
 
 Choosing: levels of all streams in order of what they bring per second, each stream's own in their order, and of all
 beginnings of that list the best. Levels that are passes of a proposer cost everybody, so the list is also tried with
@@ -17,9 +17,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .acceptance import METHOD_MEMORY, REQUEST_MEMORY, Trials, method_rates, survival
+from .acceptance import BELIEF_WEIGHT, METHOD_MEMORY, REQUEST_MEMORY, Trials, method_rates
 from .config import SchedulerConfig
-from .draft_cost import DraftCost, levels_of, nodes_by_level, rows_by_level, rows_of
+from .draft_cost import DraftCost, nodes_by_level, num_passes, rows_by_level
 from .drafts import DraftOrder, chain
 from .params import Speculative
 from .plan import RowResult
@@ -27,12 +27,16 @@ from .request import Request
 from .roster import Refused
 from .step_time import StepShape, StepTimeModel
 
-# Share of the time that is spent on guessing for who is believed not to be worth it: the bound on what is lost by it.
-PROBES = 0.01
+# Share of the time that is spent on guessing for who is believed not to be worth it: the bound on what that can lose.
+PROBES = 0.005
 
 # Of so many steps with guesses one is taken without, so that it stays known what that takes. At two tokens a step
 # more than without, it costs half a per cent.
 BASELINE = 128
+
+# Deciding takes 5 µs a stream. Who was found not to pay is looked at again after so many steps for each stream, so that
+# a full house, whose steps are long and whose answer rarely changes, does not pay for being asked.
+REST = 0.25
 
 
 def most_for(config: SchedulerConfig, wish: Speculative) -> DraftOrder | None:
@@ -59,21 +63,17 @@ class Wish(NamedTuple):
     most: DraftOrder
 
 
-class _Level(NamedTuple):
-    """One more level of one stream's guesses."""
-
-    stream: int
-    depth: int  # with it
-    tokens: float  # expected of it
-    nodes: int
-    seconds: float  # but for tiles, and for passes of a proposer
-
-
 class _Room(NamedTuple):
     """What all guesses of a step may add, and seconds that it may take with them."""
 
     tokens: int
     seconds: float
+
+
+# One more level of one stream's guesses: -(tokens per second by itself), its depth, the stream, tokens expected of it,
+# nodes, and seconds but for tiles and passes. Thousands are made in a second, so it is a bare tuple; in order, what
+# brings most is first, and of one stream what is above.
+_Level = tuple[float, int, int, float, int, float]
 
 
 class Speculation:
@@ -86,6 +86,7 @@ class Speculation:
         self._credit = 0.0  # seconds that may be spent on probes
         self._probes = 0
         self._guessed = 0  # steps with guesses since the last one without
+        self._rest = 0  # steps for which it was decided that nothing is guessed
 
     # ---------------------------------------------------------------- what was learned
 
@@ -114,6 +115,11 @@ class Speculation:
 
     # ---------------------------------------------------------------- how much to guess
 
+    def rests(self) -> bool:
+        """Whether nothing is guessed in the next step, as was decided in one before. Ask once a step."""
+        self._rest -= self._rest > 0
+        return self._rest > 0
+
     def choose(self, wishes: Sequence[Wish], shape: StepShape, tokens: int, seconds: float) -> list[int]:
         """Levels for each wish, for a step that has this shape without guesses.
 
@@ -121,81 +127,16 @@ class Speculation:
         """
         room = _Room(tokens, seconds)
         if not self._adaptive:
-            return self._best(self._levels(wishes, shape, 0.0), wishes, shape, room, self._depth)[1]
+            return self._best(self._levels(wishes, 0.0), wishes, shape, room, self._depth, 0.0)[1]
         plain = self._steps.cost.seconds(shape)
-        rate, chosen = shape.num_tokens / plain if plain else 0.0, [0] * len(wishes)
-        levels = self._levels(wishes, shape, rate)
-        deepest = 1
-        while levels:
-            better = self._best(levels, wishes, shape, room, deepest)
+        rate, chosen = shape.num_tokens / plain, [0] * len(wishes)
+        levels = self._levels(wishes, rate)
+        deepest, end = 1, max((level[1] for level in levels), default=0)
+        while deepest <= end:
+            better = self._best(levels, wishes, shape, room, deepest, rate)
             if better[0] > rate:
                 rate, chosen = better
-            if deepest >= self._depth:
-                break
-            deepest = min(2 * deepest, self._depth)
-        return self._find_out(chosen, wishes, shape, room)
-
-    def _levels(self, wishes: Sequence[Wish], shape: StepShape, rate: float) -> list[_Level]:
-        """What may be added, the best first. Left out is what brings fewer tokens per second than the step has anyway,
-        `rate`, even if no tile and no pass were counted."""
-        cost, verifying = self._steps.cost, self.cost.verifying
-        beliefs = {most.method: method_rates(self._method(most.method)) for _, most in wishes}
-        per_token = cost.per_tile / cost.tile
-        found: list[tuple[float, _Level]] = []
-        for i, (request, most) in enumerate(wishes):
-            per_row = self.cost.of(most.method).b
-            before = request.num_tokens + 0.0
-            chances = survival(self._own(request), beliefs[most.method])
-            steps = zip(chances, nodes_by_level(most), rows_by_level(most), strict=False)
-            for depth, (chance, nodes, rows) in enumerate(steps, 1):
-                taken = nodes * (verifying.b + cost.per_pair * (before + nodes / 2)) + rows * per_row
-                if chance < rate * taken:
-                    break
-                before += nodes
-                found.append((chance / (taken + nodes * per_token + 1e-12), _Level(i, depth, chance, nodes, taken)))
-        found.sort(key=lambda item: item[0], reverse=True)
-        return [level for _, level in found]
-
-    def _best(
-        self, levels: Sequence[_Level], wishes: Sequence[Wish], shape: StepShape, room: _Room, deepest: int
-    ) -> tuple[float, list[int]]:
-        """Tokens per second, and levels of each wish: the best beginning of `levels`, none of them below `deepest`.
-
-        Not adaptive, all that there is room for.
-        """
-        cost, verifying = self._steps.cost, self.cost.verifying
-        tile, per_tile = cost.tile, cost.per_tile
-        base = cost.seconds(shape) - per_tile * -(-shape.num_tokens // tile) + verifying.a
-        expected, rows, limit = float(shape.num_tokens), shape.num_tokens, shape.num_tokens + room.tokens
-        passes = dict.fromkeys((most.method for _, most in wishes), 0)
-        depths = [0] * len(wishes)
-        taken: list[_Level] = []
-        rate, count = 0.0, 0
-        for level in levels:
-            i, depth, tokens, nodes, seconds = level
-            if depth > deepest or depths[i] != depth - 1 or rows + nodes > limit:
-                continue
-            method = wishes[i].most.method
-            more = 0.0
-            if (need := levels_of(wishes[i].most, depth)) > passes[method]:
-                more = (need - passes[method]) * self.cost.of(method).a
-            whole = base + seconds + more + per_tile * -(-(rows + nodes) // tile)
-            if whole > room.seconds:
-                continue
-            base += seconds + more
-            passes[method] = max(passes[method], need)
-            rows += nodes
-            expected += tokens
-            depths[i] = depth
-            taken.append(level)
-            if expected > rate * whole or not self._adaptive:
-                rate, count = expected / whole, len(taken)
-        for level in reversed(taken[count:]):
-            depths[level.stream] -= 1
-        return rate, depths
-
-    def _find_out(self, chosen: list[int], wishes: Sequence[Wish], shape: StepShape, room: _Room) -> list[int]:
-        """What was chosen, unless it is time to see whether what is believed still holds: then once otherwise."""
+            deepest = min(2 * deepest, end) if deepest < end else end + 1
         if any(chosen):
             self._guessed += 1
             if self._guessed > BASELINE:
@@ -203,37 +144,117 @@ class Speculation:
                 return [0] * len(chosen)
         else:
             self._guessed = 0
+        if not all(chosen):
+            self._rest = 1 + int(REST * len(wishes))
+            self._credit += PROBES * plain * self._rest
+            self._probe(chosen, wishes, shape, room)
+        if any(chosen):
+            self._rest = 0
+        return chosen
+
+    def _levels(self, wishes: Sequence[Wish], rate: float) -> list[_Level]:
+        """What may be added, the best first. Left out is what brings fewer tokens per second than `rate`, even if no
+        tile and no pass were counted."""
+        per_pair, per_node = self._steps.cost.per_pair, self.cost.verifying.b
+        per_token = self._steps.cost.per_tile / self._steps.cost.tile + 1e-12
+        tables: dict[int, list[tuple[int, int, int, float]]] = {}
+        levels: list[_Level] = []
+        for i, (request, most) in enumerate(wishes):
+            table = tables.get(id(most))  # of most streams it is the engine's own
+            if table is None:
+                table = tables[id(most)] = self._table(most)
+            own, context, chance = self._own(request), request.num_tokens, 1.0
+            per_row = self.cost.of(most.method).b
+            for (depth, nodes, rows, belief), accepted, tried in zip(table, own.accepted, own.tried, strict=False):
+                chance *= (accepted + belief) / (tried + BELIEF_WEIGHT)
+                seconds = nodes * (per_node + per_pair * (context + nodes / 2)) + rows * per_row
+                if chance < rate * seconds:
+                    break
+                context += nodes
+                levels.append((-chance / (seconds + nodes * per_token), depth, i, chance, nodes, seconds))
+        levels.sort()
+        return levels
+
+    def _table(self, most: DraftOrder) -> list[tuple[int, int, int, float]]:
+        """By level: its depth, nodes, rows of the proposer, and how often guesses of such requests are right, times its
+        weight."""
+        rates = [BELIEF_WEIGHT * rate for rate in method_rates(self._method(most.method))]
+        depths = range(1, most.shape.depth + 1)
+        return list(zip(depths, nodes_by_level(most), rows_by_level(most), rates, strict=False))
+
+    def _best(
+        self,
+        levels: Sequence[_Level],
+        wishes: Sequence[Wish],
+        shape: StepShape,
+        room: _Room,
+        deepest: int,
+        least: float,
+    ) -> tuple[float, list[int]]:
+        """Tokens per second, and levels of each wish: the best beginning of `levels`, none of them below `deepest`.
+
+        least: tokens per second without. What brings fewer than the best so far is worth no tile of its own, but may
+        fill one up. Not adaptive, all is taken that there is room for.
+        """
+        cost = self._steps.cost
+        tile, per_tile = cost.tile, cost.per_tile
+        base = cost.seconds(shape) - per_tile * -(-shape.num_tokens // tile) + self.cost.verifying.a
+        expected, rows, limit = float(shape.num_tokens), shape.num_tokens, shape.num_tokens + room.tokens
+        methods = [most.method for _, most in wishes]
+        per_pass = {method: self.cost.of(method).a for method in set(methods)}
+        passes = dict.fromkeys(per_pass, 0)
+        depths = [0] * len(wishes)
+        taken: list[int] = []  # streams, once for each level
+        adaptive, rate, count = self._adaptive, least, 0
+        tiles = -(-rows // tile)
+        for worth, depth, i, tokens, nodes, seconds in levels:
+            if depth > deepest or depths[i] != depth - 1 or rows + nodes > limit:
+                continue
+            method = methods[i]
+            new = num_passes(method, depth) - passes[method]
+            if new > 0:
+                seconds += new * per_pass[method]
+            filled = -(-(rows + nodes) // tile)
+            if filled > tiles and -worth < rate and adaptive:
+                break
+            whole = base + seconds + per_tile * filled
+            if whole > room.seconds:
+                continue
+            if new > 0:
+                passes[method] += new
+            base += seconds
+            rows, tiles = rows + nodes, filled
+            expected += tokens
+            depths[i] = depth
+            taken.append(i)
+            if expected > rate * whole or not adaptive:
+                rate, count = expected / whole, len(taken)
+        for i in taken[count:]:
+            depths[i] -= 1
+        return rate, depths
+
+    def _probe(self, chosen: list[int], wishes: Sequence[Wish], shape: StepShape, room: _Room) -> None:
+        """Guess for one of those for whom it is believed not to pay, if what it may cost has been saved."""
         idle = [i for i, depth in enumerate(chosen) if not depth]
-        if not idle:
-            return chosen
-        before = self._seconds(chosen, wishes, shape)
-        self._credit += PROBES * before
         i = idle[self._probes % len(idle)]
+        request, most = wishes[i]
+        rows = StepShape().guessing(request.num_tokens - 1, most.shape.nodes)
+        alone = self._steps.cost.seconds(rows) + self.cost.seconds([most])  # beside others it costs no more
+        if alone > self._credit:
+            return
         probe = chosen.copy()
-        probe[i] = wishes[i].most.shape.depth
-        after = self._seconds(probe, wishes, shape)
-        nodes = sum(wish.most.shape.cut(depth).nodes for wish, depth in zip(wishes, probe, strict=True))
-        if after - before > self._credit or after > room.seconds or nodes > room.tokens:
-            return chosen
-        self._credit -= after - before
-        self._probes += 1
-        return probe
+        probe[i] = most.shape.depth
+        nodes = sum(most.shape.cut(depth).nodes for depth, (_, most) in zip(probe, wishes, strict=True))
+        if nodes <= room.tokens and self._seconds(probe, wishes, shape) <= room.seconds:
+            self._credit -= alone
+            self._probes += 1
+            chosen[:] = probe
 
     def _seconds(self, chosen: Sequence[int], wishes: Sequence[Wish], shape: StepShape) -> float:
         """Of the step with these levels."""
-        guessing: dict[str, tuple[int, int]] = {}
-        nodes = 0
+        orders = []
         for depth, (request, most) in zip(chosen, wishes, strict=True):
             if depth:
-                count = most.shape.cut(depth).nodes
-                shape = shape.guessing(request.num_tokens - 1, count)
-                nodes += count
-                levels, rows = guessing.get(most.method, (0, 0))
-                guessing[most.method] = max(levels, levels_of(most, depth)), rows + rows_of(most, depth)
-        seconds = self._steps.cost.seconds(shape)
-        if nodes:
-            seconds += self.cost.verifying.a + self.cost.verifying.b * nodes
-        for method, (levels, rows) in guessing.items():
-            terms = self.cost.of(method)
-            seconds += terms.a * levels + terms.b * rows
-        return seconds
+                orders.append(DraftOrder(most.method, most.shape.cut(depth)))
+                shape = shape.guessing(request.num_tokens - 1, orders[-1].shape.nodes)
+        return self._steps.cost.seconds(shape) + self.cost.seconds(orders)

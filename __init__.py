@@ -9,15 +9,17 @@ if TYPE_CHECKING:
     from .engine.llm import RequestOutput as RequestOutput
     from .scheduler.params import SamplingParams as SamplingParams
     from .scheduler.params import Slo as Slo
+    from .scheduler.params import Speculative as Speculative
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "RequestOutput", "SamplingParams", "Slo", "__version__"]
+__all__ = ["LLM", "RequestOutput", "SamplingParams", "Slo", "Speculative", "__version__"]
 
 _HOMES = {
     "LLM": "engine.llm",
     "RequestOutput": "engine.llm",
     "SamplingParams": "scheduler.params",
     "Slo": "scheduler.params",
+    "Speculative": "scheduler.params",
 }
 
 

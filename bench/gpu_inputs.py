@@ -369,3 +369,11 @@ def _sampling(sizes: Sizes) -> Iterator[Case]:
         return Inputs((target, draft, tokens, parents, seeds, torch.zeros_like(seeds), torch.full_like(seeds, 40)))
 
     yield Case("verify", "trees", trees, fp32, mismatches=0.02)
+
+    def nodes() -> Inputs:
+        count, words = sizes.pick((24, 1000), (5, 50))
+        q = torch.randn(count, words, generator=torch.Generator().manual_seed(6)).softmax(-1)
+        numbers = torch.arange(count)
+        return Inputs((q, 3, numbers + 3, torch.zeros_like(numbers), numbers + 40, numbers % 7))
+
+    yield Case("draw_children", "3 of each", nodes, fp32, mismatches=0.02)

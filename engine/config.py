@@ -45,6 +45,14 @@ class EngineConfig:
                             "float16", "float32", "fp8", "int8", "int4". Eight and four bits change what is computed
     prefix_caching          share full blocks between prompts with equal beginnings
     prefix_eviction         which cached block makes room: "lru", "discard", "phase" (predicted; scheduler/eviction.py)
+    speculative_method      who guesses tokens ahead, for the target to verify: "none"; "ngram", what followed the same
+                            tokens before; "draft", a smaller model; "nested", a slice of the target; "layers", some of
+                            its layers. It changes how fast tokens come, not which (engine/spec/)
+    speculative_model       of "draft" a folder or hub id; of "nested" the width of the slice, "h/2", "h/4", "h/8" or a
+                            number of FFN channels; of "layers" the layers that it keeps, "0,1,6"; else None
+    num_speculative_tokens  guessed one after another, at most; None = the method's default
+    speculative_tree        "chain", or several guesses for each place: "rsd-c:2,2,1", "rsd-s:3x4" (scheduler/drafts.py)
+    speculative_adaptive    guess as much as pays, for each request and step; False = always the whole shape
     max_logprobs            rivals per token that a request may ask for; -1 = up to the whole vocabulary
     kernels                 {op: implementation}, to override the choice of the registry
     graphs                  replay steps of decodes as CUDA graphs; None = on a GPU
@@ -76,6 +84,11 @@ class EngineConfig:
     kv_cache_dtype: str = "auto"
     prefix_caching: bool = True
     prefix_eviction: str = "lru"
+    speculative_method: str = "none"
+    speculative_model: str | None = None
+    num_speculative_tokens: int | None = None
+    speculative_tree: str = "chain"
+    speculative_adaptive: bool = True
     max_logprobs: int = 20
     kernels: dict[str, str] = field(default_factory=dict)
     graphs: bool | None = None

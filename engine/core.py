@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import kernels as kernel_table
+from ..kernels import Kernels
 from ..kernels.batch import LayerKV
 from ..kernels.kv_formats import kv_format
 from ..scheduler.config import SchedulerConfig
@@ -40,11 +40,12 @@ from .memory import CudaMeter, describe, measure
 from .messages import Abort, AddRequest, Down, EngineReady, Shutdown, StepOutputs, StepStats, Up
 from .model_config import DecoderConfig
 from .recorded import recorded
-from .resolve import Resolved, look_at_machine, resolve, with_kv_cache
+from .resolve import Resolved, choose_kernels, look_at_machine, resolve, with_kv_cache
 from .runner import Launched, ModelRunner
 from .sampler import Sampler
 from .slots import SlotTable
-from .validation import Limits, check_request
+from .spec.build import Drafter, load_draft_config, load_drafter, make_proposers
+from .validation import check_request, limits_of
 
 log = logging.getLogger(__name__)
 
@@ -70,10 +71,11 @@ class EngineCore:
         with self._phase("read configuration"):
             path = locate_model(config.model, config.revision)
             model = load_config(path)
-            settings = resolve(config, model, look_at_machine(config.device))
+            draft = load_draft_config(config, path, model)
+            settings = resolve(config, model, look_at_machine(config.device), draft)
         torch.set_num_threads(settings.threads)
         with self._phase("load weights"):
-            kernels = self._kernels(model, settings)
+            kernels = choose_kernels(config, settings, model, settings.kv_cache_dtype)
             decoder = load_decoder(
                 path,
                 model,
@@ -84,11 +86,12 @@ class EngineCore:
                 rounding=settings.rounding,
                 turn_values=kv_format(settings.kv_cache_dtype).rotates_keys,
             )
+            drafter = load_drafter(config, settings, path, decoder, kernels)
         memory = {"weights": settings.weight_bytes}
         if settings.memory_share is not None:
             with self._phase("measure memory"):
                 # Graphs hold on to the cache that they were captured over: this runner goes, with its own.
-                trial = self._runner(path, model, replace(settings, num_blocks=2), kernels, decoder)
+                trial = self._runner(path, model, replace(settings, num_blocks=2), kernels, decoder, drafter)
                 measured = measure(trial, settings, meter := CudaMeter())
                 del trial
                 meter.settle()
@@ -97,7 +100,7 @@ class EngineCore:
             log.info("memory of the GPU:\n%s", describe(memory))
         memory["kv_cache"] = settings.kv_cache_bytes
         with self._phase("allocate KV cache"):
-            self.runner = self._runner(path, model, settings, kernels, decoder)
+            self.runner = self._runner(path, model, settings, kernels, decoder, drafter)
         with self._phase("warm up"):
             self.runner.warm_up(min(settings.max_num_batched_tokens, settings.max_model_len))
         with self._phase("time steps"):
@@ -119,16 +122,11 @@ class EngineCore:
                 slo_itl=config.slo_itl_ms and config.slo_itl_ms / 1e3,
                 chunking=config.prefill_chunking,
                 eviction=config.prefix_eviction,
+                draft_method=settings.draft_method,
+                draft_shape=settings.draft_shape,
+                adaptive_drafts=config.speculative_adaptive,
             ),
             cost,
-        )
-        self.limits = Limits(
-            model.vocab_size,
-            settings.max_model_len,
-            config.max_logprobs,
-            config.max_n,
-            config.scheduling_policy,
-            frozenset(config.tenant_weights),
         )
         self._ahead = int(settings.overlap)  # steps launched before one is collected
         self._out: deque[Step] = deque()
@@ -160,7 +158,12 @@ class EngineCore:
             startup_seconds=self._phases,
             memory_bytes=memory,
             tenant_weights=dict(config.tenant_weights),
+            speculative_method=settings.draft_method,
+            speculative_tree=str(settings.draft_shape or ""),
+            num_speculative_tokens=settings.draft_shape.depth if settings.draft_shape else 0,
+            speculative_adaptive=config.speculative_adaptive,
         )
+        self.limits = limits_of(self.ready)
         for name, reason in settings.reasons.items():
             log.info("%s = %s (%s)", name, str(getattr(settings, name)).removeprefix("torch."), reason)
         log.info("kernels: %s", ", ".join(f"{op}={name}" for op, name in kernels.describe().items()))
@@ -174,23 +177,21 @@ class EngineCore:
         yield
         self._phases[name] = round(time.perf_counter() - started, 3)
 
-    def _kernels(self, model: DecoderConfig, settings: Resolved) -> kernel_table.Kernels:
-        target = kernel_table.Target(
-            settings.device.type, settings.dtype, model.head_dim, settings.kv_cache_dtype, settings.capability
-        )
-        try:
-            return kernel_table.resolve(target, self.config.kernels)
-        except ValueError as error:
-            raise EngineStartError(f"kernels: {error}") from None
-
     def _runner(
-        self, path: Path, model: DecoderConfig, settings: Resolved, kernels: kernel_table.Kernels, decoder: Decoder
+        self,
+        path: Path,
+        model: DecoderConfig,
+        settings: Resolved,
+        kernels: Kernels,
+        decoder: Decoder,
+        drafter: Drafter | None,
     ) -> ModelRunner:
         cache = self._allocate(path, model, settings)
         slots = SlotTable(settings.max_num_seqs, settings.max_model_len, settings.block_size, settings.device)
         sampler = Sampler(kernels, model.vocab_size, settings.max_num_seqs, tuple(model.eos_token_ids), settings.device)
-        taped = recorded(decoder, kernels, cache, settings.max_num_batched_tokens, settings.max_num_seqs)
-        return ModelRunner(taped, kernels, cache, slots, sampler, CudaCapture() if settings.graphs else None)
+        taped = recorded(decoder, kernels, cache, settings.max_num_batched_tokens, settings.most_drawn)
+        proposers = make_proposers(settings, drafter, cache, sampler, model.eos_token_ids)
+        return ModelRunner(taped, kernels, cache, slots, sampler, CudaCapture() if settings.graphs else None, proposers)
 
     def _allocate(self, path: Path, model: DecoderConfig, settings: Resolved) -> list[LayerKV]:
         spec = kv_spec(model, settings.block_size, settings.kv_cache_dtype)
@@ -228,6 +229,7 @@ class EngineCore:
                 tenant=message.tenant,
                 slo=message.slo,
                 timeout=message.timeout,
+                speculative=message.speculative,
             )
             return []
         except (RequestError, Refused) as error:
@@ -278,6 +280,7 @@ class EngineCore:
         self.stats.launched_tokens = self.scheduler.steps.cost.launched(step.plan.num_tokens)
         self.stats.step_seqs = len(step.plan.rows)
         self.stats.predicted_seconds = step.predicted
+        self.stats.draft_seconds = sum(done.seconds for done in result.drafting)
         self.stats.forward_seconds = seconds if self._out else seconds - step.scheduling
         self.stats.schedule_seconds = step.scheduling + self._update_seconds
         self.stats.steps_total += 1
@@ -299,6 +302,10 @@ class EngineCore:
         stats.evicted_blocks_total, stats.expired_total = scheduler.pool.num_evicted, counters.expired
         stats.aborted_total, stats.failed_total = counters.aborted, counters.failed
         stats.discarded_tokens_total = counters.discarded
+        stats.draft_tokens_total, stats.accepted_tokens_total = counters.drafted, counters.accepted
+        stats.draft_failures_total = counters.draft_failures
+        stats.drafted_by_position, stats.accepted_by_position = list(counters.drafted_at), list(counters.accepted_at)
+        stats.draft_depths = list(counters.depths)
         stats.graph_steps_total, stats.eager_steps_total = self.runner.graph_steps, self.runner.eager_steps
         return StepOutputs(chunks, copy(stats))  # the message lives on, on another thread
 

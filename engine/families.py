@@ -53,6 +53,7 @@ def load_config(folder: Path) -> DecoderConfig:
     windows = family.windows(fields, layers)
     ropes, layer_ropes = family.ropes(fields, family.rope_base, head_dim, windows)
     moe = family.moe(fields, layers) if family.moe else None
+    ffn = fields.integer("intermediate_size", 1, MAX_FFN)
     attention_cap, logit_cap = family.softcaps
     return DecoderConfig(
         model_type=fields.text("model_type"),
@@ -62,7 +63,7 @@ def load_config(folder: Path) -> DecoderConfig:
         num_heads=heads,
         num_kv_heads=_kv_heads(fields, heads),
         head_dim=head_dim,
-        ffn=fields.integer("intermediate_size", 1, MAX_FFN),
+        ffn=ffn,
         max_position=max_position,
         activation=_activation(fields, family),
         norms=family.norms,
@@ -83,6 +84,7 @@ def load_config(folder: Path) -> DecoderConfig:
         moe=moe,
         eos_token_ids=_eos_token_ids(folder, fields, vocab_size),
         quantization=read_scheme(folder, fields),
+        nested_widths=tuple(fields.integers("matformer_widths", 1, ffn)),
     )
 
 

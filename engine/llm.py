@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from ..scheduler.params import SamplingParams, Slo
+from ..scheduler.params import SamplingParams, Slo, Speculative
 from ..scheduler.plan import TokenLogprob
 from .chat import load_chat_template, require_chat_template
 from .client import EngineClient
@@ -29,13 +29,14 @@ from .messages import Abort, AddRequest, EngineDead, StepOutputs
 from .outputs import RequestStream, SampleOutput, TextOptions
 from .tokenizer import load_tokenizer
 from .validation import (
-    Limits,
     check_length,
     check_order,
     check_params,
     check_promises,
+    check_speculative,
     check_stop,
     clamp_logit_bias,
+    limits_of,
     shown,
     valid_token_ids,
 )
@@ -82,6 +83,7 @@ class _Terms:
     slo: Slo
     timeout: float | None
     tenant: str
+    speculative: Speculative
 
 
 class LLM:
@@ -115,15 +117,7 @@ class LLM:
         except BaseException:
             client.close()
             raise
-        info = self.info
-        self._limits = Limits(
-            info.vocab_size,
-            info.max_model_len,
-            info.max_logprobs,
-            info.max_n,
-            info.scheduling_policy,
-            frozenset(info.tenants),
-        )
+        self._limits = limits_of(self.info)
 
     def default_params(self) -> SamplingParams:
         """What is used where no parameters are given: the model's own recommendations, and seed 0."""
@@ -141,6 +135,7 @@ class LLM:
         slo: Slo | None = None,
         timeout: float | None = None,
         tenant: str = "",
+        speculative: Speculative | None = None,
         progress: bool = True,
     ) -> list[RequestOutput]:
         """Continue each prompt; answers come in the prompts' order.
@@ -150,13 +145,15 @@ class LLM:
         stop, ...        as in `TextOptions`, for all prompts
         slo, timeout     promises and limit of each prompt, in seconds from this call
         tenant           whose prompts these are, under the policy "fair"
+        speculative      who guesses ahead for them and how far, within what the engine was started with. It changes how
+                         fast tokens come, not which; a sample's num_drafted and num_accepted say how it went
 
         Raises RequestError, naming the prompt's index, before anything is drawn, if any prompt cannot be served as
         asked. A sample that fails later has finish_reason "error", one that runs out of time "expired", and leaves the
         others alone.
         Raises EngineDeadError if the engine itself is gone.
         """
-        terms = self._terms(slo, timeout, tenant)
+        terms = self._terms(slo, timeout, tenant, speculative)
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         encoded: list[tuple[str | None, list[int]]] = []
         for i, prompt in enumerate(texts):
@@ -178,6 +175,7 @@ class LLM:
         slo: Slo | None = None,
         timeout: float | None = None,
         tenant: str = "",
+        speculative: Speculative | None = None,
     ) -> Generator[SampleOutput]:
         """The n samples of one prompt, each when it ends: the shortest come first.
 
@@ -187,7 +185,7 @@ class LLM:
         Ending the loop cancels the rest as well. Until it has ended, calls from other threads wait and those from this
         one raise RuntimeError. For the rest as `generate`.
         """
-        terms = self._terms(slo, timeout, tenant)
+        terms = self._terms(slo, timeout, tenant, speculative)
         encoded = [(prompt if isinstance(prompt, str) else None, self._ids(prompt))]
         options = _text_options(stop, include_stop_str_in_output, skip_special_tokens, spaces_between_special_tokens)
         return self._samples(self._requests(encoded, None, sampling_params, options), terms, verify)
@@ -208,6 +206,7 @@ class LLM:
         slo: Slo | None = None,
         timeout: float | None = None,
         tenant: str = "",
+        speculative: Speculative | None = None,
         progress: bool = True,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of several: `generate` on what the model's chat template writes.
@@ -215,7 +214,7 @@ class LLM:
         messages  [{"role": "user", "content": "..."}, ...], or a list of such lists; see `ChatTemplate.render` for the
                   template's options
         """
-        terms = self._terms(slo, timeout, tenant)
+        terms = self._terms(slo, timeout, tenant, speculative)
         template = require_chat_template(self._template)
         conversations: Sequence[Any] = [messages] if messages and isinstance(messages[0], Mapping) else messages
 
@@ -256,12 +255,17 @@ class LLM:
         valid_token_ids(ids, self.info.vocab_size, "prompt")
         return ids
 
-    def _terms(self, slo: Slo | None, timeout: float | None, tenant: str) -> _Terms:
+    def _terms(self, slo: Slo | None, timeout: float | None, tenant: str, speculative: Speculative | None) -> _Terms:
         if slo is not None and not isinstance(slo, Slo):
             raise RequestError(f"slo must be a Slo, not {shown(slo)}", "slo")
-        terms = _Terms(Slo() if slo is None else slo, timeout, tenant)
+        if speculative is not None and not isinstance(speculative, Speculative):
+            raise RequestError(f"speculative must be a Speculative, not {shown(speculative)}", "speculative")
+        terms = _Terms(
+            Slo() if slo is None else slo, timeout, tenant, Speculative() if speculative is None else speculative
+        )
         check_order(0, tenant, self._limits)
         check_promises(terms.slo, timeout)
+        check_speculative(terms.speculative, self._limits)
         return terms
 
     def _run(
@@ -373,6 +377,7 @@ class LLM:
                         tenant=terms.tenant,
                         slo=terms.slo,
                         timeout=terms.timeout,
+                        speculative=terms.speculative,
                     )
                 )
             while unfinished:
@@ -393,7 +398,7 @@ class LLM:
             if request is None:
                 continue
             delta = request.stream.fold(chunk)
-            if delta.is_empty:
+            if delta.is_empty and not delta.num_drawn:
                 continue
             output = request.outputs.get(chunk.index)
             if output is None:

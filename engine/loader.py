@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -29,8 +29,9 @@ from .kv_scales import all_kv_scale_names
 from .layout import (
     AttentionWeights,
     FeedForwardWeights,
-    ModelWeights,
+    LayerWeights,
     MoeWeights,
+    Weight,
     iter_weights,
     model_weights,
 )
@@ -108,6 +109,26 @@ def load_decoder(
     return decoder
 
 
+def make_norms(
+    config: DecoderConfig,
+    kernels: Kernels,
+    reader: Reader,
+    layers: Sequence[LayerWeights],
+    last: Weight,
+    rows: Sequence[RowFormat | None],
+) -> tuple[Callable[[Tensor], Rows] | None, list[Join]]:
+    """What stands before the first block of these layers, between each and the next, and, with the norm `last`, behind
+    them. rows: as each block wants its input."""
+    enters = [norm for layer in layers for norm in (layer.enter_attention, layer.enter_ffn)]
+    leaves = [norm for layer in layers for norm in (layer.leave_attention, layer.leave_ffn)]
+    first = reader.optional(enters[0])
+    joins = [
+        make_join(config, kernels, reader.optional(leave), reader.optional(enter), wanted)
+        for leave, enter, wanted in zip(leaves, [*enters[1:], last], [*rows[1:], None], strict=True)
+    ]
+    return None if first is None else make_norm(config, kernels, first, rows[0]), joins
+
+
 class _Builder:
     """Makes the decoder's parts of what the reader gives."""
 
@@ -133,23 +154,12 @@ class _Builder:
             lm_head = make_logits(self.kernels, embedding)
         else:
             lm_head = self.reader.logits(weights.lm_head)
-        first, joins = self._norms(weights, [block.rows for block in blocks])
+        first, joins = make_norms(
+            self.config, self.kernels, self.reader, weights.layers, weights.norm, [block.rows for block in blocks]
+        )
         return Decoder(
             self.config, self.kernels, embedding, first, list(zip(blocks, joins, strict=True)), lm_head, self.windows
         )
-
-    def _norms(
-        self, weights: ModelWeights, rows: list[RowFormat | None]
-    ) -> tuple[Callable[[Tensor], Rows] | None, list[Join]]:
-        """What stands before the first block and between each and the next; rows: as each block wants its input."""
-        enters = [norm for layer in weights.layers for norm in (layer.enter_attention, layer.enter_ffn)]
-        leaves = [norm for layer in weights.layers for norm in (layer.leave_attention, layer.leave_ffn)]
-        first = self.reader.optional(enters[0])
-        joins = [
-            make_join(self.config, self.kernels, self.reader.optional(leave), self.reader.optional(enter), wanted)
-            for leave, enter, wanted in zip(leaves, [*enters[1:], weights.norm], [*rows[1:], None], strict=True)
-        ]
-        return None if first is None else make_norm(self.config, self.kernels, first, rows[0]), joins
 
     def _attention(self, layer: int, weights: AttentionWeights) -> Attention:
         rope = self.config.layer_ropes[layer]

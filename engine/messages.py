@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from ..scheduler.params import SamplingParams, Slo
+from ..scheduler.params import SamplingParams, Slo, Speculative
 from ..scheduler.plan import Chunk, TokenLogprob
 
 
@@ -21,6 +21,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add", omit_defaults=True):
     cache_salt: str = ""  # prefix blocks are shared only between requests with equal salts
     tenant: str = ""  # who pays: the `fair` policy shares the engine out between tenants
     slo: Slo = Slo()
+    speculative: Speculative = Speculative()
     timeout: float | None = None  # seconds from arrival after which the request ends, whatever it was doing
 
 
@@ -65,6 +66,13 @@ class StepStats(msgspec.Struct, array_like=True, gc=False):
     discarded_tokens_total: int = 0  # drawn for samples that had ended while the step was out
     graph_steps_total: int = 0  # forward passes that replayed a CUDA graph
     eager_steps_total: int = 0  # forward passes launched kernel by kernel
+    draft_seconds: float = 0.0  # this step: guessing, a part of forward_seconds
+    draft_tokens_total: int = 0  # guessed and verified
+    accepted_tokens_total: int = 0  # of these, those that were drawn
+    draft_failures_total: int = 0  # times that a proposer failed a sequence
+    drafted_by_position: list[int] = []  # [k]: drafts that guessed a (k + 1)-th token behind the last real one
+    accepted_by_position: list[int] = []  # [k]: of these, those of which k + 1 tokens at least were accepted
+    draft_depths: list[int] = []  # [k]: times that depth k was chosen for a sequence that could have been drafted for
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag="step"):
@@ -99,6 +107,10 @@ class EngineReady(msgspec.Struct, frozen=True, tag="ready"):
     quantization: str = "none"  # of the weights: the checkpoint's method, or the format they were rounded to
     kv_cache_dtype: str = ""  # a name in kernels/kv_formats.py
     tenant_weights: dict[str, float] = {}  # of `tenants`, for the API side's share of the queue
+    speculative_method: str = "none"  # who guesses tokens ahead
+    speculative_tree: str = ""  # the largest shape of a draft, as scheduler.drafts names it; empty = none
+    num_speculative_tokens: int = 0  # its depth: the most that a request may ask for
+    speculative_adaptive: bool = True  # whether less is guessed where that pays
 
 
 class EngineDead(msgspec.Struct, frozen=True, tag="dead"):
@@ -116,6 +128,7 @@ __all__ = [
     "EngineReady",
     "Shutdown",
     "Slo",
+    "Speculative",
     "StepOutputs",
     "StepStats",
     "TokenLogprob",

@@ -65,6 +65,8 @@ class DecoderConfig:
     windows          per layer: None, or w = a query sees the last w positions, itself included
     max_position     the context it was trained (and stretched) for, in tokens
     quantization     how the checkpoint stores its linears; None = as floats
+    nested_widths    of feed-forwards whose first so many units were trained as a model of their own (MatFormer); none =
+                     the checkpoint does not say
     """
 
     model_type: str
@@ -95,3 +97,4 @@ class DecoderConfig:
     moe: MoeConfig | None
     eos_token_ids: tuple[int, ...]
     quantization: Scheme | None = None
+    nested_widths: tuple[int, ...] = ()

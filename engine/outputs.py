@@ -36,6 +36,8 @@ class Delta:
     completed a stop string never happened. `logprobs` and `offsets` lie beside `token_ids`.
 
     num_drawn      tokens drawn since the last delta, those of held text included
+    num_drafted    tokens guessed since the last delta, for the model to verify
+    num_accepted   of these, those that were drawn
     offsets        per token the character of the sample's text at which it starts
     finish_reason  None = goes on; "stop", "length", "abort", "error", "expired"
     stop_reason    the stop string, or the stop token id; None for EOS
@@ -46,6 +48,8 @@ class Delta:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     num_drawn: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
     offsets: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
     finish_reason: str | None = None
@@ -101,6 +105,8 @@ class SampleStream:
         else:
             if chunk.finish_reason is not None:
                 self._finish(delta, chunk)
+        delta.num_drafted = chunk.num_drafted
+        delta.num_accepted = min(chunk.num_accepted, delta.num_drawn)  # a guess behind a stop string was in vain
         self.finish_reason = delta.finish_reason
         self._num_shown += len(delta.text)
         self._release(delta)
@@ -214,6 +220,8 @@ class SampleOutput:
     token_ids: list[int] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
+    num_drafted: int = 0
+    num_accepted: int = 0
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     error: str | None = None
@@ -233,6 +241,8 @@ class SampleOutput:
         self.parts.append(delta.text)
         self.token_ids += delta.token_ids
         self.offsets += delta.offsets
+        self.num_drafted += delta.num_drafted
+        self.num_accepted += delta.num_accepted
         if delta.logprobs is not None:
             self.logprobs = (self.logprobs or []) + delta.logprobs
         if delta.finish_reason is not None:

@@ -9,15 +9,19 @@ from pathlib import Path
 
 import torch
 
+from ..kernels import Kernels, Target
+from ..kernels import resolve as resolve_kernels
+from ..scheduler.drafts import MAX_NODES, DraftShape
 from ..scheduler.policy import POLICIES
 from . import cgroup
 from .config import EngineConfig
 from .errors import EngineStartError
-from .kv_cache import block_bytes, choose_kv_format, kv_spec
+from .kv_cache import FORMAT, block_bytes, choose_kv_format, kv_spec
 from .layout import weight_bytes
 from .model_config import DecoderConfig
 from .quant.rounding import choose_rounding, refuses_gpu
 from .quant.scheme import Packing
+from .spec.settings import choose_drafts
 from .validation import MAX_N, MAX_TENANT_BYTES
 
 log = logging.getLogger(__name__)
@@ -59,6 +63,9 @@ class Resolved:
     rounding        how they become that; None = they stay
     kv_cache_dtype  a name in kernels/kv_formats.py
     memory_share    of the GPU, to be used; num_blocks is then a guess, until it has been measured. None = it is settled
+    draft_method    who guesses ahead, "none" = nobody
+    draft_shape     what is guessed for one sequence in one step, at most; None = nothing
+    draft           the model that guesses, if it is one of its own
     """
 
     dtype: torch.dtype
@@ -79,7 +86,16 @@ class Resolved:
     memory_share: float | None
     graphs: bool
     overlap: bool
+    draft_method: str
+    draft_shape: DraftShape | None
+    draft: DecoderConfig | None = None
     reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def most_drawn(self) -> int:
+        """Rows of a step that tokens are drawn from, at most: of guesses all are."""
+        rows = 1 if self.draft_shape is None else 1 + self.draft_shape.nodes
+        return min(self.max_num_seqs * rows, self.max_num_batched_tokens)
 
 
 def look_at_machine(device: str) -> Machine:
@@ -122,8 +138,13 @@ def usable_threads(wanted: int | None, cores: int) -> int:
     return min(wanted or cores, cores)
 
 
-def resolve(config: EngineConfig, model: DecoderConfig, machine: Machine) -> Resolved:
-    """Decide what was left open. Raises EngineStartError naming setting, value and remedy for what cannot be."""
+def resolve(
+    config: EngineConfig, model: DecoderConfig, machine: Machine, draft: DecoderConfig | None = None
+) -> Resolved:
+    """Decide what was left open. draft: the model that guesses, if it is one of its own.
+
+    Raises EngineStartError naming setting, value and remedy for what cannot be.
+    """
     _check_ranges(config)
     reasons: dict[str, str] = {}
     device = _device(config, machine, reasons)
@@ -143,9 +164,9 @@ def resolve(config: EngineConfig, model: DecoderConfig, machine: Machine) -> Res
 
     quantization, rounding = _quantization(config, model, machine, reasons)
     kv_cache_dtype, reasons["kv_cache_dtype"] = choose_kv_format(config.kv_cache_dtype, model, dtype)
-    weights = weight_bytes(model, dtype, rounding)
-    spec = kv_spec(model, config.block_size, kv_cache_dtype)
-    per_block = block_bytes(spec, model.num_layers)
+    weights = weight_bytes(model, dtype, rounding) + (0 if draft is None else weight_bytes(draft, dtype))
+    per_block = _block_bytes(config, model, kv_cache_dtype, draft, dtype)
+    draft_method, draft_shape = choose_drafts(config, reasons)
     memory_share = _memory_share(config, device)
     num_blocks, reasons["num_blocks"] = _num_blocks(config, machine, wanted, weights, per_block, memory_share)
     return Resolved(
@@ -167,13 +188,16 @@ def resolve(config: EngineConfig, model: DecoderConfig, machine: Machine) -> Res
         memory_share=memory_share,
         graphs=_on_a_gpu("graphs", config.graphs, device, reasons),
         overlap=_on_a_gpu("overlap", config.overlap, device, reasons),
+        draft_method=draft_method,
+        draft_shape=draft_shape,
+        draft=draft,
         reasons=reasons,
     )
 
 
 def with_kv_cache(config: EngineConfig, model: DecoderConfig, settings: Resolved, kv_cache_bytes: int) -> Resolved:
     """The settings with a KV cache of a measured size. Raises EngineStartError when it is too small to serve."""
-    per_block = block_bytes(kv_spec(model, settings.block_size, settings.kv_cache_dtype), model.num_layers)
+    per_block = _block_bytes(config, model, settings.kv_cache_dtype, settings.draft, settings.dtype)
     num_blocks = kv_cache_bytes // per_block
     if num_blocks < 2:
         raise EngineStartError(
@@ -190,6 +214,25 @@ def with_kv_cache(config: EngineConfig, model: DecoderConfig, settings: Resolved
         memory_share=None,
         reasons=reasons,
     )
+
+
+def _block_bytes(
+    config: EngineConfig, model: DecoderConfig, kv_format: str, draft: DecoderConfig | None, dtype: torch.dtype
+) -> int:
+    """Of one block, which a draft model of its own has as well, in its own number format."""
+    size = block_bytes(kv_spec(model, config.block_size, kv_format), model.num_layers)
+    if draft is not None:
+        size += block_bytes(kv_spec(draft, config.block_size, FORMAT[dtype]), draft.num_layers)
+    return size
+
+
+def choose_kernels(config: EngineConfig, settings: Resolved, model: DecoderConfig, kv_format: str) -> Kernels:
+    """The table of kernels for one model. Raises EngineStartError for an override that cannot be."""
+    target = Target(settings.device.type, settings.dtype, model.head_dim, kv_format, settings.capability)
+    try:
+        return resolve_kernels(target, config.kernels)
+    except ValueError as error:
+        raise EngineStartError(f"kernels: {error}") from None
 
 
 def _held(config: EngineConfig, wanted: int, num_blocks: int, per_block: int, reasons: dict[str, str]) -> int:
@@ -233,6 +276,7 @@ def _check_ranges(config: EngineConfig) -> None:
         "num_blocks": (2, 1 << 31),
         "kv_cache_bytes": (1, 1 << 50),
         "gpu_memory_utilization": (0.01, 1.0),
+        "num_speculative_tokens": (1, MAX_NODES),
     }
     for name, (low, high) in bounds.items():
         value = getattr(config, name)

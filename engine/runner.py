@@ -1,19 +1,21 @@
 """Runs a step: a plan becomes one ragged batch, one forward pass, and the tokens drawn from its last rows.
 
     launch:   StepPlan ──▶ slots ──▶ RaggedBatch ──▶ Decoder ──hidden──▶ logits of the rows that draw ──▶ Sampler
+                └──▶ proposers ──guesses──┘                                └─▶ verification, where there are guesses
     collect:  what was drawn, when the device is done ──▶ StepResult
 
-Steps run on the device in the order of their launch, and the next one may be launched before one is collected. A
-request's fault ends that request: what touches one sequence is tried alone, and a forward pass that raises is run
-again sequence by sequence.
+Steps run on the device in the order of their launch, and the next one may be launched before one is collected. What is
+guessed is verified at the launch: the host has to know how much of it stays. A request's fault ends that request: what
+touches one sequence is tried alone, and a forward pass that raises is run again sequence by sequence.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,12 +23,16 @@ from torch import Tensor
 
 from ..kernels import Kernels
 from ..kernels.batch import LayerKV
-from ..scheduler.plan import Draw, NewSeq, Row, RowResult, StepPlan, StepResult
+from ..scheduler.drafts import DraftShape
+from ..scheduler.plan import DraftPass, Draw, NewSeq, Row, RowResult, StepPlan, StepResult
 from .decoder import Decoder
 from .graphs import Capture, Graphs
 from .recorded import RecordedDecoder
 from .sampler import Drawn, Rated, Sampler
 from .slots import SlotTable
+from .spec.asking import ask
+from .spec.proposer import Draft, Proposer, View
+from .spec.verification import judge
 from .transfer import upload
 
 log = logging.getLogger(__name__)
@@ -34,8 +40,20 @@ log = logging.getLogger(__name__)
 # Logits of this many prompt rows are made at once for prompt logprobs: at a vocabulary of 150,000 they take 38 MB.
 PROMPT_LOGPROB_ROWS = 64
 
+NO_PROPOSERS: Mapping[str, Proposer] = {}
 
-Placed = tuple[Row, RowResult]  # a row, and where its result goes
+
+class Placed(NamedTuple):
+    """A row with what was guessed for it, and where its result goes."""
+
+    row: Row
+    result: RowResult
+    draft: Draft | None = None
+
+    @property
+    def drawn(self) -> int:
+        """Of its tokens, the last so many are drawn from."""
+        return (1 if self.draft is None else 1 + len(self.draft.tree.tokens)) if self.row.samples else 0
 
 
 @dataclass(slots=True)
@@ -45,8 +63,9 @@ class Launched:
     step_id: int
     rows: list[RowResult]  # beside StepPlan.rows
     draws: list[RowResult]  # beside StepPlan.draws
-    drawn: list[tuple[list[RowResult], Drawn]] = field(default_factory=list)
+    drawn: list[tuple[list[NewSeq], list[RowResult], Drawn]] = field(default_factory=list)
     rated: list[tuple[RowResult, list[Rated]]] = field(default_factory=list)
+    drafting: list[DraftPass] = field(default_factory=list)
 
 
 class ModelRunner:
@@ -58,13 +77,15 @@ class ModelRunner:
         slots: SlotTable,
         sampler: Sampler,
         capture: Capture | None = None,
+        proposers: Mapping[str, Proposer] = NO_PROPOSERS,
     ) -> None:
-        """capture: how steps of decodes become graphs; None = they do not."""
+        """capture: how steps of decodes become graphs; None = they do not. proposers: by their method."""
         self.decoder = decoder
         self.cache = cache
         self.slots = slots
         self.sampler = sampler
-        self.copy_blocks = kernels.kv_copy_blocks.run
+        self.proposers = proposers
+        self.copy_blocks, self.compact = kernels.kv_copy_blocks.run, kernels.kv_compact.run
         self.graphs: Graphs | None = None
         if capture is not None:
             self.graphs = Graphs(lambda batch: self.decoder.forward(batch, self.cache), slots, capture)
@@ -84,7 +105,7 @@ class ModelRunner:
     @torch.inference_mode()
     def rehearse(self, rows: list[Row]) -> None:
         """The forward pass of these rows, whose slots are free: they read and write the null block only."""
-        hidden, drawing = self._forward(rows)
+        hidden, drawing = self._forward([Placed(row, RowResult()) for row in rows])
         self.decoder.logits_at(hidden, drawing).sum().item()  # waits for the device
 
     @torch.inference_mode()
@@ -105,27 +126,32 @@ class ModelRunner:
         for row in plan.rows:
             if row.new_block_ids:  # in most steps of a sequence there are none
                 self.slots.add_blocks(row.slot, row.new_block_ids)
+        placed = self._guess(step, [Placed(row, result) for row, result in zip(plan.rows, step.rows, strict=True)])
         # Short rows first: kernels treat the decodes and the chunks of a step as two contiguous ranges.
-        places = sorted(range(len(plan.rows)), key=lambda i: plan.rows[i].num_tokens)
-        self._run(step, [(plan.rows[i], step.rows[i]) for i in places])
+        self._run(step, sorted(placed, key=lambda one: one.row.num_tokens))
         return step
 
     def collect(self, step: Launched) -> StepResult:
         """Wait for a step's results. Slots may be somebody else's by now: all that is needed was launched with it."""
-        for results, drawn in step.drawn:
+        for entered, results, drawn in step.drawn:
             self.sampler.finish(drawn, results)
+            for new, result in zip(entered, results, strict=True):
+                if self._entered.get(new.slot) is new:
+                    self.slots.learn(new.slot, result.token_ids)
         for result, ratings in step.rated:
             try:
                 result.prompt_logprobs = [logprob for rated in ratings for logprob in rated.wait()] or None
             except Exception as error:
                 _without_prompt_logprobs(result, error)
-        return StepResult(step.step_id, step.rows, step.draws)
+        return StepResult(step.step_id, step.rows, step.draws, step.drafting)
 
     def _enter(self, new: NewSeq) -> None:
         self._entered[new.slot] = new
         try:
             self.slots.fill(new)
             self.sampler.add(new.slot, new.params, new.sample_index, list(new.token_ids), new.num_prompt)
+            for proposer in self.proposers.values():
+                proposer.enter(new.slot)
         except Exception as error:
             log.exception("a sequence cannot enter the batch")
             self._failed[new.slot] = f"the request cannot be run: {type(error).__name__}"
@@ -141,55 +167,103 @@ class ModelRunner:
             for layer in self.cache:
                 self.copy_blocks(layer, sources, targets)
 
+    def _guess(self, step: Launched, rows: list[Placed]) -> list[Placed]:
+        """The rows with what was guessed for those that are to have guesses, and as long as these make them."""
+        asked: dict[str, list[int]] = {}
+        views: dict[int, View] = {}
+        for i, one in enumerate(rows):
+            if one.row.draft is not None and one.row.slot not in self._failed:
+                asked.setdefault(one.row.draft.method, []).append(i)
+                views[i] = self._view(one.row, one.row.draft.shape)
+        for method, places in asked.items():
+            answers, passes = ask(self.proposers[method], [views[i] for i in places], self.sampler.vocab_size)
+            step.drafting += passes
+            for i, answer in zip(places, answers, strict=True):
+                rows[i].result.draft_error = answer.error
+                rows[i] = rows[i]._replace(draft=answer.draft)
+        return [
+            one if one.row.draft is None else one._replace(row=one.row._replace(num_tokens=one.drawn)) for one in rows
+        ]
+
+    def _view(self, row: Row, shape: DraftShape) -> View:
+        slot, table = row.slot, self.slots
+        return View(
+            slot,
+            table.token_ids[slot, : row.start + 1],
+            int(table.num_prompt[slot]),
+            table.block_table[slot],
+            self.sampler.states([slot])[0],
+            shape,
+            self._entered[slot].salt,
+        )
+
     def _run(self, step: Launched, rows: list[Placed]) -> None:
         healthy = []
-        for row, result in rows:
-            result.error = self._failed.get(row.slot)
-            if result.error is None:
-                healthy.append((row, result))
+        for one in rows:
+            one.result.error = self._failed.get(one.row.slot)
+            if one.result.error is None:
+                healthy.append(one)
         if healthy:
             self._try(step, healthy)
 
     def _try(self, step: Launched, rows: list[Placed]) -> None:
         """The rows together; if that raises, each alone, to find the one at fault. Writing K/V twice does no harm."""
         try:
-            hidden, drawing = self._forward([row for row, _ in rows])
+            hidden, drawing = self._forward(rows)
         except Exception as error:
             log.exception("a step of %d sequences failed", len(rows))
             if len(rows) == 1:
-                rows[0][1].error = f"the model failed: {type(error).__name__}"
+                rows[0].result.error = f"the model failed: {type(error).__name__}"
             else:
                 for placed in rows:
                     self._try(step, [placed])
             return
         self._draw(step, rows, hidden, drawing)
 
-    def _forward(self, rows: list[Row]) -> tuple[Tensor, Tensor]:
+    def _forward(self, rows: list[Placed]) -> tuple[Tensor, Tensor]:
         """Hidden states of all tokens [T, d], and the numbers of those that the next tokens are drawn from."""
-        ends = itertools.accumulate(row.num_tokens for row in rows)
-        drawing = [end - 1 for row, end in zip(rows, ends, strict=True) if row.samples]
-        if self.graphs is not None and all(row.num_tokens == 1 for row in rows):
-            hidden = self.graphs.run(rows)
+        ends = itertools.accumulate(one.row.num_tokens for one in rows)
+        drawing = [i for one, end in zip(rows, ends, strict=True) for i in range(end - one.drawn, end)]
+        plain = [one.row for one in rows]
+        if self.graphs is not None and all(row.num_tokens == 1 for row in plain):
+            hidden = self.graphs.run(plain)
             if hidden is not None:
                 self.graph_steps += 1
                 return hidden, upload([np.array(drawing, np.int64)], self.slots.device)[0]
-        batch = self.slots.gather(rows, drawing)
+        trees = {i: one.draft.tree for i, one in enumerate(rows) if one.draft is not None}
+        batch = self.slots.gather(plain, drawing, trees)
         hidden = self.decoder.forward(batch, self.cache)
         self.eager_steps += 1
         return hidden, batch.logit_rows
 
-    def _draw(self, step: Launched, rows: list[Placed], hidden: Tensor, last: Tensor) -> None:
-        """last: the numbers of the hidden rows that tokens are drawn from."""
-        drawing = [(row, result) for row, result in rows if row.samples]
-        if drawing:
-            logits = self.decoder.logits_at(hidden, last)
-            for i, (row, _) in enumerate(drawing):
-                if row.keeps is not None:
-                    self._kept[row.keeps] = logits[i].clone()  # the sampler may edit its rows in place
-            positions = [row.start + row.num_tokens for row, _ in drawing]
-            self._sample(step, logits, [row.slot for row, _ in drawing], positions, [result for _, result in drawing])
+    def _draw(self, step: Launched, rows: list[Placed], hidden: Tensor, drawing: Tensor) -> None:
+        """drawing: the numbers of the hidden rows that tokens are drawn from."""
+        if len(drawing):
+            logits = self.decoder.logits_at(hidden, drawing)
+            first = 0
+            single: list[tuple[int, Placed]] = []  # with the number of its row of logits
+            guessed: list[tuple[int, Placed]] = []  # with that of its first one
+            for one in rows:
+                if one.row.keeps is not None:
+                    self._kept[one.row.keeps] = logits[first].clone()  # the sampler may edit its rows in place
+                if one.drawn:
+                    (single if one.draft is None else guessed).append((first, one))
+                first += one.drawn
+            if guessed:
+                self._judge(logits, guessed)
+            if single:
+                if guessed:
+                    (index,) = upload([np.array([i for i, _ in single], np.int64)], self.slots.device)
+                    logits = logits[index]
+                self._sample(
+                    step,
+                    logits,
+                    [one.row.slot for _, one in single],
+                    [one.row.start + one.row.num_tokens for _, one in single],
+                    [one.result for _, one in single],
+                )
         first = 0
-        for row, result in rows:
+        for row, result, _ in rows:
             new = self._entered[row.slot]
             k = new.params.prompt_logprobs
             if k is not None and new.sample_index == 0:
@@ -199,6 +273,35 @@ class ModelRunner:
                 except Exception as error:
                     _without_prompt_logprobs(result, error)
             first += row.num_tokens
+
+    def _judge(self, logits: Tensor, guessed: list[tuple[int, Placed]]) -> None:
+        """Keep of the guesses what may stay, and move its K/V to where it belongs."""
+        numbers = [i for first, one in guessed for i in range(first, first + one.drawn)]
+        (index,) = upload([np.array(numbers, np.int64)], self.slots.device)
+        rows = [one.row for _, one in guessed]
+        verdicts = judge(
+            self.sampler,
+            logits[index],
+            [row.slot for row in rows],
+            [row.start + 1 for row in rows],
+            [one.draft for _, one in guessed if one.draft is not None],
+        )
+        moves: list[tuple[int, int, int]] = []  # slot, node, where it belongs
+        for (_, one), verdict in zip(guessed, verdicts, strict=True):
+            result = one.result
+            result.token_ids, result.logprobs = verdict.result.token_ids, verdict.result.logprobs
+            result.drafted, result.draft_depth = verdict.result.drafted, verdict.result.draft_depth
+            result.error = verdict.result.error
+            self.slots.learn(one.row.slot, result.token_ids)
+            first = one.row.start + 1
+            moves += [(one.row.slot, first + node, first + i) for i, node in enumerate(verdict.path) if node != i]
+        if moves:
+            slots, sources, targets = np.array(moves, np.int64).T
+            source, target = upload(
+                [self.slots.places(slots, sources), self.slots.places(slots, targets)], self.slots.device
+            )
+            for layer in self.cache:
+                self.compact(layer, source, target)
 
     def _draw_kept(self, step: Launched, draws: Sequence[Draw]) -> None:
         """The first tokens of samples whose prompt was computed for another: by the same logits."""
@@ -218,7 +321,7 @@ class ModelRunner:
     ) -> None:
         drawn = self.sampler.draw(logits, slots, positions)
         self.slots.remember(slots, drawn.ids)
-        step.drawn.append((results, drawn))
+        step.drawn.append(([self._entered[slot] for slot in slots], results, drawn))
 
     def _rate_prompt(self, row: Row, hidden: Tensor, k: int) -> list[Rated]:
         """Of the prompt tokens that follow this row's; nothing when the row is past the prompt."""

@@ -3,16 +3,16 @@
     logits ─ greedy ─▶ is the row sound? done, where greedy and unedited
                 └────▶ edits of each sequence ─ process_logits ─ sample ─▶ ids ─▶ counted for the next step's penalties
 
-What a sequence asks for lives in one object that enters its slot whole and leaves it whole, and noise comes from the
-sequence's seed, its index and the position: neither the slot nor the batch-mates reach a result.
+What a sequence asks for lives in one object (sequence_state.py) that enters its slot whole and leaves it whole, and
+noise comes from the sequence's seed, its index and the position: neither the slot nor the batch-mates reach a result.
+A row may also stand behind a path of guessed tokens; the same functions treat it as if these had been drawn.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ from ..kernels.reference.sampling import Bias, LogitEdits, Logprobs, Marks, Pena
 from ..kernels.registry import Kernels
 from ..scheduler.params import SamplingParams
 from ..scheduler.plan import RowResult, TokenLogprob
-from .errors import RequestError
+from .sequence_state import RowEdits, SequenceState
 from .transfer import Download, upload
 
 log = logging.getLogger(__name__)
@@ -34,121 +34,25 @@ NO_TOKEN_LEFT = (
 )
 
 
-class RowEdits(NamedTuple):
-    """What one sequence changes in its row of logits at this step; None = nothing of the kind."""
-
-    penalised: np.ndarray | None = None  # ids of the tokens it holds
-    subtracted: np.ndarray | None = None  # beside `penalised`: presence and frequency
-    biased: np.ndarray | None = None  # ids
-    bias: np.ndarray | None = None
-    banned: np.ndarray | None = None  # ids
-    allowed: np.ndarray | None = None  # ids
+# The filters of each row of logits: temperature, top_k, top_p, min_p, each [R].
+Filters = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-class TokenCounts:
-    """The distinct tokens of one sequence, and how often each was drawn: grows with them, not the vocabulary."""
+class Chosen(NamedTuple):
+    """One token per row of logits, on the device: always an id, even where the row has a fault (see `faults`)."""
 
-    def __init__(self, prompt: Sequence[int], output: Sequence[int]) -> None:
-        distinct = dict.fromkeys(prompt)
-        self._place = {token: i for i, token in enumerate(distinct)}
-        self._ids = np.fromiter(distinct, np.int64, len(distinct))
-        self._counts = np.zeros(len(distinct), np.float32)
-        for token in output:
-            self.add(token)
-
-    def add(self, token: int) -> None:
-        place = self._place.setdefault(token, len(self._place))
-        if place == len(self._ids):
-            room = np.zeros(max(64, place), np.int64)
-            self._ids = np.concatenate([self._ids, room])
-            self._counts = np.concatenate([self._counts, room.astype(np.float32)])
-        self._ids[place] = token
-        self._counts[place] += 1
-
-    @property
-    def ids(self) -> np.ndarray:
-        """[n] int64"""
-        return self._ids[: len(self._place)]
-
-    @property
-    def counts(self) -> np.ndarray:
-        """[n] float32: times drawn; 0 = in the prompt only"""
-        return self._counts[: len(self._place)]
+    ids: Tensor  # [R] int64
+    best: Tensor  # [R]: the largest logit
+    left: Tensor  # [R]: the largest that the edits left
+    errors: dict[int, str]  # row -> why its edits failed
 
 
-class SequenceState:
-    """One sequence's parameters, and what it has drawn as far as they depend on it."""
-
-    def __init__(
-        self,
-        params: SamplingParams,
-        sample_index: int,
-        token_ids: Sequence[int],
-        num_prompt: int,
-        eos_token_ids: Sequence[int],
-        vocab_size: int,
-    ) -> None:
-        def ids(values: Iterable[int], field: str) -> np.ndarray:
-            return _checked(values, field, vocab_size)
-
-        p = self.params = params
-        self.sample_index = sample_index
-        self.seed = (p.seed + 2**63) % 2**64 - 2**63  # 64 bits in two's complement
-        self.num_drawn = len(token_ids) - num_prompt  # known or not
-
-        penalised = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
-        ids(token_ids if penalised else (), "prompt")
-        self._counts = TokenCounts(token_ids[:num_prompt], token_ids[num_prompt:]) if penalised else None
-        self._biased = ids(p.logit_bias, "logit_bias") if p.logit_bias else None
-        self._bias = np.fromiter(p.logit_bias.values(), np.float32) if p.logit_bias else None
-        self._allowed = None
-        if p.allowed_token_ids is not None:
-            self._allowed = ids(p.allowed_token_ids, "allowed_token_ids")
-            if not len(self._allowed):
-                raise RequestError(
-                    "allowed_token_ids is empty; name at least one token id, or leave it out", "allowed_token_ids"
-                )
-        self._ends = ids((*eos_token_ids, *p.stop_token_ids), "stop_token_ids") if p.min_tokens > 0 else None
-        for word in p.bad_words:
-            ids(word, "bad_words")
-        self._tail = deque(token_ids, maxlen=max((len(word) for word in p.bad_words), default=1) - 1)
-        self.edited = bool(
-            penalised or p.logit_bias or self._allowed is not None or self._ends is not None or p.bad_words
-        )
-
-    def edits(self) -> RowEdits:
-        p, counts = self.params, self._counts
-        banned = self._completions()
-        if self._ends is not None and self.num_drawn < p.min_tokens:
-            banned = np.concatenate([banned, self._ends])
-        penalised = subtracted = None
-        if counts is not None:
-            penalised = counts.ids
-            subtracted = p.frequency_penalty * counts.counts + p.presence_penalty * (counts.counts > 0)
-        return RowEdits(penalised, subtracted, self._biased, self._bias, banned if len(banned) else None, self._allowed)
-
-    def _completions(self) -> np.ndarray:
-        """The tokens that would complete a bad word, whether it began in the prompt or in the output."""
-        tail = tuple(self._tail)
-        last = [
-            w[-1] for w in self.params.bad_words if len(w) <= len(tail) + 1 and w[:-1] == tail[len(tail) + 1 - len(w) :]
-        ]
-        return np.array(last, np.int64)
-
-    def append(self, token: int) -> None:
-        """What was drawn becomes known: for a sequence that looks back, before its next draw."""
-        self._tail.append(token)
-        if self._counts is not None:
-            self._counts.add(token)
-
-
-def _checked(values: Iterable[int], field: str, vocab_size: int) -> np.ndarray:
-    """Ids as an array. The door has checked them; an id that slipped through would read or write another row."""
-    ids = np.array(list(values), np.int64)
-    wrong = ids[(ids < 0) | (ids >= vocab_size)]
-    if len(wrong):
-        raise RequestError(f"{field} holds {wrong[0]}; token ids go from 0 to {vocab_size - 1}", field)
-    return ids
+def faults(best: Tensor, left: Tensor, errors: Mapping[int, str]) -> list[str | None]:
+    """Why no token can be drawn from a row, or None; the fields of `Chosen`, on the host."""
+    return [
+        NAN_LOGITS if not math.isfinite(largest) else NO_TOKEN_LEFT if largest_left == -math.inf else errors.get(row)
+        for row, (largest, largest_left) in enumerate(zip(best.tolist(), left.tolist(), strict=True))
+    ]
 
 
 class Drawn(NamedTuple):
@@ -190,11 +94,11 @@ class Sampler:
         eos_token_ids: tuple[int, ...],
         device: torch.device | str,
     ) -> None:
-        self._kernels = kernels
+        self.kernels = kernels
         self.vocab_size = vocab_size
         # An end token past the logits' width can never be drawn; some model configs name one.
         self._eos_token_ids = tuple(token for token in eos_token_ids if token < vocab_size)
-        self._device = torch.device(device)
+        self.device = torch.device(device)
         self._slots: list[SequenceState | None] = [None] * max_num_seqs
 
     def add(
@@ -224,34 +128,23 @@ class Sampler:
         logits [L, V] float32, beside slots; positions[i] = the index in its sequence of the token being drawn
         A row that no token can be drawn from will carry an error, and no other row notices.
         """
-        states = [self._state(slot) for slot in slots]
-        best, ids = self._kernels.greedy.run(logits)
-        left = best
-        errors: dict[int, str] = {}
-        busy = [i for i, state in enumerate(states) if state.edited or state.params.temperature > 0]
-        if busy:
-            ids, left = self._draw(logits, states, positions, busy, ids, best, errors)
+        states = self.states(slots)
+        chosen = self.choose(logits, states, [()] * len(states), positions)
         for state in states:
             state.num_drawn += 1
-        wanted: dict[int, list[int]] = {}  # k -> rows
-        for row, state in enumerate(states):
-            if state.params.logprobs is not None:
-                wanted.setdefault(state.params.logprobs, []).append(row)
-        found = [self._logprobs(self._select(logits, rows), self._select(ids, rows), k) for k, rows in wanted.items()]
-        download = Download([ids, best, left, *(tensor for logprobs in found for tensor in logprobs)])
-        return Drawn(states, ids, errors, list(wanted.values()), download)
+        wanted = rows_by_logprobs(states)
+        found = [
+            self._logprobs(self.select(logits, rows), self.select(chosen.ids, rows), k) for k, rows in wanted.items()
+        ]
+        download = Download([*chosen[:3], *(tensor for logprobs in found for tensor in logprobs)])
+        return Drawn(states, chosen.ids, chosen.errors, list(wanted.values()), download)
 
     def finish(self, drawn: Drawn, results: Sequence[RowResult]) -> None:
         """Wait for what was drawn, one token per row: it goes into its result, and into its sequence's state."""
         ids, best, left, *found = drawn.download.wait()
-        rows = zip(drawn.states, results, ids.tolist(), best.tolist(), left.tolist(), strict=True)
-        for row, (state, result, token, largest, largest_left) in enumerate(rows):
-            if not math.isfinite(largest):
-                result.error = NAN_LOGITS
-            elif largest_left == -math.inf:
-                result.error = NO_TOKEN_LEFT
-            else:
-                result.error = result.error or drawn.errors.get(row)
+        why = faults(best, left, drawn.errors)
+        for state, result, token, fault in zip(drawn.states, results, ids.tolist(), why, strict=True):
+            result.error = fault or result.error
             if result.error is None:
                 result.token_ids = [token]
                 state.append(token)
@@ -262,52 +155,93 @@ class Sampler:
                 if results[row].error is None:
                     results[row].logprobs = [logprob]
 
-    def _state(self, slot: int) -> SequenceState:
-        state = self._slots[slot]
-        if state is None:
-            raise KeyError(f"slot {slot} is empty")
-        return state
+    def states(self, slots: Sequence[int]) -> list[SequenceState]:
+        """Raises KeyError for an empty slot."""
+        states = [state for slot in slots if (state := self._slots[slot]) is not None]
+        if len(states) < len(slots):
+            raise KeyError(f"of the slots {list(slots)}, {len(slots) - len(states)} are empty")
+        return states
 
-    def _draw(
+    def choose(
         self,
         logits: Tensor,
         states: Sequence[SequenceState],
+        paths: Sequence[Sequence[int]],
         positions: Sequence[int],
-        busy: list[int],
-        ids: Tensor,
-        best: Tensor,
-        errors: dict[int, str],
-    ) -> tuple[Tensor, Tensor]:
-        """The greedy ids and largest logits [L] with those of the rows `busy` replaced: drawn from edited logits."""
-        edits = {}
-        for i in busy:
+    ) -> Chosen:
+        """A token per row of logits [R, V], which stands behind its state's tokens and then those of its path.
+
+        It is the very token that would be drawn there at the position given. Nothing becomes known to the states.
+        """
+        best, ids = self.kernels.greedy.run(logits)
+        busy = [row for row, state in enumerate(states) if state.edited or state.params.temperature > 0]
+        if not busy:
+            return Chosen(ids, best, best, {})
+        some = [states[row] for row in busy]
+        filters, (seeds, sample_index, places, index) = self._columns(
+            some,
+            [state.seed for state in some],
+            [state.sample_index for state in some],
+            [positions[r] for r in busy],
+            busy,
+        )
+        everybody = len(busy) == len(states)
+        x, left = (logits, best) if everybody else (logits[index], best[index])
+        x, left, errors = self.edit(x, left, some, [paths[row] for row in busy])
+        drawn = self.kernels.sample.run(x, *filters, seeds, sample_index, places)
+        errors = {busy[i]: error for i, error in errors.items()}
+        if everybody:
+            return Chosen(drawn, best, left, errors)
+        return Chosen(ids.index_copy(0, index, drawn), best, best.index_copy(0, index, left), errors)
+
+    def edit(
+        self, logits: Tensor, best: Tensor, states: Sequence[SequenceState], paths: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, Tensor, dict[int, str]]:
+        """`edited`, the largest logit left in each row [R], and why a row's edits failed; that row stays as it was.
+
+        best [R]: the largest before
+        """
+        edits: list[RowEdits] = []
+        errors: dict[int, str] = {}
+        for row, (state, path) in enumerate(zip(states, paths, strict=True)):
             try:
-                edits[i] = states[i].edits() if states[i].edited else RowEdits()
+                edits.append(state.edits(path) if state.edited else RowEdits())
             except Exception as error:
                 log.exception("the logit edits of one sequence failed")
-                errors[i] = f"the request cannot be run: {type(error).__name__}"
-        rows = list(edits)
-        chosen = [states[i] for i in rows]
-        numbers = np.array([(s.params.temperature, s.params.top_p, s.params.min_p) for s in chosen], np.float32)
-        integers = np.array(
-            [(s.params.top_k, s.seed, s.sample_index, positions[i], i) for i, s in zip(rows, chosen, strict=True)],
-            np.int64,
+                errors[row] = f"the request cannot be run: {type(error).__name__}"
+                edits.append(RowEdits())
+        x = self._apply(logits, states, edits)
+        return x, best if x is logits else self.kernels.greedy.run(x)[0], errors
+
+    def edited(self, logits: Tensor, states: Sequence[SequenceState], paths: Sequence[Sequence[int]]) -> Tensor:
+        """Logits [R, V] with each row's edits behind its path; the tensor itself if nobody edits."""
+        edits = [state.edits(path) if state.edited else RowEdits() for state, path in zip(states, paths, strict=True)]
+        return self._apply(logits, states, edits)
+
+    def distributions(self, edited: Tensor, states: Sequence[SequenceState]) -> Tensor:
+        """What is drawn from in each row of edited logits [R, V]: [R, V] float32, after temperature and filters.
+
+        At temperature 0 all mass lies on the largest, of equals on the lowest id.
+        """
+        filters, _ = self._columns(states)
+        return self.kernels.probabilities.run(edited, *filters)
+
+    def _columns(self, states: Sequence[SequenceState], *integers: Sequence[int]) -> tuple[Filters, Sequence[Tensor]]:
+        """The states' filters, and lists of integers beside them, in one copy to the device."""
+        given = [state.params for state in states]
+        numbers = np.array(
+            [[p.temperature for p in given], [p.top_p for p in given], [p.min_p for p in given]], np.float32
         )
-        columns = upload([numbers.reshape(-1, 3).T.copy(), integers.reshape(-1, 5).T.copy()], self._device)
+        columns = upload([numbers, np.array([[p.top_k for p in given], *integers], np.int64)], self.device)
         temperature, top_p, min_p = columns[0].unbind()
-        top_k, seeds, sample_index, place, index = columns[1].unbind()
-        everybody = len(rows) == len(logits)
-        x, left = (logits, best) if everybody else (logits[index], best[index])
-        if any(state.edited for state in chosen):
-            step = self._gather(list(edits.values()), [state.params.repetition_penalty for state in chosen])
-            if any(kind is not None for kind in step):
-                x = self._kernels.process_logits.run(x, step)
-                left, _ = self._kernels.greedy.run(x)
-        # Rows without a token to draw give whatever id; `finish` tells what they were.
-        drawn = self._kernels.sample.run(x, temperature, top_k, top_p, min_p, seeds, sample_index, place)
-        if everybody:
-            return drawn, left
-        return ids.index_copy(0, index, drawn), best.index_copy(0, index, left)
+        top_k, *rest = columns[1].unbind()
+        return (temperature, top_k, top_p, min_p), rest
+
+    def _apply(self, logits: Tensor, states: Sequence[SequenceState], edits: Sequence[RowEdits]) -> Tensor:
+        if not any(state.edited for state in states):
+            return logits
+        step = self._gather(edits, [state.params.repetition_penalty for state in states])
+        return logits if all(kind is None for kind in step) else self.kernels.process_logits.run(logits, step)
 
     def _gather(self, edits: Sequence[RowEdits], repetition: Sequence[float]) -> LogitEdits:
         """The rows' edits as one set of tensors."""
@@ -338,12 +272,12 @@ class Sampler:
     def _values(self, values: Sequence[np.ndarray | None]) -> Tensor:
         return self._tensor(np.concatenate([v for v in values if v is not None]).astype(np.float32))
 
-    def _select(self, rows_of: Tensor, rows: Sequence[int]) -> Tensor:
+    def select(self, rows_of: Tensor, rows: Sequence[int]) -> Tensor:
         """Some rows of [L, ...], in order."""
         return rows_of if len(rows) == len(rows_of) else rows_of[self._tensor(np.array(rows, np.int64))]
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return upload([array], self._device)[0]
+        return upload([array], self.device)[0]
 
     def prompt_logprobs(self, logits: Tensor, target_ids: Sequence[int], k: int) -> list[TokenLogprob]:
         """`rate`, and wait for it."""
@@ -351,13 +285,27 @@ class Sampler:
 
     def rate(self, logits: Tensor, target_ids: Sequence[int], k: int) -> Rated:
         """target_ids [n] under logits [n, V] float32, row by row; k = -1 for the whole vocabulary."""
-        (targets,) = upload([np.array(target_ids, np.int64)], self._device)
-        sound = self._kernels.greedy.run(logits)[0].isfinite().all()
+        (targets,) = upload([np.array(target_ids, np.int64)], self.device)
+        sound = self.kernels.greedy.run(logits)[0].isfinite().all()
         return Rated(target_ids, Download([sound, *self._logprobs(logits, targets, k)]))
+
+    def logprobs(self, logits: Tensor, ids: Sequence[int], k: int) -> list[TokenLogprob]:
+        """Of ids [n] under logits [n, V], row by row, waited for."""
+        (tokens,) = upload([np.array(ids, np.int64)], self.device)
+        return _listed(torch.tensor(ids), Download(self._logprobs(logits, tokens, k)).wait())
 
     def _logprobs(self, logits: Tensor, ids: Tensor, k: int) -> Logprobs:
         width = self.vocab_size if k < 0 else min(k, self.vocab_size)
-        return self._kernels.token_logprobs.run(logits, ids, width)
+        return self.kernels.token_logprobs.run(logits, ids, width)
+
+
+def rows_by_logprobs(states: Sequence[SequenceState]) -> dict[int, list[int]]:
+    """The rows whose sequences want log-probabilities, by how many rivals they want beside them."""
+    wanted: dict[int, list[int]] = {}
+    for row, state in enumerate(states):
+        if state.params.logprobs is not None:
+            wanted.setdefault(state.params.logprobs, []).append(row)
+    return wanted
 
 
 def _listed(ids: Tensor, columns: Sequence[Tensor]) -> list[TokenLogprob]:

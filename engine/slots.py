@@ -4,12 +4,13 @@
                                    last_token ◀──remember── what the step drew ◀───────────┘
 
 Rows live as long as their sequence runs, so a step copies only what is new. What a sequence draws stays on the device:
-the next step takes it from there, whether or not the host knows it by then.
+the next step takes it from there if the host does not know it by then. Behind its last token a sequence has room for
+guesses: node i of a draft is stored i + 1 places after it, whatever its depth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,16 +19,19 @@ from torch import Tensor
 
 from ..kernels.batch import SHORT_ROWS, RaggedBatch
 from ..kernels.shared_prefix import find_shared_prefixes
+from ..scheduler.drafts import MAX_NODES
 from ..scheduler.plan import NewSeq, Row
+from .spec.proposer import DraftTree
 from .transfer import upload
 
 KNOWN = -1  # among the sources: the host has the row's tokens
+NO_TREES: Mapping[int, DraftTree] = {}
 
 
 class Layout(NamedTuple):
     """The host's half of a RaggedBatch, and where tokens come from that the host does not have.
 
-    A row that begins past what its sequence entered with is one token long: the last that was drawn for its slot.
+    A row that begins past what the host knows of its sequence is one token long: the last that was drawn for its slot.
     """
 
     input_ids: np.ndarray  # [T] int64; of rows with a source anything
@@ -41,6 +45,7 @@ class Layout(NamedTuple):
     starts: np.ndarray  # [S]: tokens before those of this step
     counts: np.ndarray  # [S]: rows of each sequence
     sources: np.ndarray  # [S] int64: the slot whose last token the row is, or KNOWN
+    tree_mask: np.ndarray | None  # [T] int64, see RaggedBatch
 
 
 class SlotTable:
@@ -49,10 +54,11 @@ class SlotTable:
         self.max_model_len = max_model_len
         self.block_size = block_size
         self.device = device
-        self.token_ids = np.zeros((max_num_seqs, max_model_len + 1), np.int64)  # that the sequence entered with
+        longest = max_model_len + MAX_NODES
+        self.token_ids = np.zeros((max_num_seqs, longest + 1), np.int64)  # that the host knows
         self.num_tokens = np.zeros(max_num_seqs, np.int64)  # of these
         self.num_prompt = np.zeros(max_num_seqs, np.int64)
-        self.block_table = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
+        self.block_table = np.zeros((max_num_seqs, -(-longest // block_size)), np.int32)
         self.num_blocks = np.zeros(max_num_seqs, np.int64)
         self.last_token = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)  # drawn since
 
@@ -70,49 +76,70 @@ class SlotTable:
         self.block_table[slot, start : start + len(block_ids)] = block_ids
         self.num_blocks[slot] += len(block_ids)
 
+    def learn(self, slot: int, token_ids: Sequence[int]) -> None:
+        """The host knows these tokens, which the slot's sequence goes on with."""
+        start = self.num_tokens[slot]
+        self.token_ids[slot, start : start + len(token_ids)] = token_ids
+        self.num_tokens[slot] += len(token_ids)
+
     def remember(self, slots: Sequence[int], ids: Tensor) -> None:
         """The tokens ids [n] int64 were drawn for these slots."""
         (index,) = upload([np.array(slots, np.int64)], self.device)
         self.last_token.index_copy_(0, index, ids)
 
-    def lay_out(self, rows: Sequence[Row]) -> Layout:
-        """These rows laid end to end in their order."""
+    def places(self, slots: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        """Where in the cache the tokens of these indices in their sequences are, for [N] pairs."""
+        blocks, offsets = np.divmod(indices, self.block_size)
+        return self.block_table[slots, blocks] * np.int64(self.block_size) + offsets
+
+    def lay_out(self, rows: Sequence[Row], trees: Mapping[int, DraftTree] = NO_TREES) -> Layout:
+        """These rows laid end to end in their order; trees: of rows by their number, what is guessed in them."""
         slots, starts, counts = np.array(
             [[row.slot for row in rows], [row.start for row in rows], [row.num_tokens for row in rows]]
         )
         max_q = max([row.num_tokens for row in rows])
         longest = max([row.start + row.num_tokens for row in rows])
-        sequence, positions = np.arange(len(rows)), starts
+        sequence, indices = np.arange(len(rows)), starts
         cu_q = np.arange(len(rows) + 1, dtype=np.int32)
         if max_q > 1:
             np.cumsum(counts, out=cu_q[1:])
             sequence = np.repeat(sequence, counts)
-            positions = np.arange(cu_q[-1]) + np.repeat(starts - cu_q[:-1], counts)
-        table = self.block_table[slots, : -(-longest // self.block_size)]
-        blocks, offsets = np.divmod(positions, self.block_size)
+            indices = np.arange(cu_q[-1]) + np.repeat(starts - cu_q[:-1], counts)
+        input_ids, positions, tree_mask = self.token_ids[slots[sequence], indices], indices, None
+        for i, tree in trees.items():
+            nodes = slice(cu_q[i] + 1, cu_q[i] + 1 + len(tree.tokens))
+            input_ids[nodes] = tree.tokens
+            if not tree.is_chain:
+                if tree_mask is None:
+                    positions, tree_mask = indices.copy(), np.zeros(len(indices), np.int64)
+                positions[nodes] = starts[i] + np.array(tree.depths())
+                tree_mask[nodes] = tree.masks()
         return Layout(
-            self.token_ids[slots[sequence], positions],
+            input_ids,
             positions,
-            table[sequence, blocks] * np.int64(self.block_size) + offsets,
+            self.places(slots[sequence], indices),
             cu_q,
             (starts + counts).astype(np.int32),
-            table,
+            self.block_table[slots, : -(-longest // self.block_size)],
             max_q,
             longest,
             starts,
             counts,
             np.where(starts >= self.num_tokens[slots], slots, KNOWN),
+            tree_mask,
         )
 
-    def gather(self, rows: Sequence[Row], logit_rows: Sequence[int]) -> RaggedBatch:
-        """The batch of these rows, laid end to end in their order."""
-        layout = self.lay_out(rows)
+    def gather(
+        self, rows: Sequence[Row], logit_rows: Sequence[int], trees: Mapping[int, DraftTree] = NO_TREES
+    ) -> RaggedBatch:
+        """The batch of these rows, laid end to end in their order; see `lay_out`."""
+        layout = self.lay_out(rows, trees)
         drawn = np.flatnonzero(layout.sources >= 0)
         at, of = layout.cu_q[drawn].astype(np.int64), layout.sources[drawn]
         *fields, logits_of, at, of = upload([*layout[:6], np.array(logit_rows, np.int64), at, of], self.device)
         batch = RaggedBatch(
             *fields,
-            tree_mask=None,
+            tree_mask=None if layout.tree_mask is None else upload([layout.tree_mask], self.device)[0],
             logit_rows=logits_of,
             max_q=layout.max_q,
             max_seq_len=layout.longest,

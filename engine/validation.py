@@ -10,10 +10,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
-from ..scheduler.params import SamplingParams, Slo
+from ..scheduler.params import SamplingParams, Slo, Speculative
 from .config import EngineConfig
 from .errors import RequestError, TooLongError
-from .messages import AddRequest
+from .messages import AddRequest, EngineReady
 
 MAX_N = 10_000  # samples of one prompt that an engine can be set to take: what repeated-sampling studies draw
 MAX_LOGPROBS = 20  # rivals per token, as OpenAI's; a step's logits are sorted for them
@@ -45,6 +45,8 @@ class Limits:
     max_n          samples of one prompt
     policy         the scheduling policy: only "priority" knows priorities
     tenants        the names that requests may give; empty = any
+    draft_methods  of speculation, that requests may ask for
+    draft_depth    tokens guessed one after another at most; 0 = the engine does not speculate
     """
 
     vocab_size: int
@@ -53,6 +55,23 @@ class Limits:
     max_n: int = EngineConfig().max_n
     policy: str = EngineConfig().scheduling_policy
     tenants: frozenset[str] = frozenset()
+    draft_methods: tuple[str, ...] = ("none",)
+    draft_depth: int = 0
+
+
+def limits_of(ready: EngineReady) -> Limits:
+    """What this engine said of itself. One that speculates at all can look up n-grams: that needs no model."""
+    method = ready.speculative_method
+    return Limits(
+        vocab_size=ready.vocab_size,
+        max_model_len=ready.max_model_len,
+        max_logprobs=ready.max_logprobs,
+        max_n=ready.max_n,
+        policy=ready.scheduling_policy,
+        tenants=frozenset(ready.tenants),
+        draft_methods=("none",) if method == "none" else tuple(dict.fromkeys(("none", "ngram", method))),
+        draft_depth=ready.num_speculative_tokens,
+    )
 
 
 def valid_token_ids(ids: Iterable[object], vocab_size: int, param: str) -> None:
@@ -121,6 +140,7 @@ def check_request(request: AddRequest, limits: Limits) -> None:
     check_length(len(request.prompt_ids), request.params.max_tokens, limits.max_model_len)
     check_order(request.priority, request.tenant, limits)
     check_promises(request.slo, request.timeout)
+    check_speculative(request.speculative, limits)
     if not isinstance(request.cache_salt, str) or len(request.cache_salt.encode("utf-8", "replace")) > MAX_SALT_BYTES:
         raise RequestError(f"cache_salt must be text of at most {MAX_SALT_BYTES} bytes", "cache_salt")
 
@@ -150,6 +170,25 @@ def check_promises(slo: Slo, timeout: float | None) -> None:
             raise RequestError(f"{param} must be in [{low * 1e3:g}, {high * 1e3:g}], got {given}", param)
     if timeout is not None:
         _number(timeout, "timeout", *TIMEOUT_BOUNDS)
+
+
+def check_speculative(wish: Speculative, limits: Limits) -> None:
+    """Method and length are the engine's, or less; a wish for nothing and for something at once is refused."""
+    start = "" if limits.draft_depth else " (this server does not speculate unless started with --speculative-method)"
+    method, num_tokens = wish.method, wish.num_tokens
+    if method is not None and method not in limits.draft_methods:
+        raise RequestError(
+            f"speculative.method must be one of {', '.join(limits.draft_methods)}{start}, got {shown(method)}",
+            "speculative.method",
+        )
+    if num_tokens is not None:
+        rule = f"must be a whole number from 0 to {limits.draft_depth}{start}"
+        _integer(num_tokens, "speculative.num_tokens", 0, limits.draft_depth, rule)
+    if method == "none" and num_tokens:
+        raise RequestError(
+            f"speculative.num_tokens is {num_tokens}, but speculative.method is 'none': leave one of them out",
+            "speculative.num_tokens",
+        )
 
 
 def shown(value: object) -> str:

@@ -15,6 +15,7 @@ from .registry import Implementation, Kernels, Target, implementations, ops, res
 REFERENCE = (
     "activation",
     "attention",
+    "draft",
     "embedding",
     "fp8",
     "hadamard",
@@ -37,6 +38,7 @@ CPU = ("activation", "attention", "kv", "linear", "moe", "norm", "rope", "sampli
 NATIVE = (
     "attention",
     "cache",
+    "draft",
     "embedding",
     "linear",
     "linear_quantized",
@@ -45,6 +47,7 @@ NATIVE = (
     "rows",
     "rowwise",
     "sampling",
+    "verify",
 )
 TRITON: tuple[str, ...] = (
     "activation",

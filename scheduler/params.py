@@ -20,6 +20,18 @@ class Slo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Speculative:
+    """What one request wishes of speculation; None = as the engine was started.
+
+    method      "none", "ngram", or the engine's own
+    num_tokens  guessed at most, one after another
+    """
+
+    method: str | None = None
+    num_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the tokens of one request are drawn, and when drawing ends.
 

@@ -10,17 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from .drafts import DraftOrder
 from .params import SamplingParams
-
-
-class DraftTree(NamedTuple):
-    """Guessed continuations of one sequence; node i's parent is node parents[i], -1 = the last real token.
-
-    Parents precede children. A chain is the tree with parents[i] = i - 1.
-    """
-
-    tokens: tuple[int, ...]
-    parents: tuple[int, ...]
 
 
 class NewSeq(NamedTuple):
@@ -32,12 +23,13 @@ class NewSeq(NamedTuple):
     params: SamplingParams
     sample_index: int  # which of the request's n samples
     block_ids: tuple[int, ...]
+    salt: str = ""  # what it shares with other requests it shares only with those of this salt
 
 
 class Row(NamedTuple):
     """One sequence's share of a step: the tokens at positions start .. start + num_tokens - 1.
 
-    With a draft, its nodes are the last len(draft.tokens) of num_tokens.
+    With a draft, num_tokens is 1 + draft.shape.nodes: the last real token and room for what is guessed behind it.
     keeps: the last token's logits are kept under this key, for the plan's later `draws`.
     """
 
@@ -45,7 +37,7 @@ class Row(NamedTuple):
     start: int
     num_tokens: int
     new_block_ids: tuple[int, ...] = ()
-    draft: DraftTree | None = None
+    draft: DraftOrder | None = None
     samples: bool = True  # the row reaches the end of what is known, so a next token is drawn
     keeps: int | None = None
 
@@ -96,6 +88,18 @@ class RowResult:
     logprobs: list[TokenLogprob] | None = None  # beside token_ids, when asked for
     prompt_logprobs: list[TokenLogprob] | None = None  # for the prompt tokens at start + 1 .. start + num_tokens
     error: str | None = None
+    drafted: int = 0  # nodes that were verified; all tokens but the last of token_ids were among them
+    draft_depth: int = 0  # levels that they had
+    draft_error: str | None = None  # why nothing was guessed for a row with a draft: its proposer failed
+
+
+class DraftPass(NamedTuple):
+    """What guessing took in one step."""
+
+    method: str
+    levels: int  # passes of the proposer, one after another
+    rows: int  # of all of them
+    seconds: float
 
 
 @dataclass(slots=True)
@@ -103,6 +107,7 @@ class StepResult:
     step_id: int
     rows: list[RowResult]  # beside StepPlan.rows
     draws: list[RowResult] = field(default_factory=list)  # beside StepPlan.draws
+    drafting: list[DraftPass] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -114,6 +119,8 @@ class Chunk:
     prompt_logprobs  with sample 0, in pieces as the prompt is computed, in order; the first prompt token has none
     num_cached       prompt tokens that came from the prefix cache; -1 except in a sample's first chunk
     queued_seconds   from the request's arrival to the first step it was in; -1 except in a sample's first chunk
+    num_drafted      tokens guessed for this sample and verified, since the chunk before
+    num_accepted     of these, those among its tokens
     error            why finish_reason is "error"; of "expired" which promise it was: "timeout" or "deadline" (it has
                      passed), "unreachable" (the deadline cannot be met any more, so the work was not begun)
     """
@@ -128,3 +135,5 @@ class Chunk:
     num_cached: int = -1
     error: str | None = None
     queued_seconds: float = -1.0
+    num_drafted: int = 0
+    num_accepted: int = 0

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from .acceptance import Trials
+from .drafts import DraftOrder
 from .hashing import block_key, root_key
 from .params import SamplingParams, Slo
 
@@ -24,6 +26,8 @@ class Group:
     due     when its first token is due by its promises, on the clock of the arrivals; inf = none
     prefix  the blocks of the computed prompt, pinned for the samples that are to fork it; empty before, and when the
             memory was needed
+    salt    the prompt's blocks, and guesses, are shared only with requests of equal salt
+    draft   what may be guessed for it at most; None = nothing
     """
 
     request_id: str
@@ -37,6 +41,8 @@ class Group:
     slo: Slo = field(default_factory=Slo)
     due: float = math.inf
     root: bytes = field(default_factory=root_key)
+    salt: str = ""
+    draft: DraftOrder | None = None
 
     session_turn: bool = False  # the prompt continues an answer that lies in the cache
     next_index: int = 0
@@ -51,7 +57,7 @@ class Group:
             self.next_index += 1
         if self.next_index >= self.params.n:
             return None
-        sample = Request(self, self.next_index, list(self.prompt), order, self.params, len(self.prompt))
+        sample = Request(self, self.next_index, list(self.prompt), order, self.params, len(self.prompt), self.draft)
         self.next_index += 1
         self.live.append(sample)
         return sample
@@ -83,6 +89,8 @@ class Request:
     lacks          key of the first full block that was not; None = nothing that another could compute for it
     work           predicted seconds that its tokens take when it enters: what counts against the queue's bound
     passed_over    steps in which it would have fitted in part, and others were taken whole instead
+    draft          what may be guessed for it at most; None = nothing, or not any more, since guessing failed
+    trials         how its guesses fared; None = there were none
     """
 
     group: Group
@@ -92,6 +100,8 @@ class Request:
     params: SamplingParams
     num_prompt: int
 
+    draft: DraftOrder | None = None
+    trials: Trials | None = None
     num_computed: int = 0
     num_pending: int = 0
     block_ids: list[int] = field(default_factory=list)

@@ -41,7 +41,7 @@ class Residency:
 
     def has_room(self, num_blocks: int) -> bool:
         """Whether a request that needs so many fresh blocks may enter now."""
-        watermark = int(WATERMARK * self._config.num_blocks) if self.running else 0
+        watermark = self._watermark() if self.running else 0
         return bool(self.free_slots) and self.pool.num_free >= num_blocks + watermark
 
     def enter(self, request: Request, make_room: Callable[[int], bool]) -> Entry | None:
@@ -75,6 +75,7 @@ class Residency:
             request.params,
             request.index,
             tuple(request.block_ids),
+            group.salt,
         )
         return Entry(sequence, None if copied is None else (copied, fresh[0]))
 
@@ -85,6 +86,21 @@ class Residency:
         blocks = self.pool.take(1)
         if blocks is None:
             return None
+        request.block_ids += blocks
+        return tuple(blocks)
+
+    def has_room_ahead(self, request: Request, nodes: int) -> bool:
+        """Whether blocks can be spared for so many guesses behind its newest token.
+
+        Kept are the watermark, and a block for every sequence that runs: nobody is preempted for guesses, in this step
+        or the next.
+        """
+        needed = self._lacks(request, nodes)
+        return needed <= 0 or self.pool.num_free >= needed + self._watermark() + len(self.running)
+
+    def grow_ahead(self, request: Request, nodes: int) -> tuple[int, ...]:
+        """These blocks. What is not needed in the end stays with the request."""
+        blocks = self.pool.take(max(self._lacks(request, nodes), 0)) or []
         request.block_ids += blocks
         return tuple(blocks)
 
@@ -124,6 +140,12 @@ class Residency:
         if group is not None:
             self.unpin(group)
         return group is not None
+
+    def _lacks(self, request: Request, nodes: int) -> int:
+        return -(-(request.num_tokens + nodes) // self._size) - len(request.block_ids)
+
+    def _watermark(self) -> int:
+        return int(WATERMARK * self._config.num_blocks)
 
     def check(self) -> None:
         """Raise RuntimeError unless every block and slot is accounted for."""

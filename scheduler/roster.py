@@ -8,6 +8,7 @@ A group's samples come into being one by one, so what is held for a request does
 from __future__ import annotations
 
 from .config import SchedulerConfig
+from .drafts import DraftOrder
 from .fairness import Service
 from .hashing import root_key
 from .limits import TimeLimits
@@ -48,6 +49,7 @@ class Roster:
         tenant: str,
         slo: Slo,
         timeout: float | None,
+        draft: DraftOrder | None,
     ) -> None:
         """As `Scheduler.add`."""
         if request_id in self.groups:
@@ -67,6 +69,8 @@ class Roster:
             tenant,
             slo,
             root=root_key(cache_salt, *self._config.cache_context),
+            salt=cache_salt,
+            draft=draft,
         )
         self.groups[request_id] = group
         self.num_unborn += params.n

@@ -8,12 +8,14 @@ A step is filled in this order:
     2. within the budget that they leave (budget.py), prompts in progress and waiting requests in the policy's order
        (policy.py), packed (packing.py); one that enters is given blocks for all its known tokens, above a watermark.
        A further sample of a computed prompt needs a slot, a block or two, and one token of the budget;
-    3. more such samples, while slots are free.
+    3. more such samples, while slots are free;
+    4. guesses behind the tokens of streams (speculation.py), in what tokens, blocks and promised gaps then remain.
 Out of blocks, the running request that has computed least is preempted and recomputed later, never the first in order.
 
 A step may be planned while one is out (`may_plan_ahead`): tokens that are drawn but not known have their place already.
 Whoever turns out to have ended by such a token has a row too many, whose result is dropped. Nobody is preempted while a
-step is out, and what a finished request held is handed on in a later plan than its last row.
+step is out, and what a finished request held is handed on in a later plan than its last row. How far a stream is after
+a step with guesses is known when they are verified, so nothing is planned while one is out.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from copy import copy
 from operator import attrgetter
 from typing import NamedTuple
@@ -29,13 +31,15 @@ from typing import NamedTuple
 from .block_pool import BlockPool
 from .budget import UNPROMISED, Budget, equal_time_seconds
 from .config import Counters, SchedulerConfig
+from .drafts import MAX_NODES, DraftOrder
 from .forecast import wait_seconds
 from .packing import Want, pack
-from .params import SamplingParams, Slo
+from .params import SamplingParams, Slo, Speculative
 from .plan import Chunk, Draw, Row, RowResult, StepPlan, StepResult
 from .policy import PATIENCE, POLICIES, never
 from .request import Group, Request
 from .roster import Roster
+from .speculation import Speculation, Wish, most_for
 from .step_time import StepCost, StepShape, StepTimeModel, shape_of
 
 # Requests looked at beyond those that fill the budget, for one that fits better into what is left.
@@ -59,6 +63,19 @@ def _want(request: Request) -> Want:
     return Want(start, request.num_tokens - start, request.passed_over)
 
 
+def _shape(rows: Iterable[Row]) -> StepShape:
+    shape = shape_of((row.start, 1 if row.draft else row.num_tokens) for row in rows)
+    for row in rows:
+        if row.draft:
+            shape = shape.guessing(row.start, row.num_tokens - 1)
+    return shape
+
+
+def _ran(row: Row, got: RowResult) -> Row:
+    """The row as it was run: often fewer tokens were guessed than there was room for."""
+    return row._replace(num_tokens=1 + got.drafted) if row.draft else row
+
+
 class _Out(NamedTuple):
     """A plan whose result is not known yet."""
 
@@ -74,7 +91,9 @@ class Scheduler:
         self.config = config
         self.policy = POLICIES[config.policy]
         self.steps = StepTimeModel(cost)
-        self.counters = Counters()
+        self.speculation = Speculation(config, self.steps)
+        depth = config.draft_shape.depth if config.draft_shape is not None else 0
+        self.counters = Counters(drafted_at=[0] * depth, accepted_at=[0] * depth, depths=[0] * (depth + 1))
         self.roster = Roster(config, self.policy, self.steps)
         self.residency, self.waiting, self.service = self.roster.residency, self.roster.waiting, self.roster.service
         self.shape = StepShape()  # of the latest plan
@@ -83,6 +102,7 @@ class Scheduler:
         self._drawing: list[Request] = []  # beside its draws
         self._out: deque[_Out] = deque()
         self._held_up = False  # somebody was not let in because a step was out
+        self._drafts = False  # the latest plan has guesses, or would have if all its tokens were known
         self._taken: list[Request] = []  # out of the queue while a plan is made
         self._mean_output = 0.0  # tokens of a finished sample
         self._step_id = 0
@@ -101,6 +121,7 @@ class Scheduler:
         tenant: str = "",
         slo: Slo | None = None,
         timeout: float | None = None,
+        speculative: Speculative | None = None,
     ) -> None:
         """Queue params.n samples of a prompt. Raises Refused for what could never run; nothing is queued then.
 
@@ -116,6 +137,7 @@ class Scheduler:
             tenant=tenant,
             slo=slo or Slo(),
             timeout=timeout,
+            draft=most_for(self.config, speculative or Speculative()),
         )
 
     def abort(self, request_id: str, index: int | None = None) -> list[Chunk]:
@@ -180,7 +202,13 @@ class Scheduler:
         Not when a stream's next draw depends on a token that is not known: leaving that stream out instead would halve
         its pace, while waiting costs everybody no more than the host's part of a step. Nor when somebody would have to
         be preempted: what a step that is out computes for him would be lost.
+
+        Nor when streams are guessed for: each goes on where its guesses end, and what is guessed next follows a token
+        that is not known. Whether the step to plan would have guesses is taken from the latest one: when that changes,
+        a stream misses its guesses in one step.
         """
+        if self._drafts:
+            return False
         decoding = [request for request in self.running if request.remaining == 1]
         if self._held_up or any(request.num_pending and request.params.looks_back for request in decoding):
             return False
@@ -206,12 +234,12 @@ class Scheduler:
         plan.freed, self.residency.freed = self.residency.freed, []
         plan.forgotten, self.residency.forgotten = self.residency.forgotten, []
         plan.rows = list(rows.values())
-        self.shape = shape_of((row.start, row.num_tokens) for row in plan.rows)
+        self.shape = _shape(plan.rows)
         self._out.append(_Out(plan, self.shape, list(rows), self._drawing))
         for request in self._drawing:
             request.num_pending += 1
         for request, row in rows.items():
-            request.num_computed = row.start + row.num_tokens
+            request.num_computed = row.start + (1 if row.draft else row.num_tokens)
             request.num_pending += row.samples
         return plan
 
@@ -223,21 +251,24 @@ class Scheduler:
         if not self._out or plan is not self._out[0].plan or result.step_id != plan.step_id:
             raise ValueError(f"step {result.step_id} was answered out of turn")
         out = self._out.popleft()
-        if seconds is not None:
-            self.steps.observe(out.shape, seconds)
+        ran, shape = plan.rows, out.shape
+        if any(row.draft for row in ran):
+            ran = [_ran(row, got) for row, got in zip(ran, result.rows, strict=True)]
+            shape = _shape(ran)
+        self._learn_costs(ran, shape, result, seconds)
         if self.policy.by_tenant:
-            self._charge(out)
+            self._charge(out, ran, sum(done.seconds for done in result.drafting))
         chunks = []
         for request, got in zip(out.drawing, result.draws, strict=True):
             request.num_pending -= 1
             if request.finished:
-                self.counters.discarded += 1
+                self.counters.discarded += len(got.token_ids)
             else:
                 chunks.append(self._take(request, got, request.num_prompt))
         for request, row, got in zip(out.in_step, plan.rows, result.rows, strict=True):
             request.num_pending -= row.samples
             if request.finished:
-                self._discard(request, row, out)
+                self._discard(request, row, got, out)
             else:
                 chunks.append(self._advance(request, row, got))
         return [chunk for chunk in chunks if chunk is not None]
@@ -253,16 +284,15 @@ class Scheduler:
         budget = self._budget(shape_of((row.start, row.num_tokens) for row in rows.values()), list(rows))
         # What was just freed by a preemption was freed for somebody else: nobody enters then.
         self._spend(plan, rows, budget, now, admit=self.counters.preemptions == preemptions)
+        self._draft(rows)
 
     def _budget(self, shape: StepShape, decoding: list[Request]) -> Budget:
         """What the step may still take in, beside the decodes that it has."""
         config, cost = self.config, self.steps.cost
         tokens, seconds = config.max_num_batched_tokens - shape.num_tokens, math.inf
-        limits = [request.group.slo.itl for request in decoding if request.group.slo.itl is not None]
-        if config.slo_itl is not None:
-            limits.append(config.slo_itl)
-        if decoding and limits:
-            seconds = min(limits) / self.steps.margin
+        promised = self._promised_seconds(decoding)
+        if promised < math.inf:
+            seconds = promised
         elif decoding and config.max_num_prefill_tokens is not None:
             tokens = min(tokens, max(config.max_num_prefill_tokens, self._owed_tokens(decoding)))
         elif decoding:
@@ -271,6 +301,53 @@ class Scheduler:
         if config.chunking == "time":
             seconds = min(seconds, equal_time_seconds(cost, shape, tokens))
         return Budget(cost, shape, tokens, seconds, config.block_size)
+
+    def _promised_seconds(self, decoding: list[Request]) -> float:
+        """What a step may be predicted to take so that the tightest gap promised to these streams is kept."""
+        limits = [request.group.slo.itl for request in decoding if request.group.slo.itl is not None]
+        if self.config.slo_itl is not None:
+            limits.append(self.config.slo_itl)
+        return min(limits) / self.steps.margin if decoding and limits else math.inf
+
+    def _draft(self, rows: dict[Request, Row]) -> None:
+        """Guesses for streams whose row is their last token, as far as they pay and there is room for them."""
+        self._drafts = False
+        if self.config.draft_shape is None or self.speculation.rests():
+            return
+        wishes = [Wish(request, most) for request, row in rows.items() if (most := self._most(request, row))]
+        if not wishes:
+            return
+        shape = _shape(rows.values())
+        streams = [request for request in rows if request.num_output]
+        tokens = self.config.max_num_batched_tokens - shape.num_tokens
+        depths = self.speculation.choose(wishes, shape, tokens, self._promised_seconds(streams))
+        for (request, most), depth in zip(wishes, depths, strict=True):
+            while depth and not self.residency.has_room_ahead(request, most.shape.cut(depth).nodes):
+                depth -= 1
+            self._drafts = self._drafts or depth > 0
+            if not request.num_pending:
+                self.counters.depths[depth] += 1
+                if depth:
+                    rows[request] = self._with_draft(request, rows[request], most, depth)
+
+    def _most(self, request: Request, row: Row) -> DraftOrder | None:
+        """What may be guessed behind this row at most: what is accepted, and one token more, may not pass its length,
+        and its blocks have to have room for all nodes."""
+        if request.draft is None or row.num_tokens > 1 or not request.num_output or not row.samples:
+            return None
+        method, shape = request.draft
+        left = request.group.max_len - request.num_tokens - 1
+        if left >= MAX_NODES:
+            return request.draft
+        shape = shape.cut(max(left, 0))
+        while request.num_tokens + shape.nodes > self.config.max_model_len:
+            shape = shape.cut(shape.depth - 1)
+        return DraftOrder(method, shape) if shape.depth else None
+
+    def _with_draft(self, request: Request, row: Row, most: DraftOrder, depth: int) -> Row:
+        shape = most.shape.cut(depth)
+        new = row.new_block_ids + self.residency.grow_ahead(request, shape.nodes)
+        return row._replace(num_tokens=1 + shape.nodes, new_block_ids=new, draft=DraftOrder(most.method, shape))
 
     def _owed_tokens(self, decoding: list[Request]) -> int:
         """Prompt tokens of the tenant that was served no more than any other whose streams run, if there is one.
@@ -494,7 +571,10 @@ class Scheduler:
     # ---------------------------------------------------------------- after a step
 
     def _advance(self, request: Request, row: Row, got: RowResult) -> Chunk | None:
-        end = row.start + row.num_tokens
+        if row.draft is not None and got.error is None:
+            self._learn_draft(request, row.draft, got)
+            request.num_computed = row.start + len(got.token_ids)
+        end = request.num_computed if row.draft else row.start + row.num_tokens
         if got.error is None:
             if row.start < request.num_prompt:
                 self.counters.prompt_tokens += min(end, request.num_prompt) - row.start
@@ -510,10 +590,26 @@ class Scheduler:
             self._forget(request.group)
         return self._take(request, got, end)
 
-    def _discard(self, request: Request, row: Row, out: _Out) -> None:
+    def _learn_draft(self, request: Request, order: DraftOrder, got: RowResult) -> None:
+        self.speculation.learn(request, order.method, got)
+        if got.draft_error is not None:
+            request.draft = None
+            self.counters.draft_failures += 1
+
+    def _learn_costs(self, ran: list[Row], shape: StepShape, result: StepResult, seconds: float | None) -> None:
+        """What the step took: in all, and of that to guess."""
+        orders = [row.draft for row in ran if row.draft]
+        for done in result.drafting:
+            self.speculation.cost.guessed(done, sum(order.method == done.method for order in orders))
+        if seconds is not None:
+            nodes = sum(row.num_tokens - 1 for row in ran if row.draft)
+            seconds -= sum(done.seconds for done in result.drafting)
+            self.speculation.observe(shape, nodes, seconds)
+
+    def _discard(self, request: Request, row: Row, got: RowResult, out: _Out) -> None:
         """The row of a sample that has ended; one that forked in this very step has been counted, or ended by it."""
-        if row.samples and request not in out.drawing:
-            self.counters.discarded += 1
+        if request not in out.drawing:
+            self.counters.discarded += len(got.token_ids)
         if row.keeps is not None:
             self._forget(request.group)
 
@@ -540,9 +636,16 @@ class Scheduler:
                 break
         if not request.draws and num_computed == len(request.token_ids):
             finish = "length"
+        accepted = min(drawn, len(got.token_ids) - 1) if got.drafted else 0
+        for level in range(got.draft_depth):
+            self.counters.drafted_at[level] += 1
+            self.counters.accepted_at[level] += level < accepted
+        self.counters.drafted += got.drafted
+        self.counters.accepted += accepted
         self.counters.generated_tokens += drawn
-        if num_computed // self.config.block_size != request.num_published:
-            self.residency.prefix.publish(request, num_computed)
+        known = min(num_computed, len(request.token_ids))  # an end among accepted tokens leaves the rest unsaid
+        if known // self.config.block_size != request.num_published:
+            self.residency.prefix.publish(request, known)
         if finish:
             num_output = len(request.token_ids) - request.num_prompt
             self._mean_output += (num_output - self._mean_output) * (OUTPUT_MEMORY if self._mean_output else 1)
@@ -554,6 +657,7 @@ class Scheduler:
         chunk.prompt_logprobs = got.prompt_logprobs
         chunk.num_cached, request.num_cached = request.num_cached, -1
         chunk.queued_seconds, request.queued_seconds = request.queued_seconds, -1.0
+        chunk.num_drafted, chunk.num_accepted = got.drafted, accepted
         return chunk
 
     def _stop(self, request: Request, token: int) -> tuple[str | None, int | None]:
@@ -567,14 +671,18 @@ class Scheduler:
             return "length", None
         return None, None
 
-    def _charge(self, out: _Out) -> None:
-        """Each tenant pays for its rows, and its part of what every step costs."""
-        cost, rows = self.steps.cost, out.plan.rows
-        for request, row in zip(out.in_step, rows, strict=True):
-            seconds = cost.base / len(rows)
-            if row.num_tokens == 1:
+    def _charge(self, out: _Out, ran: list[Row], guessing: float) -> None:
+        """Each tenant pays for its rows, and its part of what every step costs; of `guessing` for its guesses."""
+        cost = self.steps.cost
+        nodes = sum(row.num_tokens - 1 for row in ran if row.draft) or 1
+        for request, row in zip(out.in_step, ran, strict=True):
+            seconds = cost.base / len(ran)
+            if row.draft or row.num_tokens == 1:
                 seconds += cost.per_tile / cost.tile + cost.per_context * row.start
-            else:
+            if row.draft:
+                guesses = row.num_tokens - 1
+                seconds += cost.work_seconds(row.start + 1, guesses) + guessing * guesses / nodes
+            elif row.num_tokens > 1:
                 seconds += cost.work_seconds(row.start, row.num_tokens)
             self.service.charge(request.group.tenant, seconds)
 

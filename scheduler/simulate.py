@@ -4,8 +4,9 @@
                      ▲                                                 │
                      └────────────── update, measured seconds ◀────────┘
 
-Nothing is computed but time: a row that reaches the end of what is known draws its sequence's own token again. What is
-simulated is therefore exactly what the engine would schedule, given that its steps take as long as `cost` says.
+Nothing is computed but time: a row that reaches the end of what is known draws its sequence's own token again, and of
+guesses as many are right as a die says. What is simulated is therefore exactly what the engine would schedule, given
+that its steps take as long as `cost` and `guessing` say.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from array import array
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from .draft_cost import num_passes, rows_by_level
 from .params import SamplingParams
-from .plan import Chunk, RowResult, StepPlan, StepResult
+from .plan import Chunk, DraftPass, Row, RowResult, StepPlan, StepResult
 from .roster import Refused
 from .scheduler import Scheduler
 from .step_time import StepCost, StepShape
@@ -58,6 +61,20 @@ class Outcome:
         return len(self.gaps) + (self.first_token != NEVER)
 
 
+class Guessing(NamedTuple):
+    """What guessing is like in truth: how often it is right, and seconds.
+
+    acceptance  of a level that is reached, by the request's place among the arrivals; in turn where there are more
+    fixed, per_node  beyond what `cost` says of a step's rows
+    """
+
+    acceptance: Sequence[float]
+    per_level: float = 0.0
+    per_row: float = 0.0
+    fixed: float = 0.0
+    per_node: float = 0.0
+
+
 @dataclass(slots=True)
 class Step:
     """A step that was taken. Valid until the next one is asked for."""
@@ -73,12 +90,20 @@ class Simulation:
     """One trace at one scheduler. `outcomes` stand beside the arrivals; `steps()` moves the clock."""
 
     def __init__(
-        self, scheduler: Scheduler, arrivals: Sequence[Arrival], cost: StepCost, *, noise: float = 0.0, seed: int = 0
+        self,
+        scheduler: Scheduler,
+        arrivals: Sequence[Arrival],
+        cost: StepCost,
+        *,
+        noise: float = 0.0,
+        seed: int = 0,
+        guessing: Guessing | None = None,
     ) -> None:
         """`cost` is the truth; `noise` the standard deviation of the logarithm of measured over true (median 1)."""
         self.scheduler = scheduler
         self.cost = cost
         self.noise = noise
+        self.guessing = guessing or Guessing((0.0,))
         self.now = 0.0
         self.outcomes = [Outcome(arrival) for arrival in arrivals]
         self._draw = random.Random(seed)
@@ -136,14 +161,46 @@ class Simulation:
             answers[new.slot] = RowResult([new.token_ids[-1]])
         shape = self.scheduler.shape
         seconds = self.cost.seconds(shape)
+        rows = [answers[row.slot] if row.samples else nothing for row in plan.rows]
+        drafting: list[DraftPass] = []
+        drafted = [i for i, row in enumerate(plan.rows) if row.draft]
+        if drafted:
+            self._verify(plan.rows, rows, drafted)
+            drafting = self._passes(plan.rows)
+            nodes = sum(rows[i].drafted for i in drafted)
+            seconds += self.guessing.fixed + self.guessing.per_node * nodes + sum(done.seconds for done in drafting)
         if self.noise:
             seconds *= self._draw.lognormvariate(0.0, self.noise)
         start, self.now = self.now, self.now + seconds
-        rows = [answers[row.slot] if row.samples else nothing for row in plan.rows]
-        result = StepResult(plan.step_id, rows, [answers[draw.slot] for draw in plan.draws])
+        result = StepResult(plan.step_id, rows, [answers[draw.slot] for draw in plan.draws], drafting)
         chunks = self.scheduler.update(plan, result, seconds)
         self._settle(chunks, self.now)
         return Step(start, self.now, plan, shape, chunks)
+
+    def _verify(self, rows: Sequence[Row], answers: list[RowResult], drafted: Sequence[int]) -> None:
+        """Put into `answers` what comes of the rows with guesses: all that were ordered are made."""
+        names = {request.slot: int(request.request_id) for request in self.scheduler.running}
+        acceptance = self.guessing.acceptance
+        for i in drafted:
+            draft = rows[i].draft
+            assert draft is not None
+            chance, depth, accepted = acceptance[names[rows[i].slot] % len(acceptance)], draft.shape.depth, 0
+            while accepted < depth and self._draw.random() < chance:
+                accepted += 1
+            answers[i] = RowResult(answers[i].token_ids * (accepted + 1), None, None, None, draft.shape.nodes, depth)
+
+    def _passes(self, rows: Sequence[Row]) -> list[DraftPass]:
+        """What guessing took, by method."""
+        levels: dict[str, int] = {}
+        counts: dict[str, int] = {}
+        for order in (row.draft for row in rows if row.draft):
+            levels[order.method] = max(levels.get(order.method, 0), num_passes(order.method, order.shape.depth))
+            counts[order.method] = counts.get(order.method, 0) + sum(rows_by_level(order))
+        per_level, per_row = self.guessing.per_level, self.guessing.per_row
+        return [
+            DraftPass(method, levels[method], count, per_level * levels[method] + per_row * count)
+            for method, count in counts.items()
+        ]
 
     def _settle(self, chunks: list[Chunk], now: float) -> None:
         for chunk in chunks:
@@ -155,6 +212,7 @@ class Simulation:
                     outcome.num_cached = chunk.num_cached
                 else:
                     outcome.gaps.append(now - outcome.last_token)
+                outcome.gaps.extend([0.0] * (len(chunk.token_ids) - 1))  # what is accepted together comes together
                 outcome.last_token = now
             if chunk.finish_reason is not None:
                 outcome.finish, outcome.end = chunk.finish_reason, now
@@ -162,10 +220,16 @@ class Simulation:
 
 
 def simulate(
-    scheduler: Scheduler, arrivals: Sequence[Arrival], cost: StepCost, *, noise: float = 0.0, seed: int = 0
+    scheduler: Scheduler,
+    arrivals: Sequence[Arrival],
+    cost: StepCost,
+    *,
+    noise: float = 0.0,
+    seed: int = 0,
+    guessing: Guessing | None = None,
 ) -> list[Outcome]:
     """Play `arrivals` (in order of time) to the end; what became of each, beside them."""
-    simulation = Simulation(scheduler, arrivals, cost, noise=noise, seed=seed)
+    simulation = Simulation(scheduler, arrivals, cost, noise=noise, seed=seed, guessing=guessing)
     for _ in simulation.steps():
         pass
     return simulation.outcomes

@@ -30,7 +30,7 @@ ERROR_MEMORY = 0.98  # of the running mean of the relative error: about 50 steps
 
 
 class StepShape(NamedTuple):
-    """What a step's time depends on. A row of one token is a decode; a longer one is a chunk."""
+    """What a step's time depends on. A row of one token is a decode; a longer one without guesses is a chunk."""
 
     num_tokens: int = 0
     decode_context: int = 0  # Σ over decodes of the tokens they attend to
@@ -40,6 +40,15 @@ class StepShape(NamedTuple):
         """With one more row: the tokens at positions start .. start + num_tokens - 1."""
         tokens, context, work = shape_of([(start, num_tokens)])
         return StepShape(self.num_tokens + tokens, self.decode_context + context, self.prefill_work + work)
+
+    def guessing(self, start: int, nodes: int) -> StepShape:
+        """With so many guesses behind the decode of the token at `start`.
+
+        They enter as a chunk does, also where it is one: the decode has read the context already, and every further
+        row is only compared with it.
+        """
+        work = nodes * (start + 1 + nodes / 2)
+        return StepShape(self.num_tokens + nodes, self.decode_context, self.prefill_work + work)
 
 
 def shape_of(rows: Iterable[tuple[int, int]]) -> StepShape:

@@ -21,7 +21,7 @@ from ..engine.client import EngineClient
 from ..engine.errors import QuireError
 from ..engine.messages import EngineReady, StepStats
 from ..engine.tokenizer import generation_defaults, load_tokenizer
-from ..engine.validation import Limits
+from ..engine.validation import limits_of
 from . import errors, logs, routes_admin, routes_chat, routes_completions
 from .admission import Admission
 from .auth import Keys
@@ -79,14 +79,7 @@ async def _start(client: EngineClient, config: ServerConfig) -> State:
         text = TextSide(
             tokenizer=tokenizer,
             template=load_chat_template(tokenizer),
-            limits=Limits(
-                ready.vocab_size,
-                ready.max_model_len,
-                ready.max_logprobs,
-                ready.max_n,
-                ready.scheduling_policy,
-                frozenset(ready.tenants),
-            ),
+            limits=limits_of(ready),
             ready=ready,
             defaults=_sampling_defaults(config, folder),
         )
@@ -154,6 +147,9 @@ def _log_facts(ready: EngineReady, names: tuple[str, ...]) -> None:
         kv_tokens / ready.max_model_len,
         ready.max_num_seqs,
     )
+    if ready.speculative_tree:
+        how = "as deep as pays" if ready.speculative_adaptive else "always to the full depth"
+        logger.info("speculation: %s, %s, %s", ready.speculative_method, ready.speculative_tree, how)
 
 
 def _allowed_hosts(config: ServerConfig) -> frozenset[str]:

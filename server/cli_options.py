@@ -34,6 +34,15 @@ def parse_bytes(text: str | int) -> int:
     return int(float(match[1]) * UNITS[unit])
 
 
+def parse_switch(text: str | bool) -> bool:
+    """ "on" or "off", as a word or as the boolean that YAML makes of it."""
+    if isinstance(text, bool):
+        return text
+    if text.lower() not in ("on", "off"):
+        raise typer.BadParameter(f"{text!r} is neither on nor off")
+    return text.lower() == "on"
+
+
 def format_bytes(count: float) -> str:
     """1536 -> "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):

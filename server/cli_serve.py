@@ -20,6 +20,7 @@ from .cli_options import (
     option,
     parse_bytes,
     parse_overrides,
+    parse_switch,
     parse_weights,
     read_config_file,
     unknown_environment,
@@ -27,7 +28,7 @@ from .cli_options import (
 from .config import ServerConfig
 
 ENGINE, SERVER = EngineConfig(), ServerConfig()
-MODEL, MEMORY, BATCH, COMPUTE = "Model", "Memory", "Batching", "Computing"
+MODEL, MEMORY, BATCH, COMPUTE, AHEAD = "Model", "Memory", "Batching", "Computing", "Speculation"
 HTTP, ACCESS, LIMITS, LOGS = "HTTP", "Access", "Limits and timeouts", "Logs and metrics"
 
 ALIASES = {
@@ -37,6 +38,9 @@ ALIASES = {
     "num-gpu-blocks-override": "num-blocks",
     "max-num-queued-reqs": "max-queued-requests",
     "tenant-weight": "tenant-weights",
+    "spec-method": "speculative-method",
+    "spec-model": "speculative-model",
+    "spec-tokens": "num-speculative-tokens",
     "shutdown-timeout": "drain-timeout",
     "sse-keep-alive-interval": "keep-alive-interval",
 }
@@ -148,6 +152,39 @@ def serve(
             metavar="NAME=WEIGHT",
         ),
     ] = None,
+    speculative_method: Annotated[
+        str,
+        option(
+            AHEAD,
+            "Who guesses tokens ahead for the model to verify: none, ngram (what followed the same tokens before), "
+            "draft (a smaller model), nested (a slice of the model) or layers (some of its layers). The output stays "
+            "the model's own.",
+        ),
+    ] = ENGINE.speculative_method,
+    speculative_model: Annotated[
+        str | None,
+        option(
+            AHEAD,
+            "draft: a folder or hub id. nested: the slice's width, h/2, h/4, h/8 or a number. layers: those that it "
+            "keeps, 0,1,6.",
+        ),
+    ] = ENGINE.speculative_model,
+    num_speculative_tokens: Annotated[
+        int | None, option(AHEAD, "Tokens guessed one after another; nothing = the method's default.", min=1)
+    ] = ENGINE.num_speculative_tokens,
+    speculative_tree: Annotated[
+        str, option(AHEAD, "chain, or several guesses for each place: rsd-c:2,2,1 or rsd-s:3x4 (width x depth).")
+    ] = ENGINE.speculative_tree,
+    speculative_adaptive: Annotated[
+        Any,
+        option(
+            AHEAD,
+            "on = as many as pay, for each request and step; off = always all of them.",
+            parser=parse_switch,
+            metavar="on|off",
+            show_default="on",
+        ),
+    ] = ENGINE.speculative_adaptive,
     dtype: Annotated[str, option(COMPUTE, "auto, bfloat16, float16 or float32.")] = ENGINE.dtype,
     quantization: Annotated[
         str | None,

@@ -119,6 +119,8 @@ def _merge(held: Chunk, chunk: Chunk) -> None:
     if chunk.prompt_logprobs:
         held.prompt_logprobs = (held.prompt_logprobs or []) + chunk.prompt_logprobs
     held.num_cached = max(held.num_cached, chunk.num_cached)
+    held.num_drafted += chunk.num_drafted
+    held.num_accepted += chunk.num_accepted
     held.finish_reason = chunk.finish_reason
     held.stop_reason = chunk.stop_reason
     held.error = chunk.error

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from ..engine.messages import AddRequest, Chunk, Slo
+from ..engine.messages import AddRequest, Chunk, Slo, Speculative
 from ..engine.outputs import Delta, RequestStream, TextOptions
 from ..engine.tokenizer import Tokenizer
 from ..scheduler.params import SamplingParams
@@ -54,15 +54,22 @@ class GenerateRequest:
     tenant: str = ""
     slo: Slo = field(default_factory=Slo)
     timeout: float | None = None
+    speculative: Speculative = field(default_factory=Speculative)
 
 
 @dataclass(slots=True)
 class Usage:
-    """Tokens so far; a prompt counts once, however many samples are drawn from it."""
+    """Tokens so far; a prompt counts once, however many samples are drawn from it.
+
+    drafted_tokens   guessed ahead and verified. How many is a matter of the moment, unlike which tokens are drawn
+    accepted_tokens  of these, those among the completion tokens
+    """
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class _Part:
@@ -127,6 +134,7 @@ class Generation:
                     tenant=request.tenant,
                     slo=request.slo,
                     timeout=self._timeout,
+                    speculative=request.speculative,
                 )
                 for request_id, part in self._parts.items()
             ),
@@ -194,6 +202,8 @@ class Generation:
             self._drawn[delta.index] = self._drawn.get(delta.index, 0) + delta.num_drawn
             self.usage.completion_tokens += delta.num_drawn
             metrics.generation_tokens.inc(delta.num_drawn)
+        self.usage.drafted_tokens += delta.num_drafted
+        self.usage.accepted_tokens += delta.num_accepted
         if cached:
             self.usage.cached_tokens += cached
             metrics.cached_tokens.inc(cached)

@@ -267,4 +267,5 @@ def _request(body: GenerateBody, prompts: list[Prompt], order: Order) -> Generat
         tenant=order.tenant,
         slo=order.slo,
         timeout=order.timeout,
+        speculative=body.speculation,
     )

@@ -10,6 +10,7 @@ all usages, those of aborted requests included, equals the counters.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -19,7 +20,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
@@ -54,7 +55,8 @@ ALIASED = frozenset(
         "prompt_tokens_cached", "generation_tokens", "request_success", "num_preemptions", "prefix_cache_queries",
         "prefix_cache_hits", "admission_rejections", "time_to_first_token_seconds", "inter_token_latency_seconds",
         "request_time_per_output_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds",
-        "request_prompt_tokens", "request_generation_tokens", "iteration_tokens_total",
+        "request_prompt_tokens", "request_generation_tokens", "iteration_tokens_total", "spec_decode_num_drafts",
+        "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens", "spec_decode_num_accepted_tokens_per_pos",
     }
 )  # fmt: skip
 
@@ -101,6 +103,9 @@ class Metrics:
         self.useful_tokens = self._counter("step_tokens_useful", "Tokens of the engine's steps.")
         self.launched_tokens = self._counter("step_tokens_launched", "The same, filled up to whole tiles.")
         self.predicted_seconds = self._counter("step_seconds_predicted", "Time of the steps as predicted before each.")
+        self.draft_seconds = self._counter(
+            "spec_decode_seconds", "Time of guessing, a part of the steps' forward time."
+        )
         self._finished = self._family("request_success", "Samples that ended, by finish reason.", "finished_reason")
         self._aborted = self._family("requests_aborted", "Requests whose client left, by stage.", "stage")
         self._expired = self._family("requests_expired", "Requests that ran out of time, by the limit.", "reason")
@@ -138,6 +143,7 @@ class Metrics:
             self.predicted_seconds.inc(stats.predicted_seconds)
             self.schedule_seconds.inc(stats.schedule_seconds)
             self.forward_seconds.inc(stats.forward_seconds)
+            self.draft_seconds.inc(stats.draft_seconds)
         self.stats = stats
 
     def sample_finished(
@@ -228,9 +234,9 @@ class _EngineCollector(Collector):
             "eager_steps": ("Forward passes launched kernel by kernel.", stats.eager_steps_total),
         }
         for name, (text, value) in counters.items():
-            family = CounterMetricFamily(f"quire_{name}", text, labels=("model_name",))
-            family.add_metric((self._model,), value)
-            yield family
+            yield self._counter(name, text, {(): value})
+        if self._ready.speculative_tree:
+            yield from self._speculation(stats)
         ready = self._ready
         facts = {"block_size": str(ready.block_size), "num_gpu_blocks": str(ready.num_blocks)}
         yield self._gauge("cache_config_info", "Shape of the KV cache.", {tuple(facts.values()): 1}, *facts)
@@ -238,6 +244,52 @@ class _EngineCollector(Collector):
         yield self._gauge("startup_seconds", "Time to start, by phase.", phases, "phase")
         memory: dict[tuple[str, ...], float] = {(kind,): size for kind, size in ready.memory_bytes.items()}
         yield self._gauge("memory_bytes", "Memory held, by kind.", memory, "kind")
+
+    def _speculation(self, stats: StepStats) -> Iterator[Metric]:
+        """What was guessed and what came of it. Positions count from 0, as vLLM's do."""
+        depth = self._ready.num_speculative_tokens
+        drafted, accepted = (_padded(by, depth) for by in (stats.drafted_by_position, stats.accepted_by_position))
+        counters = {
+            "num_drafts": ("Times that tokens were guessed behind a sample.", drafted[0]),
+            "num_draft_tokens": ("Tokens guessed and verified.", stats.draft_tokens_total),
+            "num_accepted_tokens": ("Tokens guessed and drawn.", stats.accepted_tokens_total),
+            "num_wasted_tokens": ("Tokens guessed in vain.", stats.draft_tokens_total - stats.accepted_tokens_total),
+            "failures": ("Times that a proposer failed a sample, which went on without.", stats.draft_failures_total),
+        }
+        for name, (text, value) in counters.items():
+            yield self._counter(f"spec_decode_{name}", text, {(): value})
+        positions = {
+            "num_drafts_per_pos": ("Drafts with a token at this position.", drafted),
+            "num_accepted_tokens_per_pos": ("Of these, those of which it was accepted.", accepted),
+        }
+        for name, (text, values) in positions.items():
+            by_position: dict[tuple[str, ...], float] = {(str(k),): value for k, value in enumerate(values)}
+            yield self._counter(f"spec_decode_{name}", text, by_position, "position")
+        yield self._gauge(
+            "spec_decode_acceptance_length",
+            "Tokens that a draft's verification gave on average, its own included: 1 = all was guessed in vain.",
+            {(): 1 + stats.accepted_tokens_total / drafted[0] if drafted[0] else 1.0},
+        )
+        yield self._depths(_padded(stats.draft_depths, depth + 1))
+
+    def _depths(self, counts: list[int]) -> HistogramMetricFamily:
+        family = HistogramMetricFamily(
+            "quire_spec_decode_depth",
+            "How many tokens were to be guessed one after another; 0 = guessing would not have paid.",
+            labels=("model_name",),
+        )
+        buckets = [(str(float(depth)), total) for depth, total in enumerate(accumulate(counts))]
+        everything = sum(depth * count for depth, count in enumerate(counts))
+        family.add_metric((self._model,), [*buckets, ("+Inf", sum(counts))], everything)
+        return family
+
+    def _counter(
+        self, name: str, text: str, values: Mapping[tuple[str, ...], float], *labels: str
+    ) -> CounterMetricFamily:
+        family = CounterMetricFamily(f"quire_{name}", text, labels=("model_name", *labels))
+        for key, value in values.items():
+            family.add_metric((self._model, *key), value)
+        return family
 
     def _gauge(self, name: str, text: str, values: Mapping[tuple[str, ...], float], *labels: str) -> GaugeMetricFamily:
         family = GaugeMetricFamily(f"quire_{name}", text, labels=("model_name", *labels))
@@ -264,6 +316,11 @@ class _Aliases(CollectorRegistry):
                     for sample in family.samples
                 ]
                 yield alias
+
+
+def _padded(counts: list[int], length: int) -> list[int]:
+    """With zeros for what has not happened yet, so that the series are the same from the start."""
+    return counts + [0] * (length - len(counts))
 
 
 def _ratio(stats: StepStats) -> float:

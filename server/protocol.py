@@ -14,8 +14,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..engine.messages import Slo
-from ..engine.validation import MAX_TENANT_BYTES, Limits, check_promises
+from ..engine.messages import Slo, Speculative
+from ..engine.validation import MAX_TENANT_BYTES, Limits, check_promises, check_speculative
 from . import errors
 from .logs import logger
 
@@ -100,15 +100,32 @@ class SloBody(BaseModel):
 
     def promises(self) -> Slo:
         """In seconds. Raises 400 for a promise that nobody here knows: ignored, it would be broken in silence."""
-        for name in self.model_extra or {}:
-            known = ", ".join(SloBody.model_fields)
-            param = f"slo.{errors.shown(name)}"
-            raise errors.invalid(f"`{param}` is unknown; the promises are {known}.", param)
+        _refuse_extras(self, "slo")
         ttft, itl, deadline = (
             None if milliseconds is None else milliseconds / 1e3
             for milliseconds in (self.ttft_ms, self.itl_ms, self.deadline_ms)
         )
         return Slo(ttft=ttft, itl=itl, deadline=deadline)
+
+
+class SpeculativeBody(BaseModel):
+    """What a request wishes of speculation: who guesses ahead, and how many tokens at most."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    method: str | None = None
+    num_tokens: Integer | None = None
+
+    def wish(self) -> Speculative:
+        """Raises 400 for a key that nobody here knows."""
+        _refuse_extras(self, "speculative")
+        return Speculative(method=self.method, num_tokens=self.num_tokens)
+
+
+def _refuse_extras(body: SloBody | SpeculativeBody, name: str) -> None:
+    for extra in body.model_extra or {}:
+        param = f"{name}.{errors.shown(extra)}"
+        raise errors.invalid(f"`{param}` is unknown; `{name}` holds {', '.join(type(body).model_fields)}.", param)
 
 
 class GenerateBody(_Body):
@@ -142,6 +159,7 @@ class GenerateBody(_Body):
     tenant: Annotated[str, Field(min_length=1, max_length=MAX_TENANT_BYTES)] | None = None
     slo: SloBody | None = None
     timeout: float | None = None  # seconds from arrival
+    speculative: SpeculativeBody | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None  # the suffix of the answer's id
     add_special_tokens: bool | None = None
@@ -160,12 +178,17 @@ class GenerateBody(_Body):
     def promises(self) -> Slo:
         return Slo() if self.slo is None else self.slo.promises()
 
+    @property
+    def speculation(self) -> Speculative:
+        return Speculative() if self.speculative is None else self.speculative.wish()
+
     def check_together(self, limits: Limits) -> None:
         """What no single field's type can say, as far as it needs no tokens. Raises 400."""
         self.refuse_unbuilt()
         if not 1 <= self.samples <= limits.max_n:  # before admission, which counts them
             raise errors.invalid(f"`n` must be between 1 and {limits.max_n}, got {self.n}.", "n")
         check_promises(self.promises, self.timeout)
+        check_speculative(self.speculation, limits)
         if self.stream_options is not None and not self.stream:
             raise errors.invalid("Stream options can only be defined when `stream=True`.", "stream_options")
         if self.prompt_logprobs is not None and self.stream:

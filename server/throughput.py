@@ -28,8 +28,11 @@ def throughput_line(last: StepStats, now: StepStats, seconds: float) -> str:
     queries = now.prefix_query_tokens_total - last.prefix_query_tokens_total
     hits = now.prefix_hit_tokens_total - last.prefix_hit_tokens_total
     kv = 100 * now.kv_blocks_used / max(now.kv_blocks_total, 1)
+    drafts = sum(now.drafted_by_position[:1]) - sum(last.drafted_by_position[:1])
+    accepted = now.accepted_tokens_total - last.accepted_tokens_total
+    speculation = f", acceptance length {1 + accepted / drafts:.2f}" if drafts else ""
     return (
         f"prompt {prompt:.1f} tok/s, generation {generated:.1f} tok/s, running {now.running}, waiting {now.waiting}, "
         f"preemptions {now.preemptions_total - last.preemptions_total}, KV cache {kv:.1f} %, "
-        f"prefix hits {100 * hits / max(queries, 1):.1f} %"
+        f"prefix hits {100 * hits / max(queries, 1):.1f} %{speculation}"
     )

@@ -89,6 +89,7 @@ class FakeClient:
         self.step_seconds = 0.0
         self.fail_request: str | None = None  # error text that the next step gives every sample
         self.num_cached = 0
+        self.draft = 0  # ids that it guesses for each sample and step: all but the step's last one were right
         self.age = 0.0
         self.expires = True  # it ends what is past its timeout or deadline
         self.unreachable = False  # it refuses to begin whatever has a deadline
@@ -245,6 +246,7 @@ class FakeClient:
                 chunk.finish_reason, chunk.stop_reason = "stop", None if token_id == EOS else token_id
                 break
         sample.done += len(chunk.token_ids)
+        chunk.num_drafted, chunk.num_accepted = self.draft, min(self.draft, len(chunk.token_ids) - 1)
         if chunk.finish_reason is None and sample.done >= min(params.max_tokens, len(sample.answer)):
             chunk.finish_reason = "length"
         if params.logprobs is not None:

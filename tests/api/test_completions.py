@@ -26,6 +26,7 @@ async def test_whole_answer(http, fake):
         "completion_tokens": 14,
         "total_tokens": 16,
         "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0},
     }
     assert fake.added[0].prompt_ids == list(b"Hi")
 
@@ -197,7 +198,8 @@ async def test_the_wire_to_the_letter(http, fake):
     assert re.sub(r'"created":\d+', '"created":0', response.text) == (
         f"data: {head}{choice}{tail}\n\n"
         + f'data: {head}],"usage":{{"prompt_tokens":2,"completion_tokens":3,"total_tokens":5,'
-        + '"prompt_tokens_details":{"cached_tokens":1}}}\n\n'
+        + '"prompt_tokens_details":{"cached_tokens":1},'
+        + '"completion_tokens_details":{"accepted_prediction_tokens":0,"rejected_prediction_tokens":0}}}\n\n'
         + "data: [DONE]\n\n"
     )
     assert response.headers["x-request-id"] == "golden"

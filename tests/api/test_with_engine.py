@@ -119,3 +119,19 @@ async def test_tenants_are_served_and_counted(running):
         text = (await http.get("/metrics")).text
     for tenant in "ab":
         assert f'quire_slo_total{{met="true",model_name="tiny",slo="ttft",tenant="{tenant}"}} 4.0' in text
+
+
+async def test_what_the_engine_resolved_of_speculation_bounds_what_may_be_asked(running):
+    engine = {"speculative_method": "ngram", "speculative_tree": "rsd-c:2,1", "speculative_adaptive": False}
+    async with running(engine) as http:
+        facts = (await http.get("/version")).json()
+        answers = [
+            await post(http, prompt=[5, 6, 7], max_tokens=4, temperature=0, speculative=wish)
+            for wish in (None, {"method": "none"}, {"num_tokens": 2}, {"num_tokens": 3}, {"method": "draft"})
+        ]
+    assert facts["speculative_method"] == "ngram"
+    assert (facts["speculative_tree"], facts["num_speculative_tokens"]) == ("rsd-c:2,1", 2)
+    assert facts["speculative_adaptive"] is False
+    assert facts["reasons"]["draft_shape"] == "given"
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 400, 400]
+    assert len({answer.json()["choices"][0]["text"] for answer in answers[:3]}) == 1

@@ -1,12 +1,14 @@
 """The scheduler against a model of the cache: whatever is added, aborted and preempted, every row finds in its blocks
 exactly the tokens that precede it, every request gets the tokens of its solo run, and nothing is lost.
 
-A step is executed when it is planned, as a device does, and answered after up to `ahead` more are planned.
+A step is executed when it is planned, as a device does, and answered after up to `ahead` more are planned. Where it has
+guesses, any number of them is made and any number of these is right.
 """
 
 from __future__ import annotations
 
 import hashlib
+import random
 from collections import Counter, defaultdict, deque
 
 from hypothesis import HealthCheck, settings
@@ -14,8 +16,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from quire.scheduler.config import SchedulerConfig
-from quire.scheduler.params import SamplingParams, Slo
-from quire.scheduler.plan import RowResult, StepPlan, StepResult
+from quire.scheduler.drafts import parse_shape
+from quire.scheduler.params import SamplingParams, Slo, Speculative
+from quire.scheduler.plan import DraftPass, Row, RowResult, StepPlan, StepResult
 from quire.scheduler.policy import POLICIES
 from quire.scheduler.roster import Refused
 from quire.scheduler.scheduler import Scheduler
@@ -34,10 +37,14 @@ def next_token(token_ids: list[int], sample: int) -> int:
 class CacheModel:
     """Plays the runner. Blocks hold the tokens written to them; a row that would read anything else is an error."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, seed: int) -> None:
+        self.random = random.Random(seed)
         self.size = config.block_size
+        self.max_model_len = config.max_model_len
+        self.failed: set[int] = set()  # slots whose guessing failed
         self.blocks: dict[int, list[int | None]] = defaultdict(lambda: [None] * self.size)
         self.slots: dict[int, tuple[list[int], list[int], int, int]] = {}
+        self.longest: dict[int, int] = {}  # slot -> tokens at which its sequence has its full length
         self.kept: dict[int, list[int]] = {}  # key -> the tokens behind the logits that are kept
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -45,9 +52,11 @@ class CacheModel:
             self.kept.pop(key, None)
         for slot in plan.freed:
             del self.slots[slot]
+            self.failed.discard(slot)
         for new in plan.new:
             assert new.slot not in self.slots
             max_tokens = new.params.max_tokens
+            self.longest[new.slot] = min(new.num_prompt + max_tokens, self.max_model_len)
             self.slots[new.slot] = (list(new.token_ids), list(new.block_ids), new.sample_index, max_tokens)
         for source, target in plan.copies:
             self.blocks[target] = list(self.blocks[source])
@@ -65,8 +74,15 @@ class CacheModel:
             token_ids, block_ids, sample, max_tokens = self.slots[row.slot]
             block_ids += row.new_block_ids
             end = row.start + row.num_tokens
-            assert row.num_tokens > 0
-            assert end <= len(token_ids)
+            if row.draft:
+                assert row.num_tokens == 1 + row.draft.shape.nodes > 1
+                assert row.start == len(token_ids) - 1
+                assert row.slot not in self.failed, "guesses for a sequence whose guessing failed"
+                assert end <= self.max_model_len
+                assert len(token_ids) + row.draft.shape.depth < self.longest[row.slot], "more than may be drawn"
+            else:
+                assert row.num_tokens > 0
+                assert end <= len(token_ids)
             assert end <= len(block_ids) * self.size
             assert 0 not in block_ids
             held = [token for block in block_ids for token in self.blocks[block]][: row.start]
@@ -76,6 +92,9 @@ class CacheModel:
                 assert place not in written, "two rows write one place"
                 written.add(place)
         for row in plan.rows:
+            if row.draft:
+                results.append(self.verify(row))
+                continue
             token_ids, block_ids, sample, max_tokens = self.slots[row.slot]
             end = row.start + row.num_tokens
             for position in range(row.start, end):
@@ -87,7 +106,31 @@ class CacheModel:
             drawn = [next_token(token_ids, sample)] if row.samples else []
             token_ids += drawn
             results.append(RowResult(drawn))
-        return StepResult(plan.step_id, results, draws)
+        guesses = Counter(row.draft.method for row in plan.rows if row.draft)
+        drafting = [DraftPass(method, method != "ngram", count, 1e-4 * count) for method, count in guesses.items()]
+        return StepResult(plan.step_id, results, draws, drafting)
+
+    def verify(self, row: Row) -> RowResult:
+        """Some of the nodes were guessed, their K/V lie behind the last token, and some levels were right."""
+        token_ids, block_ids, sample, _ = self.slots[row.slot]
+        shape = row.draft.shape
+        depth = self.random.randint(0, shape.depth)
+        nodes = self.random.randint(depth, shape.cut(depth).nodes)
+        accepted = self.random.randint(0, depth)
+        for i in range(nodes):
+            self.write(block_ids, row.start + 1 + i, -1)
+        drawn = []
+        for _ in range(accepted + 1):
+            self.write(block_ids, len(token_ids) - 1, token_ids[-1])  # the last is never computed
+            drawn.append(next_token(token_ids, sample))
+            token_ids.append(drawn[-1])
+        if not nodes and self.random.random() < 0.2:
+            self.failed.add(row.slot)
+            return RowResult(drawn, draft_error="the proposer raised")
+        return RowResult(drawn, drafted=nodes, draft_depth=depth)
+
+    def write(self, block_ids: list[int], position: int, token: int) -> None:
+        self.blocks[block_ids[position // self.size]][position % self.size] = token
 
 
 def solo(prompt: list[int], params: SamplingParams, sample: int, max_model_len: int) -> tuple[list[int], str]:
@@ -115,10 +158,32 @@ class SchedulerMachine(RuleBasedStateMachine):
         eviction=st.sampled_from(["lru", "discard", "phase"]),
         slo_itl=st.sampled_from([None, 0.001, 0.002, 0.1]),
         ahead=st.integers(0, 1),
+        shape=st.sampled_from([None, "chain:1", "chain:4", "rsd-c:2,2", "rsd-s:2x3"]),
+        method=st.sampled_from(["draft", "ngram"]),
+        adaptive=st.booleans(),
+        seed=st.integers(0, 99),
     )
     def start(
-        self, num_blocks, block_size, max_num_seqs, extra, prefill, caching, policy, chunking, eviction, slo_itl, ahead
+        self,
+        num_blocks,
+        block_size,
+        max_num_seqs,
+        extra,
+        prefill,
+        caching,
+        policy,
+        chunking,
+        eviction,
+        slo_itl,
+        ahead,
+        shape,
+        method,
+        adaptive,
+        seed,
     ):
+        draft_shape = shape and parse_shape(shape, 0)
+        if draft_shape and draft_shape.nodes >= max_num_seqs + extra:
+            draft_shape = None
         capacity = (num_blocks - 1) * block_size
         self.config = SchedulerConfig(
             num_blocks=num_blocks,
@@ -134,9 +199,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             slo_itl=slo_itl,
             chunking=chunking,
             eviction=eviction,
+            draft_method=method if draft_shape else "none",
+            draft_shape=draft_shape,
+            adaptive_drafts=adaptive,
         )
         self.scheduler = Scheduler(self.config, COST)
-        self.runner = CacheModel(self.config)
+        self.runner = CacheModel(self.config, seed)
         self.ahead = ahead
         self.out = deque()  # plan, its result, who draws in it
         self.in_vain = Counter()  # request -> tokens that were drawn for it after its end
@@ -163,8 +231,29 @@ class SchedulerMachine(RuleBasedStateMachine):
             deadline=st.sampled_from([None, 0.001, 3.0, 50.0]),
         ),
         timeout=st.sampled_from([None, None, 0.5, 20.0]),
+        speculative=st.builds(
+            Speculative,
+            method=st.sampled_from([None, None, "none", "ngram"]),
+            num_tokens=st.sampled_from([None, None, 0, 1]),
+        ),
     )
-    def add(self, prompt, max_tokens, min_tokens, ignore_eos, n, looks_back, priority, salt, tenant, slo, timeout):
+    def add(
+        self,
+        prompt,
+        max_tokens,
+        min_tokens,
+        ignore_eos,
+        n,
+        looks_back,
+        priority,
+        salt,
+        tenant,
+        slo,
+        timeout,
+        speculative,
+    ):
+        if self.config.draft_shape is None:
+            speculative = Speculative()
         params = SamplingParams(
             max_tokens=max_tokens,
             min_tokens=min_tokens,
@@ -187,6 +276,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 tenant=tenant,
                 slo=slo,
                 timeout=timeout,
+                speculative=speculative,
             )
         except Refused:
             assert too_long
@@ -235,6 +325,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         if plan is None:
             return False
         assert plan.num_tokens <= self.config.max_num_batched_tokens
+        guessing = [row for row in plan.rows if row.draft]
+        assert not guessing or not self.out, "guesses behind a token that is not known"
+        assert not any(row.draft for out, _, _ in self.out for row in out.rows), "planned ahead of a verification"
+        if any(len(row.new_block_ids) > 1 for row in guessing):
+            assert self.scheduler.pool.num_free >= len(self.scheduler.running), "blocks that streams will need"
         slots = [row.slot for row in plan.rows]
         assert len(set(slots)) == len(slots)
         if oldest in decoding and oldest.slot >= 0:

@@ -18,7 +18,7 @@ from quire.engine.errors import EngineDeadError, EngineStartError, RequestError,
 from quire.engine.llm import LLM
 from quire.engine.messages import Abort, AddRequest, EngineDead, EngineReady, StepOutputs, StepStats
 from quire.engine.outputs import SampleOutput
-from quire.scheduler.params import SamplingParams, Slo
+from quire.scheduler.params import SamplingParams, Slo, Speculative
 from quire.scheduler.plan import Chunk, TokenLogprob
 
 Script = Callable[[AddRequest], Iterator[Chunk]]
@@ -289,13 +289,30 @@ def test_an_interrupted_call_aborts_what_runs(
 
 def test_promises_reach_the_engine(connect: Callable[[Script], LLM]) -> None:
     llm = connect(echo)
-    slo = Slo(ttft=0.5, deadline=20.0)
-    llm.generate(["a", "b"], PARAMS, slo=slo, timeout=5, tenant="me", progress=False)
-    llm.chat([{"role": "user", "content": "hi"}], PARAMS, slo=slo, timeout=5, tenant="me", progress=False)
-    list(llm.samples("a", PARAMS, slo=slo, timeout=5, tenant="me"))
+    slo, plain = Slo(ttft=0.5, deadline=20.0), Speculative(method="none")
+    terms: dict[str, Any] = {"slo": slo, "timeout": 5, "tenant": "me", "speculative": plain}
+    llm.generate(["a", "b"], PARAMS, progress=False, **terms)
+    llm.chat([{"role": "user", "content": "hi"}], PARAMS, progress=False, **terms)
+    list(llm.samples("a", PARAMS, **terms))
     sent = client_of(llm).sent
     assert len(sent) == 4
-    assert {(request.slo, request.timeout, request.tenant) for request in sent} == {(slo, 5, "me")}
+    told = {(request.slo, request.timeout, request.tenant, request.speculative) for request in sent}
+    assert told == {(slo, 5, "me", plain)}
+
+
+def test_outputs_say_how_guessing_went_text_held_back_included(connect: Callable[[Script], LLM]) -> None:
+    def guessed(request: AddRequest) -> Iterator[Chunk]:
+        ids = request.prompt_ids
+        yield Chunk(request.request_id, 0, ids[:2], num_drafted=4, num_accepted=1)  # might become the stop string
+        yield Chunk(request.request_id, 0, ids[2:5], num_drafted=3, num_accepted=2)
+        yield Chunk(request.request_id, 0, ids[5:], "length", num_drafted=4, num_accepted=4)
+
+    llm = connect(guessed)
+    letters = [token_id for letter in "abxyzabcde" for token_id in llm.tokenizer.encode(letter)]
+    (answer,) = llm.generate([letters], PARAMS, stop="abc", progress=False)
+    (output,) = answer.outputs
+    assert (output.num_drafted, output.num_accepted) == (11, 1 + 2 + 3)
+    assert output.text == "abxyz"
 
 
 @pytest.mark.parametrize(
@@ -308,6 +325,9 @@ def test_promises_reach_the_engine(connect: Callable[[Script], LLM]) -> None:
         ({"timeout": "5"}, "timeout"),
         ({"tenant": "x" * 65}, "tenant"),
         ({"tenant": None}, "tenant"),
+        ({"speculative": {"method": "none"}}, "speculative must be a Speculative"),
+        ({"speculative": Speculative(method="eagle")}, r"speculative\.method must be one of none .*, got 'eagle'"),
+        ({"speculative": Speculative(num_tokens=5)}, r"speculative\.num_tokens must be a whole number from 0 to 0"),
     ],
 )
 def test_promises_that_are_none_are_refused_before_anything_is_sent(

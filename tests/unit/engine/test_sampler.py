@@ -198,7 +198,7 @@ class TestOneBadRowEndsOneRow:
     def test_a_fault_in_one_sequences_edits(self, monkeypatch):
         logits = torch.stack([model([i]) for i in range(3)])
         clean = self.results(logits)
-        monkeypatch.setattr(module.SequenceState, "edits", lambda self: 1 // 0)
+        monkeypatch.setattr(module.SequenceState, "edits", lambda self, path: 1 // 0)
         faulty = self.results(logits)
         assert faulty[:2] == clean[:2]
         assert "ZeroDivisionError" in faulty[2].error

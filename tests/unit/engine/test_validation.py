@@ -18,12 +18,13 @@ from quire.engine.validation import (
     check_params,
     check_promises,
     check_request,
+    check_speculative,
     check_stop,
     clamp_logit_bias,
     shown,
     valid_token_ids,
 )
-from quire.scheduler.params import SamplingParams, Slo
+from quire.scheduler.params import SamplingParams, Slo, Speculative
 
 TOKENIZER_LEN, VOCAB = 330, 384  # the logits are wider than the tokenizer is long
 LIMITS = Limits(VOCAB, 512, max_n=MAX_N)
@@ -281,6 +282,41 @@ def test_tenants() -> None:
         assert caught.value.param == "tenant"
     for tenant in ("", "anybody", "x" * 64):
         check_order(0, tenant, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("wish", "says"),
+    [
+        (Speculative(method="nested"), r"speculative\.method must be one of none, ngram, draft, got 'nested'$"),
+        (Speculative(method=["ngram"]), r"speculative\.method must be one of none, ngram, draft, got a list$"),  # type: ignore[arg-type]
+        (Speculative(num_tokens=4), r"speculative\.num_tokens must be a whole number from 0 to 3, got 4$"),
+        (Speculative(num_tokens=-1), r"speculative\.num_tokens must be a whole number from 0 to 3, got -1$"),
+        (Speculative(num_tokens=True), r"speculative\.num_tokens must be a whole number"),
+        (Speculative(num_tokens=2.0), r"speculative\.num_tokens must be a whole number"),  # type: ignore[arg-type]
+        (Speculative(num_tokens=10**5000), r"speculative\.num_tokens must be a whole number"),
+        (Speculative(method="none", num_tokens=1), r"speculative\.num_tokens is 1, but .* leave one of them out$"),
+    ],
+)
+def test_drafts_that_an_engine_does_not_make(wish: Speculative, says: str) -> None:
+    limits = Limits(VOCAB, 512, draft_methods=("none", "ngram", "draft"), draft_depth=3)
+    with pytest.raises(RequestError, match=says) as caught:
+        check_speculative(wish, limits)
+    assert caught.value.param in says.replace("\\", "")
+    with pytest.raises(RequestError, match=says):
+        check_request(AddRequest("r", [1], params(), speculative=wish), limits)
+
+
+def test_drafts_that_it_makes_and_none_where_it_makes_none() -> None:
+    limits = Limits(VOCAB, 512, draft_methods=("none", "ngram", "draft"), draft_depth=3)
+    for method in (None, "ngram", "draft"):
+        for num_tokens in (None, 0, 1, 3):
+            check_speculative(Speculative(method=method, num_tokens=num_tokens), limits)
+            if method or num_tokens:
+                with pytest.raises(RequestError, match="unless started with --speculative-method"):
+                    check_speculative(Speculative(method=method, num_tokens=num_tokens), LIMITS)
+    for limited in (limits, LIMITS):
+        for wish in (Speculative(), Speculative(method="none"), Speculative(method="none", num_tokens=0)):
+            check_speculative(wish, limited)
 
 
 def test_n_is_bounded_by_the_engine_at_hand() -> None:

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.scheduler.config import SchedulerConfig
+from quire.scheduler.drafts import parse_shape
 from quire.scheduler.policy import POLICIES
 from quire.scheduler.scheduler import Scheduler
-from quire.scheduler.simulate import NEVER, Simulation, simulate
+from quire.scheduler.simulate import NEVER, Guessing, Simulation, simulate
 from quire.scheduler.step_time import StepCost
 from quire.scheduler.traces import SHAREGPT, Arrival, LengthLaw, arrival_times, conversations, draw_lengths, synthetic
 
@@ -164,3 +165,48 @@ def test_a_scheduler_that_stands_still_is_found() -> None:
     idle = Idle(scheduler(CONSTANT).config, CONSTANT)
     with pytest.raises(RuntimeError, match="1 requests wait"):
         simulate(idle, [Arrival(0.0, 4, 4)], CONSTANT)
+
+
+# Three machines: one whose rows are free, one that computes sixteen for the price of one, one that pays for each.
+MACHINES = [
+    StepCost(64, 0.010, 0.0005, 1e-8, 1e-9),
+    StepCost(16, 0.020, 0.0040, 1e-7, 1e-8),
+    StepCost(1, 0.001, 0.0010, 1e-7, 1e-8),
+]
+
+
+def tokens_per_second(cost: StepCost, streams: int, guessing: Guessing, **changed: Any) -> float:
+    """While the house is full: what comes after says who happened to end last."""
+    arrivals = [Arrival(0.0, 40, 300)] * (streams + 4)
+    busy = scheduler(cost, max_num_seqs=streams, num_blocks=4000, **changed)
+    simulation = Simulation(busy, arrivals, cost, guessing=guessing, seed=3)
+    for _ in simulation.steps():
+        if not busy.num_waiting and len(busy.running) < streams:
+            break
+    return busy.counters.generated_tokens / simulation.now
+
+
+@pytest.mark.parametrize("cost", MACHINES)
+@pytest.mark.parametrize("streams", [1, 6, 24])
+@pytest.mark.parametrize("acceptance", [(0.0,), (0.4,), (0.9,), (0.1, 0.95)])
+def test_guessing_never_slows_a_full_house(cost: StepCost, streams: int, acceptance: tuple[float, ...]) -> None:
+    """Whatever it costs, and though nobody knows at first: all of it together loses less than a hundredth."""
+    guessing = Guessing(acceptance, 0.05 * cost.base, 0.01 * cost.base, 0.02 * cost.base, 0.001 * cost.base)
+    drafts = {"draft_method": "draft", "draft_shape": parse_shape("chain:4", 0)}
+    without = tokens_per_second(cost, streams, guessing)
+    adaptive = tokens_per_second(cost, streams, guessing, **drafts)
+    assert adaptive >= 0.99 * without
+    if streams == 1 and acceptance == (0.9,) and cost.base > cost.per_tile:
+        assert adaptive >= 2.0 * without
+    if streams == 24 and acceptance == (0.0,):
+        assert tokens_per_second(cost, streams, guessing, adaptive_drafts=False, **drafts) < 0.9 * without
+
+
+def test_accepted_tokens_are_counted_once_each() -> None:
+    drafts = {"draft_method": "draft", "draft_shape": parse_shape("rsd-s:2x3", 0), "adaptive_drafts": False}
+    guesser = scheduler(CONSTANT, **drafts)
+    (outcome,) = simulate(guesser, [Arrival(0.0, 10, 41)], CONSTANT, guessing=Guessing((1.0,)))
+    assert (outcome.num_tokens, outcome.end) == (41, 11.0)  # the prompt's step draws one, every other step four
+    assert sorted(outcome.gaps) == [0.0] * 30 + [1.0] * 10
+    assert guesser.counters.accepted_at == [10, 10, 10]
+    assert (guesser.counters.drafted, guesser.counters.accepted) == (60, 30)

@@ -104,7 +104,7 @@ def test_every_setting_is_an_option_and_there_are_not_too_many() -> None:
     options = options_of("serve")
     assert settings <= options
     assert options - settings == {"config", "api_key_file", "insecure_no_auth"}
-    assert len(options) <= 50
+    assert len(options) <= 54
 
 
 def test_nothing_given_is_the_defaults(served: list[Settings]) -> None:
@@ -143,6 +143,9 @@ def test_options_reach_their_settings(served: list[Settings]) -> None:
         ("--sse-keep-alive-interval 7", "keep_alive_interval", 7.0),
         ("--max-num-queued-reqs 7", "max_queued_requests", 7),
         ("--tenant-weight a=2 --tenant-weight b=0.5", "tenant_weights", {"a": 2.0, "b": 0.5}),
+        ("--spec-method ngram", "speculative_method", "ngram"),
+        ("--spec-model some/model", "speculative_model", "some/model"),
+        ("--spec-tokens 7", "num_speculative_tokens", 7),
     ],
 )
 def test_spellings_from_habit(served: list[Settings], args: str, field: str, value: object) -> None:
@@ -169,6 +172,30 @@ def test_order_and_promises_reach_their_settings(served: list[Settings], tmp_pat
     assert (engine.tenant_weights, engine.scheduling_policy) == ({"a": 1.0, "b": 2.0}, "fair")
     assert (engine.slo_itl_ms, engine.max_n, server.max_queue_seconds) == (50.0, 7, 3.0)
     assert serve_settings(served, env={"QUIRE_TENANT_WEIGHTS": "a=1,b=2"})[0].tenant_weights == {"a": 1.0, "b": 2.0}
+
+
+def test_speculation_reaches_its_settings(served: list[Settings], tmp_path: Path) -> None:
+    args = "--speculative-method nested --speculative-model h/4 --num-speculative-tokens 5 --speculative-tree chain"
+    engine, _ = serve_settings(served, *args.split(), "--speculative-adaptive", "off")
+    assert engine == EngineConfig(
+        speculative_method="nested",
+        speculative_model="h/4",
+        num_speculative_tokens=5,
+        speculative_adaptive=False,
+    )
+    assert serve_settings(served, "--speculative-tree", "rsd-c:2,2,1")[0].speculative_tree == "rsd-c:2,2,1"
+
+
+@pytest.mark.parametrize(("word", "meaning"), [("on", True), ("off", False), ("OFF", False)])
+def test_a_switch_from_everywhere(served: list[Settings], tmp_path: Path, word: str, meaning: bool) -> None:
+    path = tmp_path / "quire.yaml"
+    path.write_text(f"speculative-adaptive: {word}")  # YAML makes a boolean of it
+    for engine, _ in (
+        serve_settings(served, "--speculative-adaptive", word),
+        serve_settings(served, env={"QUIRE_SPECULATIVE_ADAPTIVE": word}),
+        serve_settings(served, "--config", str(path)),
+    ):
+        assert engine.speculative_adaptive is meaning
 
 
 def test_every_alias_means_an_option() -> None:
@@ -279,6 +306,10 @@ def test_loopback(host: str) -> None:
         "--max-n many",
         "--slo-itl-ms fast",
         "--log-level loud",
+        "--speculative-adaptive maybe",
+        "--speculative-adaptive true",
+        "--num-speculative-tokens 0",
+        "--num-speculative-tokens four",
     ],
 )
 def test_bad_options_are_refused(served: list[Settings], args: str) -> None:

@@ -68,11 +68,12 @@ async def test_whatever_is_taken_adds_up_to_what_was_put(puts):
 async def test_merging_keeps_the_ends_and_the_beginnings():
     mailbox = Mailbox(0.0, _Metrics())
     mailbox.put(Chunk("r", 0, [], prompt_logprobs=[TokenLogprob(1, -1.0, 1, ())], num_cached=16), 1.0)
-    mailbox.put(Chunk("r", 0, [5], prompt_logprobs=[TokenLogprob(2, -1.0, 1, ())]), 1.0)
-    mailbox.put(Chunk("r", 0, [6], finish_reason="stop", stop_reason=6), 1.0)
+    mailbox.put(Chunk("r", 0, [5], prompt_logprobs=[TokenLogprob(2, -1.0, 1, ())], num_drafted=3), 1.0)
+    mailbox.put(Chunk("r", 0, [6], finish_reason="stop", stop_reason=6, num_drafted=4, num_accepted=1), 1.0)
     (news,) = await mailbox.take(1.0)
     assert (news.token_ids, news.num_cached, news.finish_reason, news.stop_reason) == ([5, 6], 16, "stop", 6)
     assert [logprob.token_id for logprob in news.prompt_logprobs] == [1, 2]
+    assert (news.num_drafted, news.num_accepted) == (7, 1)
 
 
 async def test_silence_gives_an_empty_list_and_a_failure_comes_after_the_news():

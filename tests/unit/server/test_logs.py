@@ -66,3 +66,11 @@ def test_throughput_line_is_about_the_interval():
         "prompt 20.0 tok/s, generation 10.0 tok/s, running 3, waiting 1, preemptions 2, KV cache 25.0 %, "
         "prefix hits 50.0 %"
     )
+
+
+def test_throughput_line_tells_what_guessing_gives_while_there_is_any():
+    last = StepStats(draft_tokens_total=100, accepted_tokens_total=50, drafted_by_position=[20, 10])
+    now = StepStats(draft_tokens_total=140, accepted_tokens_total=65, drafted_by_position=[30, 12])
+    assert throughput_line(last, now, 10.0).endswith("prefix hits 0.0 %, acceptance length 2.50")
+    assert throughput_line(StepStats(), now, 10.0).endswith("acceptance length 3.17")
+    assert throughput_line(now, now, 10.0).endswith("prefix hits 0.0 %")

@@ -145,7 +145,7 @@ struct Attend {
   Operand* const values = memory.take<Operand>(kTileKeys * dim);
   Operand* const between = memory.take<Operand>(kTileKeys * dim);
   float* const scores = memory.take<float>(2 * kTileKeys * kBlockRows);
-  Operand* const weights = memory.take<Operand>(kTileKeys * kBlockRows);
+  Operand* const weights = memory.take<Operand>(2 * kTileKeys * kBlockRows);
   Operand* const queries = memory.take<Operand>(padded * wide);
   Operand* const staged = memory.take<Operand>(kBlockRows * wide);
   float* const whole = memory.take<float>(state_floats(rows, dim));
@@ -174,12 +174,14 @@ struct Attend {
       fold(sum, next, rows, dim);
     }
     for (i64 s = 0; s < t.num_segments; ++s) {
+      const bool alone = s == 0 && t.prefix.num_closed == 0;
+      const StateView state = alone ? sum : next;
       if (s == 0 && t.prefix.open)
-        take_over(t.prefix, t.prefix.num_closed, next, rows, dim);
-      else
-        clear(next, rows, dim);
-      if (!segment(t.first_segment + s, next)) return false;
-      fold(sum, next, rows, dim);
+        take_over(t.prefix, t.prefix.num_closed, state, rows, dim);
+      else if (!alone)
+        clear(state, rows, dim);
+      if (!segment(t.first_segment + s, state)) return false;
+      if (!alone) fold(sum, state, rows, dim);
     }
     if (!t.partial) with_dtype(a.dtype, [&](auto q) { finish<decltype(q)>(a, t, sum); });
     return true;
@@ -210,7 +212,8 @@ struct Attend {
     }
   }
 
-  // The scores of a block are made while the one before it is softened: tiles and vectors work at the same time.
+  // While a block is softened, the scores of the one behind it are made and the one before it is summed: tiles and
+  // vectors work at the same time, and no tile is loaded from what was stored just now.
   bool segment(i64 index, StateView state) {
     i64 tile = index * kSegmentKeys, end = tile + kSegmentKeys;
     if (tile < t.first_key) tile = t.first_key / kTileKeys * kTileKeys;
@@ -225,6 +228,9 @@ struct Attend {
       const auto score = [&](i64 block) __attribute__((always_inline)) {
         Product::scores(wide, lie, queries + block * wide, scores_of(block));
       };
+      const auto add = [&](i64 block) __attribute__((always_inline)) {
+        Product::add_values(dim, values, weights_of(block), state.o + block * dim);
+      };
       score(0);
       for (i64 block = 0; block < rows; block += kBlockRows) {
         if (block + kBlockRows < rows) score(block + kBlockRows);
@@ -232,13 +238,15 @@ struct Attend {
           masked ? soften<true, true>(block, state) : soften<false, true>(block, state);
         else
           masked ? soften<true, false>(block, state) : soften<false, false>(block, state);
-        Product::add_values(dim, values, weights, state.o + block * dim);
+        if (block > 0) add(block - kBlockRows);
       }
+      add(padded - kBlockRows);
     }
     return true;
   }
 
   float* scores_of(i64 block) const { return scores + block % (2 * kBlockRows) * kTileKeys; }
+  Operand* weights_of(i64 block) const { return weights + block % (2 * kBlockRows) * kTileKeys; }
 
   // In the pages where they lie as the product wants them, else decoded.
   KeysOf<Operand> read_keys(i64 tile) {
@@ -321,49 +329,70 @@ struct Attend {
     return all != ~0ull;
   }
 
-  // A block's scores become weights relative to 2^m. What m is does not matter as long as nothing overflows, so it
-  // moves only when a score exceeds it by kSlack: weights reach 2^8, their sums 2^17.
+  // A block's scores become weights relative to 2^m. What m is does not matter as long as nothing overflows, so it is
+  // what a row's first scores are at most, and moves only when the weights of a tile sum to more than kMost.
   template <bool Masked, bool Scaled>
   __attribute__((noinline)) void soften(i64 block, StateView state) {
-    constexpr float kSlack = 8;
-    constexpr int kChains = 4;  // of additions, which wait for each other
-    float* const s = scores_of(block);
-    const f32x16 constant = splat(a.softcap == 0 ? score_scale() : 1.0f);
+    constexpr float kMost = 4096;
+    if (a.softcap != 0) cap(scores_of(block));
+    f32x16 top = load(state.m + block);
+    if (const auto unseen = top == -kInfinity; any(unseen))
+      top = raise(block, state, unseen ? highest<Masked, Scaled>(block) : top);
+    f32x16 sum = weigh<Masked, Scaled>(block, top, block == 0);
+    if (const auto large = sum > kMost; any(large)) {
+      top = raise(block, state, large ? highest<Masked, Scaled>(block) : top);
+      sum = weigh<Masked, Scaled>(block, top, false);
+    }
+    store(state.l + block, load(state.l + block) + sum);
+  }
+
+  // A block's scores to base 2, by key, less m; -infinity where a row does not see the key.
+  template <bool Masked, bool Scaled>
+  __attribute__((always_inline)) auto exponents(i64 block, f32x16 m) const {
+    const float *const s = scores_of(block), *const factors = score_factors;
+    const f32x16 constant = splat(a.softcap == 0 ? score_scale() : 1.0f), minus = -m;
     const bool per_key = Scaled && a.softcap == 0;
-    if (a.softcap != 0) cap(s);
-    const u32x16 seen_half[2] = {Masked ? load_words(seen + block) : u32x16{},
-                                 Masked ? load_words(seen + padded + block) : u32x16{}};
-    const auto hidden = [&](i64 j) __attribute__((always_inline)) { return (seen_half[j / 32] & (1u << j % 32)) == 0; };
-    const auto factor = [&](i64 j)
-                            __attribute__((always_inline)) { return per_key ? splat(score_factors[j]) : constant; };
-    f32x16 highest[kChains];
-    for (int c = 0; c < kChains; ++c) highest[c] = splat(-kInfinity);
+    const u32x16 low = Masked ? load_words(seen + block) : u32x16{};
+    const u32x16 high = Masked ? load_words(seen + padded + block) : u32x16{};
+    return [=](i64 j) __attribute__((always_inline)) {
+      const f32x16 x = fma(load(s + j * kLanes), per_key ? splat(factors[j]) : constant, minus);
+      if (!Masked) return x;
+      return ((j < 32 ? low : high) & (1u << j % 32)) == 0 ? splat(-kInfinity) : x;
+    };
+  }
+
+  static constexpr int kChains = 4;  // of additions, which wait for each other
+
+  template <bool Masked, bool Scaled>
+  __attribute__((noinline)) f32x16 highest(i64 block) const {
+    const auto exponent = exponents<Masked, Scaled>(block, f32x16{});
+    f32x16 most[kChains];
+    for (int c = 0; c < kChains; ++c) most[c] = splat(-kInfinity);
     for (i64 j = 0; j < kTileKeys; j += kChains)
 #pragma GCC unroll 4
-      for (int c = 0; c < kChains; ++c) {
-        f32x16 x = load(s + (j + c) * kLanes) * factor(j + c);
-        if (Masked) x = hidden(j + c) ? splat(-kInfinity) : x;
-        highest[c] = max(highest[c], x);
-      }
-    const f32x16 found = max(max(highest[0], highest[1]), max(highest[2], highest[3]));
-    f32x16 top = load(state.m + block);
-    if (any(found > top + kSlack)) top = raise(block, state, found > top + kSlack ? found : top);
-    const f32x16 minus = -base_of(top);
-    f32x16 total[kChains] = {};
+      for (int c = 0; c < kChains; ++c) most[c] = max(most[c], exponent(j + c));
+    return max(max(most[0], most[1]), max(most[2], most[3]));
+  }
+
+  // Writes a block's weights and returns their sums.
+  template <bool Masked, bool Scaled>
+  __attribute__((always_inline)) f32x16 weigh(i64 block, f32x16 m, bool fetching) const {
+    const auto exponent = exponents<Masked, Scaled>(block, base_of(m));
+    Operand* const w = weights_of(block);
+    f32x16 sum[kChains] = {};
     for (i64 j = 0; j < kTileKeys; j += kChains) {
-      if (block == 0) fetch(j, kChains);
+      if (fetching) fetch(j, kChains);
       f32x16 p[kChains];
 #pragma GCC unroll 4
       for (int c = 0; c < kChains; ++c) {
-        p[c] = Product::power(fma(load(s + (j + c) * kLanes), factor(j + c), minus));
-        if (Masked) p[c] = hidden(j + c) ? f32x16{} : p[c];
-        total[c] += p[c];
+        p[c] = Product::power(exponent(j + c));
+        sum[c] += p[c];
         if (Scaled) p[c] *= splat(weight_factors[j + c]);
       }
-      Product::put(weights, j, p[0], p[1]);
-      Product::put(weights, j + 2, p[2], p[3]);
+      Product::put(w, j, p[0], p[1]);
+      Product::put(w, j + 2, p[2], p[3]);
     }
-    store(state.l + block, load(state.l + block) + ((total[0] + total[1]) + (total[2] + total[3])));
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
 
   // Moves the rows of a block whose m is another than before.

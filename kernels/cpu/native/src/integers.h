@@ -175,3 +175,12 @@ static i64 linear_w8a8(const IntegerLinear& l, Worker& w) {
   return integer_dots(l, w);
 #endif
 }
+
+// Of few rows: the outputs that a thread begins with.
+INLINE Soon first_codes(const IntegerLinear& l, i64 index, i64 threads) {
+  constexpr i64 kWidth = 4;
+  const i64 units = l.outputs / (kWidth * kLanes), all = (l.outputs + kWidth * kLanes - 1) / (kWidth * kLanes);
+  if (l.rows > kLanes || index >= units) return {};
+  const i64 unit = kWidth * ((l.inputs + kStepInputs - 1) / kStepInputs) * kStepBytes;
+  return {(const char*)l.weight + in_stretches(index, all, threads) * unit, unit / 64};
+}

@@ -41,6 +41,8 @@ enum Status : i64 { kDone = 0, kOutOfRange = 1, kOutOfMemory = 2 };
   X(Greedy, greedy)            \
   X(Sample, sample)            \
   X(Probabilities, probabilities) \
+  X(DrawChildren, draw_children) \
+  X(Verify, verify)            \
   X(TokenLogprobs, token_logprobs) \
   X(ProcessLogits, process_logits) \
   X(IntegerLinear, linear_w8a8) \
@@ -99,7 +101,7 @@ struct Level {
   const char* name;
   const Named* kernels;  // in the order of QUIRE_KERNELS
   // The weights that worker `index` of a kernel will most likely begin with; nothing for kernels without weights.
-  Soon (*weights)(i64 kernel, const void* args, i64 index);
+  Soon (*weights)(i64 kernel, const void* args, i64 index, i64 threads);
   // Attention's parts, which schedule.cpp puts together.
   bool (*attend)(const Attention&, const Task&, char* scratch);  // false: a block id is out of range
   void (*merge)(const Attention&, const Task&);                  // of all partial states, and the end

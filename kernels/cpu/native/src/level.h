@@ -44,6 +44,10 @@ INLINE void with_dtype(i64 dtype, F f) {
 
 #include "sampling.h"
 
+#include "verify.h"
+
+#include "draft.h"
+
 #include "edits.h"
 #include "logprobs.h"
 
@@ -64,8 +68,9 @@ constexpr Named kNamed[] = {QUIRE_KERNELS(NAMED)};
 enum : i64 { QUIRE_KERNELS(NUMBER) };
 #undef NUMBER
 
-static Soon weights(i64 kernel, const void* arguments, i64 index) {
-  if (kernel == kNumberOf_linear) return first_weights(*(const Linear*)arguments, index);
+static Soon weights(i64 kernel, const void* arguments, i64 index, i64 threads) {
+  if (kernel == kNumberOf_linear) return first_weights(*(const Linear*)arguments, index, threads);
+  if (kernel == kNumberOf_linear_w8a8) return first_codes(*(const IntegerLinear*)arguments, index, threads);
   return {};
 }
 

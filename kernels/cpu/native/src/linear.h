@@ -1,7 +1,9 @@
 // out = x * weight^T + bias by bf16 matrix tiles (tiles.h), on weights that lie as such tiles (linear_args.h).
 //
-//   x ──lay out──▶ tiles of x, by each thread for itself ──┐
-//   weight ──(codes: widen)────────────────────────────────┴─▶ sums ──scales, zeros, bias──▶ out
+//   x ──(lay out)──▶ tiles of x, by each thread for itself ──┐
+//   weight ──(codes: widen)──────────────────────────────────┴─▶ sums ──scales, zeros, bias──▶ out
+//
+// With more than 16 rows tiles of x are loaded from the matrix itself where its lines allow that.
 //
 // The unit of work is some rows by some tiles of outputs. Which one a thread takes next is known well enough, since all
 // are alike, to have its weights on their way before this one is done.
@@ -27,6 +29,7 @@ struct Cut {
   i64 reach;                      // inputs for which x stays in L2, a multiple of `panel` where there are several
   i64 unit_blocks, unit_outputs;  // of a unit
   i64 stored_bytes;               // of a tile of weights
+  bool in_place;                  // x is multiplied where it lies
 };
 
 constexpr i64 up(i64 n, i64 step) { return (n + step - 1) / step; }
@@ -58,6 +61,10 @@ INLINE Cut cut(const Linear& l, i64 threads) {
   // output; and where x does not stay in L2 over all inputs, as much as sums have room.
   const i64 share = up(c.outputs, threads), most = reaches > 1 ? kSums / (c.unit_blocks * kTileBytes) : 16;
   c.unit_outputs = c.blocks == 1 ? stream_outputs(l, threads) : up(up(share, up(share, most)), 2) * 2;
+  // Rows a multiple of 1 KiB apart, of which only some inputs are wanted at a time, would meet in few sets of L2.
+  const bool spread = c.reach >= c.inputs || l.x_row % (16 * kTileInputs);
+  c.in_place = c.blocks > 1 && l.kind != kInt4 && !c.groups && !l.row_of && l.inputs % kTileInputs == 0 &&
+               l.x_row % kTileInputs == 0 && (i64)l.x % kLine == 0 && spread;
   return c;
 }
 
@@ -142,9 +149,18 @@ INLINE void fold(const Linear& l, const Cut& c, const Unit& u, const float* x_su
     for (i64 row = 0; row < c.tile_rows; ++row) add(row, f32x16{});
 }
 
-// Where the sums of one or two tiles of outputs for one or two blocks of rows are, [blocks][outputs][16][16].
-INLINE i64 sums_at(const Unit& u, i64 block, i64 output) {
-  return (output / 2 * up(u.blocks, 2) + block / 2) * 4 * kTileFloats;
+// Where the sums of one or two tiles of outputs for one or two blocks of rows are, [blocks][outputs][16][16]. Where
+// they are finished before those of other outputs begin, all have the same place.
+INLINE i64 sums_at(const Cut& c, const Unit& u, i64 block, i64 output) {
+  const i64 pair = c.reach < c.inputs ? output / 2 : 0;
+  return (pair * up(u.blocks, 2) + block / 2) * 4 * kTileFloats;
+}
+
+// The first row of a block. In place the last one reaches back over rows of the block before: where there is nothing
+// behind the last row to be read, 16 rows are.
+INLINE i64 first_row(const Linear& l, const Cut& c, const Unit& u, i64 block) {
+  const i64 row = u.first_row + block * kBlockRows;
+  return c.in_place ? least(row, l.rows - kBlockRows) : row;
 }
 
 // Finished sums of one row for one or two tiles of outputs, side by side.
@@ -175,26 +191,21 @@ INLINE void finish_row(const Linear& l, const Cut& c, i64 row, i64 column, const
   }
 }
 
-// Finished sums of a unit to the output. A large one is written past the caches, a line at a time: to own a line before
-// writing it takes longer than all products with 32 rows and 900 inputs that fill it.
-template <WeightKind Kind>
-static void finish(const Linear& l, const Cut& c, const Unit& u, const Room& room) {
-  constexpr i64 kLarge = 1 << 19;
-  const bool past_cache = 2 * l.rows * l.outputs >= kLarge;
+// A large output is written past the caches, a line at a time: to own a line before writing it takes longer than all
+// products with 32 rows and 900 inputs that fill it.
+INLINE bool goes_past_cache(const Linear& l) { return 2 * l.rows * l.outputs >= 1 << 19; }
+
+// Finished sums of one or two tiles of outputs for rows [first, last) of a unit to the output.
+template <WeightKind Kind, int Outputs>
+INLINE void finish(const Linear& l, const Cut& c, const Unit& u, i64 first, i64 last, i64 output, const Room& room) {
   const i64 groups = c.groups ? c.groups : 1;
-  for (i64 row = 0; row < least(l.rows - u.first_row, u.blocks * kBlockRows); ++row)
-    for (i64 output = 0; output < u.outputs; output += 2) {
-      const bool two = output + 1 < u.outputs;
-      const i64 block = row / kBlockRows, tile = block % 2 * (two ? 2 : 1);
-      const float* const sums = room.sums + sums_at(u, block, output) + tile * kTileFloats + row % kBlockRows * kLanes;
-      const float* const x_sum = room.group_sums + row * groups;
-      const i64 column = (u.first_output + output) * kTileOutputs;
-      if (two)
-        finish_row<Kind, 2>(l, c, u.first_row + row, column, x_sum, sums, past_cache);
-      else
-        finish_row<Kind, 1>(l, c, u.first_row + row, column, x_sum, sums, past_cache);
-    }
-  if (past_cache) _mm_sfence();
+  for (i64 row = first; row < least(l.rows - u.first_row, last); ++row) {
+    const i64 block = row / kBlockRows, tile = block % 2 * Outputs;
+    const float* const sums = room.sums + sums_at(c, u, block, output) + tile * kTileFloats +
+                              (u.first_row + row - first_row(l, c, u, block)) * kLanes;
+    finish_row<Kind, Outputs>(l, c, u.first_row + row, (u.first_output + output) * kTileOutputs,
+                              room.group_sums + row * groups, sums, goes_past_cache(l));
+  }
 }
 
 // Few rows: a unit, after which the weights of `after` come.
@@ -228,7 +239,7 @@ static void stream(const Linear& l, const Cut& c, const Unit& u, const Unit& aft
   _tile_stored(0, room.sums, kLine);
   if constexpr (Outputs > 1) _tile_stored(1, room.sums + kTileFloats, kLine);
   __asm__ volatile("" ::: "memory");
-  finish<kFloats>(l, c, u, room);
+  finish<kFloats, Outputs>(l, c, u, 0, kBlockRows, 0, room);
 }
 
 #include "linear_few_codes.h"
@@ -269,18 +280,21 @@ struct Count {
 template <WeightKind Kind, int Rows, int Outputs>
 INLINE void multiply(const Linear& l, const Cut& c, const Unit& u, const Panel& p, i64 block, const char* w, i64 w_next,
                      Room& room, Ahead& ahead) {
-  const i64 x_tile = c.tile_rows * kLine, x_next = c.reach * x_tile;
-  const char* const x = room.x + block * x_next + (p.k - room.k) * x_tile;
-  float* const sums = room.sums + sums_at(u, block, p.output);
+  const i64 row = first_row(l, c, u, block), x_line = c.in_place ? 2 * l.x_row : kLine;
+  const i64 x_tile = c.in_place ? kLine : c.tile_rows * kLine;
+  const i64 x_next = c.in_place ? (first_row(l, c, u, block + 1) - row) * x_line : c.reach * x_tile;
+  const char* const x =
+      c.in_place ? (const char*)l.x + row * x_line + p.k * x_tile : room.x + block * x_next + (p.k - room.k) * x_tile;
+  float* const sums = room.sums + sums_at(c, u, block, p.output);
   if (!c.groups) {
-    add_products<Rows, Outputs>(x, x_tile, x_next, w, w_next, p.count, p.k == 0, sums, ahead);
+    add_products<Rows, Outputs>(x, x_line, x_tile, x_next, w, w_next, p.count, p.k == 0, sums, ahead);
     return;
   }
   if constexpr (Rows == 2 && Outputs == 2) return multiply_groups<Kind>(l, c, u, p, block, w, w_next, room, ahead);
   fold_all<Kind>(room.waiting, c.groups);
   for (i64 i = 0; i < p.count; i += c.group) {
-    add_products<Rows, Outputs>(x + i * x_tile, x_tile, x_next, w + i * kTileBytes, w_next, least(c.group, p.count - i),
-                                true, room.part, ahead);
+    add_products<Rows, Outputs>(x + i * x_tile, x_line, x_tile, x_next, w + i * kTileBytes, w_next,
+                                least(c.group, p.count - i), true, room.part, ahead);
     for (int r = 0; r < Rows; ++r)
       for (int n = 0; n < Outputs; ++n) {
         const i64 tile = (r * Outputs + n) * kTileFloats;
@@ -290,32 +304,45 @@ INLINE void multiply(const Linear& l, const Cut& c, const Unit& u, const Panel& 
   }
 }
 
+constexpr i64 kLeg = 2;  // panels whose weights are fetched together: of 900 inputs and two tiles of outputs, 14 pages
+
+// The weights of the leg that begins with panel i of a unit, while `steps` are done.
+INLINE Ahead fetch_leg(const Linear& l, const Cut& c, const Unit& u, i64 i, i64 steps) {
+  constexpr i64 kFewBlocks = 8;
+  const Panel p = panel_at(c, u, i);
+  const i64 end = least(c.inputs, p.k / c.reach * c.reach + c.reach);
+  const i64 inputs = p.count ? least(kLeg * c.panel, end - p.k) : 0;
+  return Ahead(stored(l, c, u, p), (p.outputs - 1) * c.inputs * c.stored_bytes, inputs * c.stored_bytes,
+               u.blocks <= kFewBlocks, steps);
+}
+
 // Many rows: a unit, after which the weights of `after` come.
 template <WeightKind Kind>
 static void run(const Linear& l, const Cut& c, const Unit& u, const Unit& after, Room& room) {
-  const i64 pairs = up(u.blocks, 2), panels = up(c.inputs, c.reach) * (c.reach / c.panel) * up(u.outputs, 2);
+  const i64 per_reach = c.reach / c.panel, panels = up(c.inputs, c.reach) * per_reach * up(u.outputs, 2);
   const i64 w_next = (Kind == kFloats ? c.inputs : c.panel) * kTileBytes;
+  Ahead ahead;
   for (i64 i = 0; i < panels; ++i) {
     const Panel p = panel_at(c, u, i);
     if (!p.count) continue;
-    lay_out(l, c, u, p.k / c.reach * c.reach, room);
-    const bool last = i + 1 == panels;
-    const Panel next = last ? panel_at(c, after, 0) : panel_at(c, u, i + 1);
-    i64 lines = next.count * c.stored_bytes / kLine;
-    const char* const soon = stored(l, c, last ? after : u, next);
-    const char* const end = soon + lines * kLine;
-    Ahead ahead = {soon, (next.outputs - 1) * c.inputs * c.stored_bytes, 0};
+    if (!c.in_place) lay_out(l, c, u, p.k / c.reach * c.reach, room);
+    if (i % per_reach % kLeg == 0) {
+      const i64 next = i + least(kLeg, per_reach - i % per_reach);
+      const i64 steps = (next - i) * p.count * (up(u.blocks, 2) + (Kind != kFloats));
+      ahead = next < panels ? fetch_leg(l, c, u, next, steps) : fetch_leg(l, c, after, 0, steps);
+    }
     const char* w = stored(l, c, u, p);
-    if constexpr (Kind != kFloats) {  // half of the lines while the panel is widened
-      lines /= 2;
-      ahead.lines = up(lines, p.count);
+    if constexpr (Kind != kFloats) {
       widen_panel<Kind>(c, p, w, room.panel, ahead);
       w = room.panel;
     }
     for (i64 block = 0; block < u.blocks; block += 2) {
-      ahead.lines = ahead.at < end ? up(lines, pairs * p.count) : 0;
       const auto multiply_by = [&](auto rows, auto outputs) __attribute__((always_inline)) {
-        multiply<Kind, decltype(rows)::value, decltype(outputs)::value>(l, c, u, p, block, w, w_next, room, ahead);
+        constexpr int kRows = decltype(rows)::value, kOutputs = decltype(outputs)::value;
+        multiply<Kind, kRows, kOutputs>(l, c, u, p, block, w, w_next, room, ahead);
+        if (p.k + p.count < c.inputs) return;
+        fold_all<Kind>(room.waiting, c.groups);
+        finish<Kind, kOutputs>(l, c, u, block * kBlockRows, (block + kRows) * kBlockRows, p.output, room);
       };
       if (block + 1 < u.blocks)
         p.outputs == 2 ? multiply_by(Count<2>{}, Count<2>{}) : multiply_by(Count<2>{}, Count<1>{});
@@ -323,8 +350,6 @@ static void run(const Linear& l, const Cut& c, const Unit& u, const Unit& after,
         p.outputs == 2 ? multiply_by(Count<1>{}, Count<2>{}) : multiply_by(Count<1>{}, Count<1>{});
     }
   }
-  fold_all<Kind>(room.waiting, c.groups);
-  finish<Kind>(l, c, u, room);
 }
 
 template <WeightKind Kind>
@@ -341,10 +366,11 @@ static void product(const Linear& l, const Cut& c, const Unit& u, const Unit& af
 static Room room_for(const Linear& l, const Cut& c, Worker& worker) {
   const i64 rows = c.unit_blocks * c.tile_rows;
   const i64 panel_bytes = 2 * (c.panel > 4 ? c.panel : 4) * kTileBytes, part_bytes = 4 * kTileBytes;
-  const i64 sums_bytes = up(c.unit_outputs, 2) * up(c.unit_blocks, 2) * 4 * kTileBytes;
+  const i64 sums_bytes = (c.reach < c.inputs ? up(c.unit_outputs, 2) : 1) * up(c.unit_blocks, 2) * 4 * kTileBytes;
   const i64 group_bytes = up(4 * rows * (c.groups ? c.groups : 1), kLine) * kLine;
   Room room;
-  room.panel = worker.scratch(panel_bytes + part_bytes + sums_bytes + group_bytes + rows * c.reach * kLine);
+  room.panel =
+      worker.scratch(panel_bytes + part_bytes + sums_bytes + group_bytes + (c.in_place ? 0 : rows * c.reach * kLine));
   if (!room.panel) return room;
   room.part = (float*)(room.panel + panel_bytes);
   room.sums = room.part + part_bytes / 4;
@@ -373,6 +399,7 @@ static void multiply_unit(const Linear& l, const Cut& c, i64 i, i64 threads, Roo
     product<kInt8>(l, c, unit, after, room);
   else
     product<kInt4>(l, c, unit, after, room);
+  _mm_sfence();  // behind what was written past the caches
 }
 
 static i64 tile_linear(const Linear& l, Worker& worker) {
@@ -390,15 +417,17 @@ static i64 linear(const Linear& l, Worker& worker) {
   return l.rows ? tile_linear(l, worker) : kDone;
 }
 
+// Of few rows: the outputs that a thread begins with.
+INLINE Soon first_weights(const Linear& l, i64 index, i64 threads) {
+  const i64 outputs = up(l.outputs, kTileOutputs), width = stream_outputs(l, threads), units = outputs / width;
+  if (l.rows > kBlockRows || l.dtype != kBfloat16 || index >= units) return {};
+  const i64 unit = width * up(l.inputs, kTileInputs) * (kTileBytes >> l.kind);
+  return {(const char*)l.weight + in_stretches(index, up(outputs, width), threads) * unit, unit / kLine};
+}
+
 #else
 
 static i64 linear(const Linear& l, Worker& worker) { return vector_linear(l, worker); }
+INLINE Soon first_weights(const Linear&, i64, i64) { return {}; }
 
 #endif
-
-// Of few rows: two tiles of outputs, with which a thread begins.
-INLINE Soon first_weights(const Linear& l, i64 index) {
-  const i64 steps = (l.inputs + 31) / 32, tile = steps * (1024 >> l.kind), outputs = (l.outputs + 15) / 16;
-  if (l.rows > kBlockRows || l.dtype != kBfloat16 || 2 * index + 2 > outputs) return {};
-  return {(const char*)l.weight + 2 * index * tile, 2 * tile / 64};
-}

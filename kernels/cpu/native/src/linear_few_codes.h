@@ -40,14 +40,13 @@ INLINE void clear_step_sums() {
   }
 }
 
-// The second two tiles `apart` floats behind the first two.
 template <int Outputs>
-INLINE void store_step_sums(float* sums, i64 apart) {
+INLINE void store_step_sums(float* sums) {
   _tile_stored(0, sums, kLine);
   if constexpr (Outputs > 1) _tile_stored(1, sums + kTileFloats, kLine);
   if constexpr (Outputs > 2) {
-    _tile_stored(2, sums + apart, kLine);
-    _tile_stored(3, sums + apart + kTileFloats, kLine);
+    _tile_stored(2, sums + 2 * kTileFloats, kLine);
+    _tile_stored(3, sums + 3 * kTileFloats, kLine);
   }
   __asm__ volatile("" ::: "memory");
 }
@@ -57,6 +56,7 @@ template <WeightKind Kind, int Outputs>
 static void stream_codes(const Linear& l, const Cut& c, const Unit& u, const Unit& after, Room& room) {
   constexpr i64 kBytes = kStoredBytes<Kind>;
   constexpr i64 kAhead = 1024 / kBytes;  // of each tile of outputs; the processor goes on from there by itself
+  const i64 groups = c.groups ? c.groups : 1;
   const i64 next = c.inputs * kBytes, ahead = least(kAhead, c.inputs), x_tile = c.tile_rows * kLine;
   const char* const w = (const char*)l.weight + u.first_output * next;
   const char* const then = (const char*)l.weight + (after.first_output - 1) * next;  // less the inputs of this unit
@@ -71,8 +71,7 @@ static void stream_codes(const Linear& l, const Cut& c, const Unit& u, const Uni
   i64 stored = 0, folded = 0, left = c.group;  // groups; inputs of the present one
   const auto fold_stored = [&]() __attribute__((always_inline)) {
     for (i64 n = 0; n < Outputs; ++n) {
-      fold<Kind>(l, c, u, room.group_sums, 0, n, folded, room.part + n * kTileFloats,
-                 room.sums + sums_at(u, 0, n) + n % 2 * kTileFloats);
+      fold<Kind>(l, c, u, room.group_sums, 0, n, folded, room.part + n * kTileFloats, room.sums + n * kTileFloats);
       const i64 soon = ((after.first_output + least(n, after.outputs - 1)) * c.groups + folded) * kTileOutputs;
       _mm_prefetch(l.scales + soon, _MM_HINT_T1);
       if (Kind == kInt4 && l.zeros) _mm_prefetch(l.zeros + soon, _MM_HINT_T1);
@@ -94,7 +93,7 @@ static void stream_codes(const Linear& l, const Cut& c, const Unit& u, const Uni
       add_step<Outputs>(x, widened(k - 1), [](i64) {});
     if (folded < stored) fold_stored();
     if (!c.groups || (--left && k < c.inputs)) continue;
-    store_step_sums<Outputs>(room.part, 2 * kTileFloats);
+    store_step_sums<Outputs>(room.part);
     clear_step_sums<Outputs>();
     left = c.group;
     ++stored;
@@ -102,8 +101,12 @@ static void stream_codes(const Linear& l, const Cut& c, const Unit& u, const Uni
   if (c.groups)
     fold_stored();
   else
-    store_step_sums<Outputs>(room.sums, sums_at(u, 0, 2));
-  finish<Kind>(l, c, u, room);
+    store_step_sums<Outputs>(room.sums);
+  constexpr int kPair = Outputs > 1 ? 2 : 1;
+  for (i64 row = 0; row < l.rows; ++row)
+    for (i64 n = 0; n < Outputs; n += kPair)
+      finish_row<Kind, kPair>(l, c, row, (u.first_output + n) * kTileOutputs, room.group_sums + row * groups,
+                              room.sums + n * kTileFloats + row * kLanes, goes_past_cache(l));
 }
 
 // A unit in parts of 4, 2 and 1.

@@ -13,7 +13,7 @@ INLINE Unfolded unfolded(const Linear& l, const Cut& c, const Unit& u, const Roo
   Unfolded f;
   f.rows = 2 * kBlockRows;
   f.part = room.part;
-  f.totals = room.sums + sums_at(u, block, output);
+  f.totals = room.sums + sums_at(c, u, block, output);
   f.x_sums = room.group_sums + block * kBlockRows * c.groups + group;
   for (i64 n = 0; n < 2; ++n) {
     const i64 at = ((u.first_output + output + n) * c.groups + group) * kTileOutputs;

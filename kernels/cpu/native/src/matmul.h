@@ -63,7 +63,8 @@ struct KeysOf {
 struct VectorProduct {
   using Operand = float;  // of queries, keys, values and weights
 
-  INLINE f32x16 power(f32x16 x) { return exp2(x); }
+  // Very large at least, where 2^x is.
+  INLINE f32x16 power(f32x16 x) { return exp2(min(splat(126.0f), x)); }
 
   // Queries [16][dim] to [dim][16].
   INLINE void pack_queries(const float* rows, i64 dim, float* out) {
@@ -111,15 +112,35 @@ struct VectorProduct {
 };
 
 #if HAS_AMX
+// Tiles by numbers that are constants, not literals; and they read and write memory, which GCC 12's own do not say.
+template <int Tile>
+INLINE void zero_tile() {
+  __asm__ volatile("tilezero %%tmm%c0" : : "i"(Tile));
+}
+
+template <int Tile>
+INLINE void load_tile(const void* p, i64 row_bytes) {
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(row_bytes), "i"(Tile) : "memory");
+}
+
+template <int Tile>
+INLINE void store_tile(void* p, i64 row_bytes) {
+  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(p), "r"(row_bytes), "i"(Tile) : "memory");
+}
+
+// Sums += First * Second.
+template <int Sums, int First, int Second>
+INLINE void add_tiles() {
+  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(Sums), "i"(First), "i"(Second));
+}
+
 // bf16 tiles of 16 rows x 64 bytes. The second factor lies as pairs of rows: word [k / 2][n] holds rows k and k + 1.
 struct TileProduct {
   using Operand = bf16;
 
   // 2^x to a relative 1e-4 (what follows is rounded to 2e-3), 1 at 0: 2^floor(x) times a polynomial in the rest.
-  // 2^-100, which nothing adds to, stands in for what is less: the processor takes its time for subnormal numbers.
   INLINE f32x16 power(f32x16 x) {
     constexpr int kFloor = 0x09;
-    x = max(splat(-100.0f), x);
     const f32x16 r = (f32x16)_mm512_reduce_ps((__m512)x, kFloor);
     f32x16 p = splat(0.0782679101f);
     constexpr float kRest[] = {0.226307625f, 0.695424465f, 1.0f};
@@ -176,31 +197,35 @@ struct TileProduct {
       }
   }
 
-  // Tiles 0 to 3 are sums, 4 is of the second factor, 5 and 6 in turn of the first. The compiler does not know that
-  // a tile load reads memory and a tile store writes it: hence the barriers.
-  INLINE void scores(i64 dim, const KeysOf<bf16>& keys, const bf16* queries, float* out) {
-    __asm__ volatile("" ::: "memory");
-    const i64 row = 2 * keys.row;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (i64 d = 0; d < dim; d += 32) {
-      _tile_loadd(4, queries + d * kBlockRows, 64);
-      _tile_loadd(5, keys.sixteen[0] + d, row);
-      _tile_dpbf16ps(0, 5, 4);
-      _tile_loadd(6, keys.sixteen[1] + d, row);
-      _tile_dpbf16ps(1, 6, 4);
-      _tile_loadd(5, keys.sixteen[2] + d, row);
-      _tile_dpbf16ps(2, 5, 4);
-      _tile_loadd(6, keys.sixteen[3] + d, row);
-      _tile_dpbf16ps(3, 6, 4);
+  // sums (+)= first * second over `depth`, 16 x 16, in tile Sums. The first factor's rows are `row` bytes apart; of the
+  // second, tiles 4 and 5 hold what 64 of the depth multiply.
+  template <int Sums, bool Fresh>
+  INLINE void add_product(i64 depth, const bf16* first, i64 row, const bf16* second, float* sums) {
+    Fresh ? zero_tile<Sums>() : load_tile<Sums>(sums, 64);
+    for (i64 k = 0; k < depth; k += 64) {
+      if (depth > 64) hold(depth - k, second + k * kBlockRows);
+      load_tile<6>(first + k, row);
+      add_tiles<Sums, 6, 4>();
+      if (k + 32 == depth) break;
+      load_tile<7>(first + k + 32, row);
+      add_tiles<Sums, 7, 5>();
     }
-    _tile_stored(0, out, 64);
-    _tile_stored(1, out + 256, 64);
-    _tile_stored(2, out + 512, 64);
-    _tile_stored(3, out + 768, 64);
-    __asm__ volatile("" ::: "memory");
+    store_tile<Sums>(sums, 64);
+  }
+
+  INLINE void hold(i64 depth, const bf16* second) {
+    load_tile<4>(second, 64);
+    if (depth > 32) load_tile<5>(second + 32 * kBlockRows, 64);
+  }
+
+  INLINE void scores(i64 dim, const KeysOf<bf16>& keys, const bf16* queries, float* out) {
+    constexpr i64 kSumsOf = 16 * kBlockRows;
+    const i64 row = 2 * keys.row;
+    if (dim <= 64) hold(dim, queries);
+    add_product<0, true>(dim, keys.sixteen[0], row, queries, out);
+    add_product<1, true>(dim, keys.sixteen[1], row, queries, out + kSumsOf);
+    add_product<2, true>(dim, keys.sixteen[2], row, queries, out + 2 * kSumsOf);
+    add_product<3, true>(dim, keys.sixteen[3], row, queries, out + 3 * kSumsOf);
   }
 
   // Two keys' weights of 16 rows as pairs; to nearest, ties upwards.
@@ -211,43 +236,16 @@ struct TileProduct {
   }
 
   INLINE void add_values(i64 dim, const bf16* values, const bf16* weights, float* o) {
-    constexpr i64 kNext = 16 * kTileKeys, kSumsOf = 16 * kBlockRows;
-    __asm__ volatile("" ::: "memory");
+    constexpr i64 kRow = 2 * kTileKeys, kNext = 16 * kTileKeys, kSumsOf = 16 * kBlockRows;
+    hold(kTileKeys, weights);
     i64 d = 0;
-    for (; d + 64 <= dim; d += 64) {
-      const bf16* v = values + d * kTileKeys;
-      float* const sums = o + d * kBlockRows;
-      _tile_loadd(0, sums, 64);
-      _tile_loadd(1, sums + kSumsOf, 64);
-      _tile_loadd(2, sums + 2 * kSumsOf, 64);
-      _tile_loadd(3, sums + 3 * kSumsOf, 64);
-      for (i64 key = 0; key < kTileKeys; key += 32, v += 32) {
-        _tile_loadd(4, weights + key * kBlockRows, 64);
-        _tile_loadd(5, v, 2 * kTileKeys);
-        _tile_dpbf16ps(0, 5, 4);
-        _tile_loadd(6, v + kNext, 2 * kTileKeys);
-        _tile_dpbf16ps(1, 6, 4);
-        _tile_loadd(5, v + 2 * kNext, 2 * kTileKeys);
-        _tile_dpbf16ps(2, 5, 4);
-        _tile_loadd(6, v + 3 * kNext, 2 * kTileKeys);
-        _tile_dpbf16ps(3, 6, 4);
-      }
-      _tile_stored(0, sums, 64);
-      _tile_stored(1, sums + kSumsOf, 64);
-      _tile_stored(2, sums + 2 * kSumsOf, 64);
-      _tile_stored(3, sums + 3 * kSumsOf, 64);
+    for (; d + 64 <= dim; d += 64, values += 4 * kNext, o += 4 * kSumsOf) {
+      add_product<0, false>(kTileKeys, values, kRow, weights, o);
+      add_product<1, false>(kTileKeys, values + kNext, kRow, weights, o + kSumsOf);
+      add_product<2, false>(kTileKeys, values + 2 * kNext, kRow, weights, o + 2 * kSumsOf);
+      add_product<3, false>(kTileKeys, values + 3 * kNext, kRow, weights, o + 3 * kSumsOf);
     }
-    for (; d < dim; d += 16) {
-      const bf16* v = values + d * kTileKeys;
-      _tile_loadd(0, o + d * kBlockRows, 64);
-      for (i64 key = 0; key < kTileKeys; key += 32, v += 32) {
-        _tile_loadd(4, weights + key * kBlockRows, 64);
-        _tile_loadd(5, v, 2 * kTileKeys);
-        _tile_dpbf16ps(0, 5, 4);
-      }
-      _tile_stored(0, o + d * kBlockRows, 64);
-    }
-    __asm__ volatile("" ::: "memory");
+    for (; d < dim; d += 16, values += kNext, o += kSumsOf) add_product<0, false>(kTileKeys, values, kRow, weights, o);
   }
 };
 #endif

@@ -179,7 +179,8 @@ Pool& pool() {
 Soon next_weights(const Job& job, i64 i, i64 index) {
   constexpr i64 kLook = 4;  // calls: a norm, a rotation or attention stand between two products
   for (i64 j = i + 1; j < job.count && j <= i + kLook; ++j)
-    if (const Soon soon = job.level->weights(job.calls[j].kernel, job.calls[j].slots, index); soon.lines) return soon;
+    if (const Soon soon = job.level->weights(job.calls[j].kernel, job.calls[j].slots, index, job.threads); soon.lines)
+      return soon;
   return {};
 }
 

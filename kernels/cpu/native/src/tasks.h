@@ -72,7 +72,7 @@ constexpr i64 padded_dim(i64 dim) { return (dim + 31) / 32 * 32; }
 constexpr i64 scratch_bytes(i64 rows, i64 dim) {
   const i64 n = padded_rows(rows), wide = padded_dim(dim);
   return 4 * (3 * kTileKeys * wide            // keys, values, and these on their way
-              + 3 * kTileKeys * kBlockRows    // two blocks' scores, one's weights
+              + 4 * kTileKeys * kBlockRows    // two blocks' scores and weights
               + n * wide + kBlockRows * wide  // queries, and some on their way
               + 2 * state_floats(n, dim)      // what came before, this segment
               + 4 * kTileKeys                 // scales

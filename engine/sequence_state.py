@@ -1,0 +1,137 @@
+"""What one sequence asks of its logits, and what it has drawn as far as that depends on it.
+
+params + tokens so far (+ a guessed path) ─ edits ─▶ RowEdits: what changes in its next row of logits
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ..scheduler.params import SamplingParams
+from .errors import RequestError
+
+
+class RowEdits(NamedTuple):
+    """What one sequence changes in its row of logits at this step; None = nothing of the kind."""
+
+    penalised: np.ndarray | None = None  # ids of the tokens it holds
+    subtracted: np.ndarray | None = None  # beside `penalised`: presence and frequency
+    biased: np.ndarray | None = None  # ids
+    bias: np.ndarray | None = None
+    banned: np.ndarray | None = None  # ids
+    allowed: np.ndarray | None = None  # ids
+
+
+class TokenCounts:
+    """The distinct tokens of one sequence, and how often each was drawn: grows with them, not the vocabulary."""
+
+    def __init__(self, prompt: Sequence[int], output: Sequence[int]) -> None:
+        distinct = dict.fromkeys(prompt)
+        self._place = {token: i for i, token in enumerate(distinct)}
+        self._ids = np.fromiter(distinct, np.int64, len(distinct))
+        self._counts = np.zeros(len(distinct), np.float32)
+        for token in output:
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        place = self._place.setdefault(token, len(self._place))
+        if place == len(self._ids):
+            room = np.zeros(max(64, place), np.int64)
+            self._ids = np.concatenate([self._ids, room])
+            self._counts = np.concatenate([self._counts, room.astype(np.float32)])
+        self._ids[place] = token
+        self._counts[place] += 1
+
+    def after(self, path: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """ids [n] int64 and counts [n] float32 as if `path` had been drawn too; 0 = in the prompt only."""
+        known = len(self._place)
+        ids, counts = self._ids[:known], self._counts[:known]
+        if not path:
+            return ids, counts
+        new = dict.fromkeys(token for token in path if token not in self._place)
+        places = {token: known + i for i, token in enumerate(new)}
+        ids = np.concatenate([ids, np.fromiter(new, np.int64, len(new))])
+        counts = np.concatenate([counts, np.zeros(len(new), np.float32)])
+        for token in path:
+            counts[places[token] if token in places else self._place[token]] += 1
+        return ids, counts
+
+
+class SequenceState:
+    """One sequence's parameters, and what it has drawn as far as they depend on it."""
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        sample_index: int,
+        token_ids: Sequence[int],
+        num_prompt: int,
+        eos_token_ids: Sequence[int],
+        vocab_size: int,
+    ) -> None:
+        def ids(values: Iterable[int], field: str) -> np.ndarray:
+            return _checked(values, field, vocab_size)
+
+        p = self.params = params
+        self.sample_index = sample_index
+        self.seed = (p.seed + 2**63) % 2**64 - 2**63  # 64 bits in two's complement
+        self.num_drawn = len(token_ids) - num_prompt  # known or not
+
+        penalised = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
+        ids(token_ids if penalised else (), "prompt")
+        self._counts = TokenCounts(token_ids[:num_prompt], token_ids[num_prompt:]) if penalised else None
+        self._biased = ids(p.logit_bias, "logit_bias") if p.logit_bias else None
+        self._bias = np.fromiter(p.logit_bias.values(), np.float32) if p.logit_bias else None
+        self._allowed = None
+        if p.allowed_token_ids is not None:
+            self._allowed = ids(p.allowed_token_ids, "allowed_token_ids")
+            if not len(self._allowed):
+                raise RequestError(
+                    "allowed_token_ids is empty; name at least one token id, or leave it out", "allowed_token_ids"
+                )
+        self._ends = ids((*eos_token_ids, *p.stop_token_ids), "stop_token_ids") if p.min_tokens > 0 else None
+        for word in p.bad_words:
+            ids(word, "bad_words")
+        self._tail = deque(token_ids, maxlen=max((len(word) for word in p.bad_words), default=1) - 1)
+        self.edited = bool(
+            penalised or p.logit_bias or self._allowed is not None or self._ends is not None or p.bad_words
+        )
+
+    def edits(self, path: Sequence[int] = ()) -> RowEdits:
+        """Of the logits behind all that is known and then `path`, guessed tokens that count as if they were drawn."""
+        p = self.params
+        banned = self._completions(path)
+        if self._ends is not None and self.num_drawn + len(path) < p.min_tokens:
+            banned = np.concatenate([banned, self._ends])
+        penalised = subtracted = None
+        if self._counts is not None:
+            penalised, counts = self._counts.after(path)
+            subtracted = p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
+        return RowEdits(penalised, subtracted, self._biased, self._bias, banned if len(banned) else None, self._allowed)
+
+    def _completions(self, path: Sequence[int]) -> np.ndarray:
+        """The tokens that would complete a bad word, wherever it began: in the prompt, the output or the path."""
+        tail = (*self._tail, *path)
+        last = [
+            w[-1] for w in self.params.bad_words if len(w) <= len(tail) + 1 and w[:-1] == tail[len(tail) + 1 - len(w) :]
+        ]
+        return np.array(last, np.int64)
+
+    def append(self, token: int) -> None:
+        """What was drawn becomes known: for a sequence that looks back, before its next draw."""
+        self._tail.append(token)
+        if self._counts is not None:
+            self._counts.add(token)
+
+
+def _checked(values: Iterable[int], field: str, vocab_size: int) -> np.ndarray:
+    """Ids as an array. The door has checked them; an id that slipped through would read or write another row."""
+    ids = np.array(list(values), np.int64)
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if len(wrong):
+        raise RequestError(f"{field} holds {wrong[0]}; token ids go from 0 to {vocab_size - 1}", field)
+    return ids

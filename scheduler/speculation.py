@@ -1,0 +1,260 @@
+"""How many tokens to guess for whom, anew in every step.
+
+    maximise   (tokens expected of all streams + prompt tokens of the step) / (predicted seconds of the step)
+
+With one stream the rows of a verification are nearly free, and it pays to guess far ahead. In a full batch every row
+costs what a prompt's token would, and guessing pays only for who is nearly always right. Nothing is always allowed, so
+to guess never costs more than it is believed to bring; what is believed is learned from every step (`acceptance.py`,
+`draft_cost.py`), and half a per cent of the time is spent on finding out whether it still holds.
+
+Choosing: levels of all streams in order of what they bring per second, each stream's own in their order, and of all
+beginnings of that list the best. Levels that are passes of a proposer cost everybody, so the list is also tried with
+fewer of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .acceptance import BELIEF_WEIGHT, METHOD_MEMORY, REQUEST_MEMORY, Trials, method_rates
+from .config import SchedulerConfig
+from .draft_cost import DraftCost, nodes_by_level, num_passes, rows_by_level
+from .drafts import DraftOrder, chain
+from .params import Speculative
+from .plan import RowResult
+from .request import Request
+from .roster import Refused
+from .step_time import StepShape, StepTimeModel
+
+# Share of the time that is spent on guessing for who is believed not to be worth it: the bound on what that can lose.
+PROBES = 0.005
+
+# Of so many steps with guesses one is taken without, so that it stays known what that takes. At two tokens a step
+# more than without, it costs half a per cent.
+BASELINE = 128
+
+# Deciding takes 5 µs a stream. Who was found not to pay is looked at again after so many steps for each stream, so that
+# a full house, whose steps are long and whose answer rarely changes, does not pay for being asked.
+REST = 0.25
+
+
+def most_for(config: SchedulerConfig, wish: Speculative) -> DraftOrder | None:
+    """What may be guessed for a request at most; None = nothing. Raises Refused for what the engine does not have."""
+    shape = config.draft_shape
+    depth = 0 if shape is None else shape.depth
+    methods = {"none": None} if shape is None else dict.fromkeys(["none", "ngram", config.draft_method])
+    if wish.method is not None and wish.method not in methods:
+        raise Refused(f"speculative method is {wish.method!r}: this engine has {', '.join(methods)}")
+    if wish.num_tokens is not None and not 0 <= wish.num_tokens <= depth:
+        raise Refused(f"speculative num_tokens is {wish.num_tokens}: this engine guesses 0 to {depth}")
+    method = wish.method or config.draft_method
+    count = depth if wish.num_tokens is None else wish.num_tokens
+    if shape is None or method == "none" or not count:
+        return None
+    # Trees are shaped for the engine's own method; a look-up beside it goes one way.
+    return DraftOrder(method, (shape if method == config.draft_method else chain(depth)).cut(count))
+
+
+class Wish(NamedTuple):
+    """A stream, and what may be guessed for it in this step at most."""
+
+    request: Request
+    most: DraftOrder
+
+
+class _Room(NamedTuple):
+    """What all guesses of a step may add, and seconds that it may take with them."""
+
+    tokens: int
+    seconds: float
+
+
+# One more level of one stream's guesses: -(tokens per second by itself), its depth, the stream, tokens expected of it,
+# nodes, and seconds but for tiles and passes. Thousands are made in a second, so it is a bare tuple; in order, what
+# brings most is first, and of one stream what is above.
+_Level = tuple[float, int, int, float, int, float]
+
+
+class Speculation:
+    def __init__(self, config: SchedulerConfig, steps: StepTimeModel) -> None:
+        self.cost = DraftCost()
+        self._steps = steps
+        self._adaptive = config.adaptive_drafts
+        self._depth = config.draft_shape.depth if config.draft_shape is not None else 0
+        self._methods: dict[str, Trials] = {}
+        self._credit = 0.0  # seconds that may be spent on probes
+        self._probes = 0
+        self._guessed = 0  # steps with guesses since the last one without
+        self._rest = 0  # steps for which it was decided that nothing is guessed
+
+    # ---------------------------------------------------------------- what was learned
+
+    def learn(self, request: Request, method: str, got: RowResult) -> None:
+        """How one row's guesses fared."""
+        if got.draft_depth:
+            for trials in (self._own(request), self._method(method)):
+                trials.learn(len(got.token_ids) - 1, got.draft_depth)
+
+    def observe(self, shape: StepShape, nodes: int, seconds: float) -> None:
+        """A step of this shape, `nodes` guesses among its rows, took so long besides guessing."""
+        if nodes:
+            self.cost.verified(nodes, self._steps.cost.seconds(shape), seconds)
+        else:
+            self._steps.observe(shape, seconds)
+
+    def _own(self, request: Request) -> Trials:
+        if request.trials is None:
+            request.trials = Trials(self._depth, REQUEST_MEMORY)
+        return request.trials
+
+    def _method(self, method: str) -> Trials:
+        if method not in self._methods:
+            self._methods[method] = Trials(self._depth, METHOD_MEMORY)
+        return self._methods[method]
+
+    # ---------------------------------------------------------------- how much to guess
+
+    def rests(self) -> bool:
+        """Whether nothing is guessed in the next step, as was decided in one before. Ask once a step."""
+        self._rest -= self._rest > 0
+        return self._rest > 0
+
+    def choose(self, wishes: Sequence[Wish], shape: StepShape, tokens: int, seconds: float) -> list[int]:
+        """Levels for each wish, for a step that has this shape without guesses.
+
+        tokens: that guesses may add to it; seconds: that it may take in all, inf = no matter.
+        """
+        room = _Room(tokens, seconds)
+        if not self._adaptive:
+            return self._best(self._levels(wishes, 0.0), wishes, shape, room, self._depth, 0.0)[1]
+        plain = self._steps.cost.seconds(shape)
+        rate, chosen = shape.num_tokens / plain, [0] * len(wishes)
+        levels = self._levels(wishes, rate)
+        deepest, end = 1, max((level[1] for level in levels), default=0)
+        while deepest <= end:
+            better = self._best(levels, wishes, shape, room, deepest, rate)
+            if better[0] > rate:
+                rate, chosen = better
+            deepest = min(2 * deepest, end) if deepest < end else end + 1
+        if any(chosen):
+            self._guessed += 1
+            if self._guessed > BASELINE:
+                self._guessed = 0
+                return [0] * len(chosen)
+        else:
+            self._guessed = 0
+        if not all(chosen):
+            self._rest = 1 + int(REST * len(wishes))
+            self._credit += PROBES * plain * self._rest
+            self._probe(chosen, wishes, shape, room)
+        if any(chosen):
+            self._rest = 0
+        return chosen
+
+    def _levels(self, wishes: Sequence[Wish], rate: float) -> list[_Level]:
+        """What may be added, the best first. Left out is what brings fewer tokens per second than `rate`, even if no
+        tile and no pass were counted."""
+        per_pair, per_node = self._steps.cost.per_pair, self.cost.verifying.b
+        per_token = self._steps.cost.per_tile / self._steps.cost.tile + 1e-12
+        tables: dict[int, list[tuple[int, int, int, float]]] = {}
+        levels: list[_Level] = []
+        for i, (request, most) in enumerate(wishes):
+            table = tables.get(id(most))  # of most streams it is the engine's own
+            if table is None:
+                table = tables[id(most)] = self._table(most)
+            own, context, chance = self._own(request), request.num_tokens, 1.0
+            per_row = self.cost.of(most.method).b
+            for (depth, nodes, rows, belief), accepted, tried in zip(table, own.accepted, own.tried, strict=False):
+                chance *= (accepted + belief) / (tried + BELIEF_WEIGHT)
+                seconds = nodes * (per_node + per_pair * (context + nodes / 2)) + rows * per_row
+                if chance < rate * seconds:
+                    break
+                context += nodes
+                levels.append((-chance / (seconds + nodes * per_token), depth, i, chance, nodes, seconds))
+        levels.sort()
+        return levels
+
+    def _table(self, most: DraftOrder) -> list[tuple[int, int, int, float]]:
+        """By level: its depth, nodes, rows of the proposer, and how often guesses of such requests are right, times its
+        weight."""
+        rates = [BELIEF_WEIGHT * rate for rate in method_rates(self._method(most.method))]
+        depths = range(1, most.shape.depth + 1)
+        return list(zip(depths, nodes_by_level(most), rows_by_level(most), rates, strict=False))
+
+    def _best(
+        self,
+        levels: Sequence[_Level],
+        wishes: Sequence[Wish],
+        shape: StepShape,
+        room: _Room,
+        deepest: int,
+        least: float,
+    ) -> tuple[float, list[int]]:
+        """Tokens per second, and levels of each wish: the best beginning of `levels`, none of them below `deepest`.
+
+        least: tokens per second without. What brings fewer than the best so far is worth no tile of its own, but may
+        fill one up. Not adaptive, all is taken that there is room for.
+        """
+        cost = self._steps.cost
+        tile, per_tile = cost.tile, cost.per_tile
+        base = cost.seconds(shape) - per_tile * -(-shape.num_tokens // tile) + self.cost.verifying.a
+        expected, rows, limit = float(shape.num_tokens), shape.num_tokens, shape.num_tokens + room.tokens
+        methods = [most.method for _, most in wishes]
+        per_pass = {method: self.cost.of(method).a for method in set(methods)}
+        passes = dict.fromkeys(per_pass, 0)
+        depths = [0] * len(wishes)
+        taken: list[int] = []  # streams, once for each level
+        adaptive, rate, count = self._adaptive, least, 0
+        tiles = -(-rows // tile)
+        for worth, depth, i, tokens, nodes, seconds in levels:
+            if depth > deepest or depths[i] != depth - 1 or rows + nodes > limit:
+                continue
+            method = methods[i]
+            new = num_passes(method, depth) - passes[method]
+            if new > 0:
+                seconds += new * per_pass[method]
+            filled = -(-(rows + nodes) // tile)
+            if filled > tiles and -worth < rate and adaptive:
+                break
+            whole = base + seconds + per_tile * filled
+            if whole > room.seconds:
+                continue
+            if new > 0:
+                passes[method] += new
+            base += seconds
+            rows, tiles = rows + nodes, filled
+            expected += tokens
+            depths[i] = depth
+            taken.append(i)
+            if expected > rate * whole or not adaptive:
+                rate, count = expected / whole, len(taken)
+        for i in taken[count:]:
+            depths[i] -= 1
+        return rate, depths
+
+    def _probe(self, chosen: list[int], wishes: Sequence[Wish], shape: StepShape, room: _Room) -> None:
+        """Guess for one of those for whom it is believed not to pay, if what it may cost has been saved."""
+        idle = [i for i, depth in enumerate(chosen) if not depth]
+        i = idle[self._probes % len(idle)]
+        request, most = wishes[i]
+        rows = StepShape().guessing(request.num_tokens - 1, most.shape.nodes)
+        alone = self._steps.cost.seconds(rows) + self.cost.seconds([most])  # beside others it costs no more
+        if alone > self._credit:
+            return
+        probe = chosen.copy()
+        probe[i] = most.shape.depth
+        nodes = sum(most.shape.cut(depth).nodes for depth, (_, most) in zip(probe, wishes, strict=True))
+        if nodes <= room.tokens and self._seconds(probe, wishes, shape) <= room.seconds:
+            self._credit -= alone
+            self._probes += 1
+            chosen[:] = probe
+
+    def _seconds(self, chosen: Sequence[int], wishes: Sequence[Wish], shape: StepShape) -> float:
+        """Of the step with these levels."""
+        orders = []
+        for depth, (request, most) in zip(chosen, wishes, strict=True):
+            if depth:
+                orders.append(DraftOrder(most.method, most.shape.cut(depth)))
+                shape = shape.guessing(request.num_tokens - 1, orders[-1].shape.nodes)
+        return self._steps.cost.seconds(shape) + self.cost.seconds(orders)

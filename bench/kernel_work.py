@@ -113,7 +113,7 @@ def rowwise(*ops: str) -> Callable[[Callable[[Subject, int], Work]], Callable[[S
 
 
 KV_OPS = ("attention", "kv_write", "rope_kv_write", "kv_copy_blocks", "kv_compact")
-ON_LOGITS = ("greedy", "sample", "probabilities", "token_logprobs", "process_logits")
+ON_LOGITS = ("greedy", "sample", "probabilities", "draw_children", "verify", "token_logprobs", "process_logits")
 
 
 def formats(op: str) -> tuple[str, ...]:
@@ -602,6 +602,30 @@ def probabilities(subject: Subject, rows: int) -> Work:
 
     return Work(
         calls=(partial(subject.implementation.run, scores, *filters(rows)),), nbytes=2 * scores.nbytes, aten=(spread,)
+    )
+
+
+@rowwise("draw_children")
+def draw_children(subject: Subject, rows: int) -> Work:
+    """Two of each node."""
+    q, index, count = scores_of(subject, rows).softmax(-1), torch.arange(rows), min(2, subject.shape.vocab)
+    return Work(
+        calls=(partial(subject.implementation.run, q, count, index, 0 * index, index, 0 * index),),
+        nbytes=q.nbytes,
+        aten=(lambda: q.multinomial(count),),
+    )
+
+
+@rowwise("verify")
+def verify(subject: Subject, rows: int) -> Work:
+    """A chain of four guesses for each row."""
+    p = scores_of(subject, 5 * rows).softmax(-1).view(rows, 5, -1)
+    q = p.roll(1, dims=1)
+    tokens = q.argmax(-1).roll(1, dims=1)
+    parents, index = torch.arange(-1, 4).expand(rows, 5).contiguous(), torch.arange(rows)
+    return Work(
+        calls=(partial(subject.implementation.run, p, q, tokens, parents, index, 0 * index, index),),
+        nbytes=p.nbytes + q.nbytes,
     )
 
 

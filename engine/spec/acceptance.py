@@ -27,7 +27,6 @@ from torch.nn.functional import linear, silu
 
 from ..errors import EngineStartError
 
-HEAD_FILE = "acceptance_head.safetensors"
 PAPER_THRESHOLD = 0.7  # the paper's choice for all of its tasks (section 4), for files that carry none
 MAX_BLOCKS = 64  # the paper's have up to 4; bounds what a broken file may ask for
 
@@ -52,6 +51,11 @@ class AcceptanceHead(NamedTuple):
         for block in self.blocks:
             x = x + silu(linear(x, *block))
         return linear(x, *self.out).float().softmax(dim=-1)[:, 1]
+
+
+def head_path(folder: Path, width: int | None = None) -> Path:
+    """Where a model's head is, if it has one. width: of a nested draft, whose head lies beside its target."""
+    return folder / ("acceptance_head.safetensors" if width is None else f"acceptance_head_ffn{width}.safetensors")
 
 
 def load_head(path: Path, hidden: int, dtype: torch.dtype, device: torch.device) -> AcceptanceHead:

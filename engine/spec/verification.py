@@ -9,8 +9,7 @@ the very tokens of a run without guesses, and `verify` tokens of the same distri
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,18 +31,14 @@ class Verdict(NamedTuple):
     path: list[int]
 
 
-@dataclass(slots=True)
-class _Case:
-    """One draft before its judges. Row 0 of its rows is the root's, row i + 1 that of node i."""
+class _Case(NamedTuple):
+    """One draft before its judge. Of its rows, row 0 is the root's and row i + 1 that of node i."""
 
     state: SequenceState
     draft: Draft
     position: int  # of the token after the root
     first: int  # its first row among all logits
     depths: list[int]  # of its rows
-    path: list[int]
-    last: int  # the token behind the path
-    faults: list[str | None]  # of its rows
 
     @property
     def rows(self) -> int:
@@ -55,14 +50,18 @@ class _Case:
             return [()] * self.rows
         return [self.draft.tree.path(row - 1) for row in range(self.rows)]
 
-    @property
-    def walked(self) -> list[int]:
-        """The rows on the path: token i of the step was drawn from row i of these."""
-        return [0, *(node + 1 for node in self.path)]
+
+class _Walk(NamedTuple):
+    """How far a case came."""
+
+    path: list[int]  # accepted nodes
+    last: int  # the token behind them
+    error: str | None  # of the first row on the way that no token can be drawn from
 
     @property
-    def tokens(self) -> list[int]:
-        return [*(self.draft.tree.tokens[node] for node in self.path), self.last]
+    def rows(self) -> list[int]:
+        """Of the case: token i of the step was drawn from row i of these."""
+        return [0, *(node + 1 for node in self.path)]
 
 
 def judge(
@@ -70,32 +69,75 @@ def judge(
 ) -> list[Verdict]:
     """Accept or reject the drafts of some sequences, draw the token that follows each, and tell their states.
 
-    logits     [R, V] float32: 1 + nodes rows for each sequence, one after another, its root first
+    logits     [R, V] float32: 1 + nodes rows for each sequence, one sequence after another, its root first
     positions  of each sequence, the index in it of the token after the root
     A row that no token can be drawn from ends its sequence if the path leads there; nobody else notices.
-    Raises ValueError for a q beside temperature 0: such guesses have no distribution, and the draft has to say so.
+    Raises ValueError for a q beside temperature 0: what is guessed then has no distribution, and the draft must say so.
     """
-    cases, first = [], 0
+    cases: list[_Case] = []
+    first = 0
     for state, position, draft in zip(sampler.states(slots), positions, drafts, strict=True):
         if draft.q is not None and state.params.temperature == 0:
-            raise ValueError(
-                "a draft for a sequence of temperature 0 has a q; it must be None, for the rule of `match`"
-            )
-        cases.append(_Case(state, draft, position, first, [0, *draft.tree.depths()], [], -1, []))
+            raise ValueError("a draft for temperature 0 has a q; leave it None, which asks for the rule of `match`")
+        cases.append(_Case(state, draft, position, first, [0, *draft.tree.depths()]))
         first += cases[-1].rows
-    matched = [case for case in cases if case.draft.q is None]
-    if matched:
-        _match(sampler, _rows_of(sampler, logits, matched), matched)
-    verified = [case for case in cases if case.draft.q is not None]
-    if verified:
-        _verify(sampler, _rows_of(sampler, logits, verified), verified)
-    verdicts = [_conclude(case) for case in cases]
-    _add_logprobs(sampler, logits, cases, verdicts)
+    walks: dict[int, _Walk] = {}
+    matched = [i for i, case in enumerate(cases) if case.draft.q is None]
+    verified = [i for i, case in enumerate(cases) if case.draft.q is not None]
+    for rule, indices in ((_match, matched), (_verify, verified)):
+        if indices:
+            mine = [cases[i] for i in indices]
+            rows = [row for case in mine for row in range(case.first, case.first + case.rows)]
+            walks |= zip(indices, rule(sampler, sampler.select(logits, rows), mine), strict=True)
+    in_order = [walks[i] for i in range(len(cases))]
+    verdicts = [_conclude(case, walk) for case, walk in zip(cases, in_order, strict=True)]
+    _add_logprobs(sampler, logits, cases, in_order, verdicts)
     return verdicts
 
 
-def _rows_of(sampler: Sampler, logits: Tensor, cases: Sequence[_Case]) -> Tensor:
-    return sampler.select(logits, [row for case in cases for row in range(case.first, case.first + case.rows)])
+def _match(sampler: Sampler, logits: Tensor, cases: Sequence[_Case]) -> list[_Walk]:
+    """The target draws at every node; the walk goes where it draws a guess. logits: the rows of the cases alone."""
+    states, paths = _states_and_paths(cases)
+    positions = [case.position + depth for case in cases for depth in case.depths]
+    chosen = sampler.choose(logits, states, paths, positions)
+    ids, best, left = Download(chosen[:3]).wait()
+    why = faults(best, left, chosen.errors)
+    # A row at fault has drawn nothing, so no guess is behind it.
+    draws = [token if fault is None else -1 for token, fault in zip(ids.tolist(), why, strict=True)]
+    walks, first = [], 0
+    for case in cases:
+        drawn = draws[first : first + case.rows]
+        path = match(drawn, *case.draft.tree)
+        walks.append(_walk(path, drawn[path[-1] + 1 if path else 0], why[first : first + case.rows]))
+        first += case.rows
+    return walks
+
+
+def _verify(sampler: Sampler, logits: Tensor, cases: Sequence[_Case]) -> list[_Walk]:
+    """Rejection sampling of all trees in lockstep, the shorter ones padded. logits: the rows of the cases alone."""
+    states, paths = _states_and_paths(cases)
+    best, _ = sampler.kernels.greedy.run(logits)
+    x, left, errors = sampler.edit(logits, best, states, paths)
+    counts = np.array([case.rows for case in cases])
+    width = int(counts.max())
+    tokens = np.zeros((len(cases), width), np.int64)
+    parents = np.full((len(cases), width), -1, np.int64)
+    for i, case in enumerate(cases):
+        tokens[i, 1 : case.rows] = case.draft.tree.tokens
+        parents[i, 1 : case.rows] = np.array(case.draft.tree.parents, np.int64) + 1
+    sources = np.array([(c.state.seed, c.state.sample_index, c.position) for c in cases], np.int64).T.copy()
+    trees = upload([tokens, parents, sources], sampler.device)
+    p = _padded(sampler.distributions(x, states), counts)
+    q = _padded(torch.cat([case.draft.q for case in cases if case.draft.q is not None]), counts)
+    accepted, last = sampler.kernels.verify.run(p, q, *trees[:2], *trees[2].unbind())
+    accepted, last, best, left = Download([accepted, last, best, left]).wait()
+    why = faults(best, left, errors)
+    walks, first = [], 0
+    for case, taken, token in zip(cases, accepted.tolist(), last.tolist(), strict=True):
+        path = [row - 1 for row, kept in enumerate(taken) if kept]
+        walks.append(_walk(path, token, why[first : first + case.rows]))
+        first += case.rows
+    return walks
 
 
 def _states_and_paths(cases: Sequence[_Case]) -> tuple[list[SequenceState], list[tuple[int, ...]]]:
@@ -103,91 +145,42 @@ def _states_and_paths(cases: Sequence[_Case]) -> tuple[list[SequenceState], list
     return [case.state for case in cases for _ in case.depths], [path for case in cases for path in case.paths()]
 
 
-def _match(sampler: Sampler, logits: Tensor, cases: Sequence[_Case]) -> None:
-    """The target draws at every node; the walk goes where it draws a guess."""
-    positions = [case.position + depth for case in cases for depth in case.depths]
-    chosen = sampler.choose(logits, *_states_and_paths(cases), positions)
-    ids, best, left = Download(chosen[:3]).wait()
-    _share_faults(cases, faults(best, left, chosen.errors))
-    first, draws = 0, ids.tolist()
-    for case in cases:
-        # A row at fault has drawn nothing, so no guess is behind it.
-        drawn = [
-            -1 if fault else token for token, fault in zip(draws[first : first + case.rows], case.faults, strict=True)
-        ]
-        case.path = match(drawn, *case.draft.tree)
-        case.last = drawn[case.walked[-1]]
-        first += case.rows
+def _padded(rows: Tensor, counts: np.ndarray) -> Tensor:
+    """Trees of counts[i] rows, one after another [R, V], as [B, N, V]. What pads is never read: any row will do."""
+    trees, width = len(counts), int(counts.max())
+    if len(rows) == trees * width:
+        return rows.view(trees, width, -1)
+    places = (np.cumsum(counts) - counts)[:, None] + np.minimum(np.arange(width), counts[:, None] - 1)
+    (index,) = upload([places.reshape(-1)], rows.device)
+    return rows.index_select(0, index).view(trees, width, -1)
 
 
-def _verify(sampler: Sampler, logits: Tensor, cases: Sequence[_Case]) -> None:
-    """Rejection sampling of all trees in lockstep, the shorter ones padded."""
-    states, paths = _states_and_paths(cases)
-    best, _ = sampler.kernels.greedy.run(logits)
-    x, left, errors = sampler.edit(logits, best, states, paths)
-    width = max(case.rows for case in cases)
-    tokens = np.zeros((len(cases), width), np.int64)
-    parents = np.full((len(cases), width), -1, np.int64)
-    for i, case in enumerate(cases):
-        tokens[i, 1 : case.rows] = case.draft.tree.tokens
-        parents[i, 1 : case.rows] = case.draft.tree.parents
-        parents[i, 1 : case.rows] += 1
-    noise = [[c.state.seed for c in cases], [c.state.sample_index for c in cases], [c.position for c in cases]]
-    *tree, sources = upload([tokens, parents, np.array(noise, np.int64)], sampler.device)
-    p = _padded(sampler, sampler.distributions(x, states), cases, width)
-    q = _padded(sampler, _joined(case.draft.q for case in cases if case.draft.q is not None), cases, width)
-    accepted, last, best, left = Download(
-        [*sampler.kernels.verify.run(p, q, *tree, *sources.unbind()), best, left]
-    ).wait()
-    _share_faults(cases, faults(best, left, errors))
-    for case, taken, token in zip(cases, accepted.tolist(), last.tolist(), strict=True):
-        case.path = [row - 1 for row, kept in enumerate(taken) if kept]
-        case.last = token
+def _walk(path: list[int], last: int, why: Sequence[str | None]) -> _Walk:
+    """why: the faults of the case's rows."""
+    on_the_way = [why[0], *(why[node + 1] for node in path)]
+    return _Walk(path, last, next((fault for fault in on_the_way if fault is not None), None))
 
 
-def _joined(rows: Iterable[Tensor]) -> Tensor:
-    parts = list(rows)
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _padded(sampler: Sampler, rows: Tensor, cases: Sequence[_Case], width: int) -> Tensor:
-    """The cases' rows [R, V] as [B, width, V]; what pads a shorter tree is never read, and any row will do."""
-    if len(rows) == len(cases) * width:
-        return rows.view(len(cases), width, -1)
-    starts = np.cumsum([0, *(case.rows for case in cases[:-1])])
-    ends = starts + [case.rows - 1 for case in cases]
-    places = np.minimum(starts[:, None] + np.arange(width), ends[:, None])
-    (index,) = upload([places.reshape(-1)], sampler.device)
-    return rows.index_select(0, index).view(len(cases), width, -1)
-
-
-def _share_faults(cases: Sequence[_Case], faults: Sequence[str | None]) -> None:
-    first = 0
-    for case in cases:
-        case.faults = list(faults[first : first + case.rows])
-        first += case.rows
-
-
-def _conclude(case: _Case) -> Verdict:
-    """A case's verdict; its tokens become known to its sequence."""
-    result = RowResult(drafted=case.rows - 1, draft_depth=max(case.depths))
-    result.error = next((fault for row in case.walked if (fault := case.faults[row])), None)
-    if result.error is None:
-        result.token_ids = case.tokens
+def _conclude(case: _Case, walk: _Walk) -> Verdict:
+    """The verdict; the tokens that come out become known to the sequence."""
+    result = RowResult(drafted=case.rows - 1, draft_depth=max(case.depths), error=walk.error)
+    if walk.error is None:
+        result.token_ids = [*(case.draft.tree.tokens[node] for node in walk.path), walk.last]
         case.state.num_drawn += len(result.token_ids)
         for token in result.token_ids:
             case.state.append(token)
-    return Verdict(result, case.path)
+    return Verdict(result, walk.path)
 
 
-def _add_logprobs(sampler: Sampler, logits: Tensor, cases: Sequence[_Case], verdicts: Sequence[Verdict]) -> None:
-    """Those of the tokens that came out, by the model's own logits in the rows that they were drawn from."""
+def _add_logprobs(
+    sampler: Sampler, logits: Tensor, cases: Sequence[_Case], walks: Sequence[_Walk], verdicts: Sequence[Verdict]
+) -> None:
+    """Of the tokens that came out, by the model's own logits in the rows that they were drawn from."""
     for k, wanting in rows_by_logprobs([case.state for case in cases]).items():
-        sound = [i for i in wanting if verdicts[i].result.error is None]
-        rows = [cases[i].first + row for i in sound for row in cases[i].walked]
-        ids = [token for i in sound for token in cases[i].tokens]
-        if not rows:
-            continue
-        found = iter(sampler.logprobs(sampler.select(logits, rows), ids, k))
-        for i in sound:
-            verdicts[i].result.logprobs = [next(found) for _ in cases[i].tokens]
+        sound = [i for i in wanting if walks[i].error is None]
+        rows = [cases[i].first + row for i in sound for row in walks[i].rows]
+        ids = [token for i in sound for token in verdicts[i].result.token_ids]
+        if rows:
+            found = iter(sampler.logprobs(sampler.select(logits, rows), ids, k))
+            for i in sound:
+                verdicts[i].result.logprobs = [next(found) for _ in walks[i].rows]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from quire.engine.errors import EngineStartError
-from quire.engine.spec.acceptance import AcceptanceHead, load_head
+from quire.engine.spec.acceptance import AcceptanceHead, head_path, load_head
 
 D = 8
 CPU = torch.device("cpu")
@@ -28,8 +28,8 @@ def tensors(depth: int, block: str = "blocks.{}", out: str = "out", seed: int = 
 
 
 def write(path: Path, values: dict[str, Tensor], **metadata: str) -> Path:
-    save_file(values, path / "acceptance_head.safetensors", {"format": "pt"} | metadata)
-    return path / "acceptance_head.safetensors"
+    save_file(values, head_path(path), {"format": "pt"} | metadata)
+    return head_path(path)
 
 
 def load(path: Path, hidden: int = D) -> AcceptanceHead:

@@ -30,7 +30,9 @@ from quire.kernels.reference import verify as reference
 from quire.kernels.reference.noise import Purpose
 from quire.scheduler.params import SamplingParams
 
-V, COUNT, EOS, PROMPT = 5, 20_000, 4, (1, 2)
+V, EOS, PROMPT = 5, 4, (1, 2)
+COUNT = 20_000  # sequences
+FEW = 8_000  # are enough to catch a planted bug
 TARGET = Target("cpu", torch.float32, 64, "fp32")
 TUNED = resolve(TARGET)
 REFERENCE = resolve(TARGET, {"verify": "reference"})
@@ -102,7 +104,7 @@ def setting(name: str) -> SamplingParams:
     return SamplingParams(max_tokens=9, **SETTINGS[name])
 
 
-def crowd(p: SamplingParams, kernels=TUNED, count: int = COUNT) -> Sampler:
+def crowd(p: SamplingParams, count: int, kernels=TUNED) -> Sampler:
     """A sampler full of sequences that differ in their seed."""
     sampler = Sampler(kernels, V, count, (EOS,), "cpu")
     for slot in range(count):
@@ -182,9 +184,9 @@ def tables(sampler: Sampler, logits: Tensor) -> Tensor:
     return sampler.distributions(sampler.edited(logits, states, prefixes), states)
 
 
-def drafts_by(sampler: Sampler, drawer: Drawer, q: Tensor) -> tuple[list[Draft], list[int]]:
-    """A draft for every sequence, and of all their rows the rows of the tables."""
-    states = sampler.states(range(COUNT))
+def drafts_by(sampler: Sampler, drawer: Drawer, q: Tensor, count: int) -> tuple[list[Draft], list[int]]:
+    """A draft for each of `count` sequences, and of all their rows the rows of the tables."""
+    states = sampler.states(range(count))
     seeds = torch.tensor([state.seed for state in states])
     rows = 1 + 6  # the largest tree here has six nodes
     g = [
@@ -193,10 +195,10 @@ def drafts_by(sampler: Sampler, drawer: Drawer, q: Tensor) -> tuple[list[Draft],
         )
         for depth in range(2)
     ]
-    perturbations = torch.stack(g, dim=1).view(COUNT, 2, rows, V).numpy().astype(np.float64)
+    perturbations = torch.stack(g, dim=1).view(count, 2, rows, V).numpy().astype(np.float64)
     trees, places = [], []
     with np.errstate(divide="ignore"):
-        for b in range(COUNT):
+        for b in range(count):
             tokens, parents, prefixes = drawer(q.numpy(), perturbations[b])
             trees.append(DraftTree(tuple(tokens), tuple(parents)))
             places += [row_of(prefix) for prefix in prefixes]
@@ -205,10 +207,11 @@ def drafts_by(sampler: Sampler, drawer: Drawer, q: Tensor) -> tuple[list[Draft],
 
 
 def three_tokens(sampler: Sampler, drafts: Sequence[Draft], places: Sequence[int]) -> np.ndarray:
-    """The cell [COUNT] of the joint that each sequence ends in."""
-    verdicts = judge(sampler, TABLE[torch.tensor(places)], range(COUNT), [len(PROMPT)] * COUNT, drafts)
+    """The cell of the joint that each sequence ends in, [sequences]."""
+    count = len(drafts)
+    verdicts = judge(sampler, TABLE[torch.tensor(places)], range(count), [len(PROMPT)] * count, drafts)
     drawn = [verdict.result.token_ids for verdict in verdicts]
-    while short := [b for b in range(COUNT) if len(drawn[b]) < 3]:
+    while short := [b for b in range(count) if len(drawn[b]) < 3]:
         logits = TABLE[torch.tensor([row_of(drawn[b]) for b in short])]
         results = sampler.sample(logits, short, [len(PROMPT) + len(drawn[b]) for b in short])
         for b, result in zip(short, results, strict=True):
@@ -227,25 +230,26 @@ def p_value(cells: np.ndarray, p: SamplingParams) -> float:
     return float(stats.chisquare(seen[possible], expected[possible]).pvalue)
 
 
-def drawn_drafts(name: str, drawer: Drawer, kernels=TUNED) -> float:
-    sampler = crowd(setting(name), kernels)
-    return p_value(three_tokens(sampler, *drafts_by(sampler, drawer, tables(sampler, GUESSES))), setting(name))
+def drawn_drafts(name: str, drawer: Drawer, count: int = COUNT, kernels=TUNED) -> float:
+    sampler = crowd(setting(name), count, kernels)
+    drafts, places = drafts_by(sampler, drawer, tables(sampler, GUESSES), count)
+    return p_value(three_tokens(sampler, drafts, places), setting(name))
 
 
-def point_masses(name: str) -> float:
+def point_masses(name: str, count: int = COUNT) -> float:
     """All sequences get one tree, a function of the past: two likely guesses, and two behind each."""
-    sampler = crowd(setting(name))
+    sampler = crowd(setting(name), count)
     best = GUESSES.topk(2).indices.tolist()
     first = best[0]
     tokens = (*first, *best[row_of(first[:1])], *best[row_of(first[1:])])
     tree = DraftTree(tokens, (-1, -1, 0, 0, 1, 1))
     places = [row_of(tree.path(node)) for node in range(-1, len(tokens))]
-    return p_value(three_tokens(sampler, [Draft(tree)] * COUNT, places * COUNT), setting(name))
+    return p_value(three_tokens(sampler, [Draft(tree)] * count, places * count), setting(name))
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_distributions_are_the_naive_ones(name):
-    sampler = crowd(setting(name), count=1)
+    sampler = crowd(setting(name), 1)
     for logits in (TABLE, GUESSES):
         found = tables(sampler, logits)
         for length in range(3):
@@ -286,27 +290,27 @@ class TestPlantedBugsAreCaught:
     @pytest.mark.parametrize("name", list(SETTINGS)[2:])
     def test_edits_that_ignore_the_path(self, monkeypatch, name):
         monkeypatch.setattr(verification._Case, "paths", lambda self: [()] * self.rows)
-        assert drawn_drafts(name, DRAWERS["chain"]) < 1e-4
+        assert drawn_drafts(name, DRAWERS["chain"], FEW) < 1e-4
 
     def test_edits_of_point_masses_that_ignore_the_path(self, monkeypatch):
         monkeypatch.setattr(verification._Case, "paths", lambda self: [()] * self.rows)
-        assert point_masses("penalties and top-p") < 1e-4
+        assert point_masses("penalties and top-p", FEW) < 1e-4
 
     def test_siblings_sorted_by_id(self):
-        assert drawn_drafts("plain", by_id(branching(2))) < 1e-4
+        assert drawn_drafts("plain", by_id(branching(2)), FEW) < 1e-4
 
     def test_the_q_of_another_temperature(self):
         p = setting("temperature and top-k")
-        sampler = crowd(p)
-        drafts, places = drafts_by(sampler, DRAWERS["chain"], tables(sampler, GUESSES))
-        hotter = (GUESSES[torch.tensor(places)] / 2).softmax(-1).split([3] * COUNT)
+        sampler = crowd(p, FEW)
+        drafts, places = drafts_by(sampler, DRAWERS["chain"], tables(sampler, GUESSES), FEW)
+        hotter = (GUESSES[torch.tensor(places)] / 2).softmax(-1).split([3] * FEW)
         wrong = [Draft(draft.tree, q) for draft, q in zip(drafts, hotter, strict=True)]
         assert p_value(three_tokens(sampler, wrong, places), p) < 1e-4
 
     def test_the_q_of_the_row_below(self):
         p = setting("temperature and top-k")
-        sampler = crowd(p)
-        drafts, places = drafts_by(sampler, DRAWERS["rsd-c"], tables(sampler, GUESSES))
+        sampler = crowd(p, FEW)
+        drafts, places = drafts_by(sampler, DRAWERS["rsd-c"], tables(sampler, GUESSES), FEW)
         wrong = [Draft(draft.tree, draft.q.roll(-1, dims=0)) for draft in drafts]
         assert p_value(three_tokens(sampler, wrong, places), p) < 1e-4
 
@@ -318,15 +322,15 @@ class TestPlantedBugsAreCaught:
             return right(seeds, sample_index, positions, Purpose.DRAFT, columns)
 
         p = setting("plain")
-        sampler = crowd(p, REFERENCE)
-        drafts, places = drafts_by(sampler, DRAWERS["rsd-c"], tables(sampler, GUESSES))
+        sampler = crowd(p, COUNT, REFERENCE)
+        drafts, places = drafts_by(sampler, DRAWERS["rsd-c"], tables(sampler, GUESSES), COUNT)
         monkeypatch.setattr(noise, right.__name__, shared)
         assert p_value(three_tokens(sampler, drafts, places), p) < 1e-4
 
     def test_residual_of_the_first_q(self, monkeypatch):
         right = reference._after_rejection
         monkeypatch.setattr(reference, "_after_rejection", lambda p, q, x: (right(p, q, x)[0], q))
-        assert drawn_drafts("plain", branching(3), REFERENCE) < 1e-4
+        assert drawn_drafts("plain", branching(3), FEW, REFERENCE) < 1e-4
 
     def test_one_position_for_all_draws(self, monkeypatch):
         right = Sampler.choose
@@ -335,8 +339,8 @@ class TestPlantedBugsAreCaught:
             return right(self, logits, states, paths, [positions[0]] * len(positions))
 
         monkeypatch.setattr(Sampler, "choose", choose)
-        assert point_masses("plain") < 1e-4
+        assert point_masses("plain", FEW) < 1e-4
 
     def test_a_state_that_is_not_told(self, monkeypatch):
         monkeypatch.setattr(SequenceState, "append", lambda self, token: None)
-        assert drawn_drafts("penalties and top-p", DRAWERS["chain"]) < 1e-4
+        assert drawn_drafts("penalties and top-p", DRAWERS["chain"], FEW) < 1e-4

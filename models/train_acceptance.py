@@ -76,14 +76,15 @@ def choose(pair: Pair, target: Llama, draft: Llama, parts: dict[str, list[Batch]
     data = [examples(target, draft, pair.width, b, SHARE, generator) for b in parts["train"] for _ in range(MIXES)]
     states, accepted = (torch.cat(column) for column in zip(*data, strict=True))
     traces = [trace(target, draft, pair.width, batch, generator) for batch in parts["validate"]]
-    best = -1.0, AcceptanceHead(1, 0), 0.0
+    found = []
     for depth, weight in product(DEPTHS, WEIGHTS):
         head = train_head(states, accepted, depth, weight)
         judged = judge(head, traces)
         threshold = max(THRESHOLDS, key=judged.mean_gain)
         print(f"depth {depth} weight {weight:g}: gains {judged.mean_gain(threshold):.1%} at {threshold}", flush=True)
-        best = max(best, (judged.mean_gain(threshold), head, threshold), key=lambda found: found[0])
-    return best[1], best[2]
+        found.append((judged.mean_gain(threshold), head, threshold))
+    _, head, threshold = max(found, key=lambda one: one[0])
+    return head, threshold
 
 
 def report(

@@ -22,8 +22,8 @@ from .proposer import Draft, DraftTree, View
 
 # Tokens that must agree before anything is guessed. Of chains of four, on what the bundled model writes at temperature
 # 1 (and 0.5), a single token's guesses are accepted to 11 to 18 % (52 to 57), those of two to 24 to 33 % (65 to 71), of
-# three to 32 to 39 % (71 to 76) but a third as often. Among equal matches the latest is as good as a vote of all of
-# them, within 1 % of the tokens per pass.
+# three to 32 to 39 % (71 to 76), but those are half to four fifths as many. Of equal matches the latest is as good
+# as a vote of all, within 1 % of the tokens per pass, and better than the first.
 SHORTEST = 2
 # Agreement beyond this tells nothing more about what follows.
 LONGEST = 16

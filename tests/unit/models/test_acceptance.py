@@ -2,12 +2,25 @@
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from quire.models import stopping
-from quire.models.acceptance import acceptance, acceptance_loss, calibration_error, examples, mix, train_head
+from quire.models.acceptance import (
+    AcceptanceHead,
+    acceptance,
+    acceptance_loss,
+    calibration_error,
+    examples,
+    mix,
+    train_head,
+)
 from quire.models.continuations import CONTINUATION, Batch, draw, empty_cache, forward_cached, probabilities, sample
+from quire.models.export import FOLDERS, MODELS
 from quire.models.llama import Llama, LlamaShape
 from quire.models.stopping import Played, play, trace
+from quire.models.train import SHAPES
+from quire.models.train_acceptance import PAIRS
 
 
 def tiny(seed: int, hidden: int = 32) -> Llama:
@@ -158,3 +171,13 @@ def test_a_draft_stops_a_token_after_its_doubtful_one():
     assert play(rejected, [doubtful], [[0.99] * 6], 0.5, 6) == Played(1, 6, 3)
     # A doubt about the first token stops with the second.
     assert play(rejected, [[0.1, *sure[1:]]], [[0.99] * 6], 0.5, 6) == Played(1, 2, 3)
+
+
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
+def test_the_shipped_heads_fit_their_drafts(pair):
+    file = MODELS / FOLDERS[pair.model] / pair.file
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    head = AcceptanceHead(SHAPES[pair.model].hidden, int(metadata["depth"]))
+    head.load_state_dict(load_file(file))
+    assert 0 < float(metadata["threshold"]) < 1

@@ -22,7 +22,10 @@ PARAMS = SamplingParams(max_tokens=200)
 
 
 def controller(cost: StepCost, shape: str = "chain:4", *, method: str = "draft", adaptive: bool = True) -> Speculation:
-    return Speculation(config(shape, method, adaptive), StepTimeModel(cost))
+    control = Speculation(config(shape, method, adaptive), StepTimeModel(cost))
+    for name in ("draft", "ngram"):
+        control.cost._times[name] = 2  # and cost nothing, as far as is known
+    return control
 
 
 def config(shape: str = "chain:4", method: str = "draft", adaptive: bool = True) -> SchedulerConfig:
@@ -167,6 +170,17 @@ def test_a_step_without_guesses_now_and_then_keeps_it_known_what_that_takes():
     control = controller(FREE)
     chosen = [choose(control, [wish(0.9, control)])[0] for _ in range(400)]
     assert 2 <= chosen.count(0) <= 4
+
+
+def test_one_stream_finds_out_what_a_method_costs():
+    control = controller(FREE)
+    control.cost._times.clear()
+    wishes = [wish(0.9, control) for _ in range(3)] + [wish(0.9, control, method="ngram")]
+    for _ in range(2):
+        assert choose(control, wishes) == [4, 0, 0, 4]
+        control.cost.guessed(DraftPass("draft", 4, 4, 0.001), 1)
+        control.cost.guessed(DraftPass("ngram", 0, 0, 0.001), 1)
+    assert choose(control, wishes) == [4, 4, 4, 4]
 
 
 def test_a_full_house_is_not_asked_in_every_step():

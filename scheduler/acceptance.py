@@ -8,8 +8,8 @@ method, and a level that was rarely reached to be like the one above it.
 
 from __future__ import annotations
 
-# Before anything was tried. Drafts of half the target's size are accepted about so often, and a guess that is too high
-# is corrected by the first few steps, while one that is too low would have to wait for a probe.
+# Before anything was tried. What is too high is corrected by the first few steps, while what is too low would have to
+# wait for a probe.
 FIRST_BELIEF = 0.7
 
 # Trials that a belief weighs: after four of its own a request is half itself.

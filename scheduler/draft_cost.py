@@ -19,7 +19,9 @@ from .plan import DraftPass
 # The last 50 steps count: two or three seconds of a stream.
 MEMORY = 0.98
 
-# So much of each moment is added to it, so that steps of one shape alone have a solution: half from either term.
+# So much is added to the second term's moment: steps that cannot tell the two apart say that the first is all. More of
+# the second is then believed to be free, and the first step that has more of it corrects that, where the opposite error
+# would keep such steps from being taken.
 RIDGE = 1e-4
 
 # Whatever took longer than so many times what was predicted was held up by something else.
@@ -40,13 +42,13 @@ class TwoTerms:
         xx, xy, yy, xs, ys = self._moments = tuple(
             MEMORY * old + add for old, add in zip(self._moments, new, strict=True)
         )
-        rx, ry = xx * (1 + RIDGE), yy * (1 + RIDGE)
-        det = rx * ry - xy * xy
-        a, b = (xs * ry - ys * xy, ys * rx - xs * xy) if det > 0 else (0.0, 0.0)
+        ry = yy * (1 + RIDGE)
+        det = xx * ry - xy * xy
+        a, b = (xs * ry - ys * xy, ys * xx - xs * xy) if det > 0 else (0.0, 0.0)
         if a >= 0 and b >= 0 and det > 0:
             self.a, self.b = a / det, b / det
         elif a >= b:
-            self.a, self.b = max(xs / rx, 0.0) if rx else 0.0, 0.0
+            self.a, self.b = max(xs / xx, 0.0) if xx else 0.0, 0.0
         else:
             self.a, self.b = 0.0, max(ys / ry, 0.0) if ry else 0.0
 
@@ -55,7 +57,7 @@ class DraftCost:
     def __init__(self) -> None:
         self.verifying = TwoTerms()  # of one step, and of a node
         self.guessing: dict[str, TwoTerms] = {}  # method -> of a level, and of a row of the proposer
-        self._begun: set[str] = set()  # what was done before: first times pay for memory and compilation
+        self._times: dict[str, int] = {}  # how often what was done
 
     def of(self, method: str) -> TwoTerms:
         """Of a level, and of a row; nothing is known to cost nothing until it has been seen."""
@@ -76,10 +78,13 @@ class DraftCost:
         predicted = terms.a * levels + terms.b * rows
         terms.observe(levels, rows, min(done.seconds, OUTLIER * predicted) if predicted else done.seconds)
 
+    def is_known(self, method: str) -> bool:
+        return self._times.get(method, 0) > 1
+
     def _is_first(self, what: str) -> bool:
-        first = what not in self._begun
-        self._begun.add(what)
-        return first
+        """Whether this is done for the first time, which pays for memory and compilation and says nothing."""
+        times = self._times[what] = self._times.get(what, 0) + 1
+        return times == 1
 
     def seconds(self, orders: Sequence[DraftOrder]) -> float:
         """What these add to a step, beside their rows of the target."""

@@ -310,7 +310,10 @@ class Scheduler:
         return min(limits) / self.steps.margin if decoding and limits else math.inf
 
     def _draft(self, rows: dict[Request, Row]) -> None:
-        """Guesses for streams whose row is their last token, as far as they pay and there is room for them."""
+        """Guesses for streams whose row is their last token, as far as they pay and there is room for them.
+
+        While a step is out only whether there would be any is noted, for `may_plan_ahead`.
+        """
         self._drafts = False
         if self.config.draft_shape is None or self.speculation.rests():
             return
@@ -325,10 +328,11 @@ class Scheduler:
             while depth and not self.residency.has_room_ahead(request, most.shape.cut(depth).nodes):
                 depth -= 1
             self._drafts = self._drafts or depth > 0
-            if not request.num_pending:
-                self.counters.depths[depth] += 1
-                if depth:
-                    rows[request] = self._with_draft(request, rows[request], most, depth)
+            if depth and self._out:
+                continue
+            self.counters.depths[depth] += 1
+            if depth:
+                rows[request] = self._with_draft(request, rows[request], most, depth)
 
     def _most(self, request: Request, row: Row) -> DraftOrder | None:
         """What may be guessed behind this row at most: what is accepted, and one token more, may not pass its length,

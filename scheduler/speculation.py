@@ -34,8 +34,11 @@ PROBES = 0.005
 # more than without, it costs half a per cent.
 BASELINE = 128
 
-# Deciding takes 5 µs a stream. Who was found not to pay is looked at again after so many steps for each stream, so that
-# a full house, whose steps are long and whose answer rarely changes, does not pay for being asked.
+# The list of levels is tried down to these, and to its end.
+DEPTHS = (1, 2, 4, 8, 16, 32)
+
+# Deciding takes 2 to 5 µs a stream with four levels. When it did not pay for anybody, it is asked again after so many
+# steps for each stream: the answer of a full house rarely changes.
 REST = 0.25
 
 
@@ -71,8 +74,8 @@ class _Room(NamedTuple):
 
 
 # One more level of one stream's guesses: -(tokens per second by itself), its depth, the stream, tokens expected of it,
-# nodes, and seconds but for tiles and passes. Thousands are made in a second, so it is a bare tuple; in order, what
-# brings most is first, and of one stream what is above.
+# nodes, and seconds but for tiles and passes. A step makes a hundred, so it is a bare tuple; in order, what brings most
+# is first, and of one stream the upper level.
 _Level = tuple[float, int, int, float, int, float]
 
 
@@ -84,6 +87,7 @@ class Speculation:
         self._depth = config.draft_shape.depth if config.draft_shape is not None else 0
         self._methods: dict[str, Trials] = {}
         self._credit = 0.0  # seconds that may be spent on probes
+        self._probe_seconds = 0.0  # what the probe that is under way may cost
         self._probes = 0
         self._guessed = 0  # steps with guesses since the last one without
         self._rest = 0  # steps for which it was decided that nothing is guessed
@@ -92,6 +96,10 @@ class Speculation:
 
     def learn(self, request: Request, method: str, got: RowResult) -> None:
         """How one row's guesses fared."""
+        if self._probe_seconds:
+            self._credit -= self._probe_seconds
+            self._probe_seconds = 0.0
+            self._probes += 1
         if got.draft_depth:
             for trials in (self._own(request), self._method(method)):
                 trials.learn(len(got.token_ids) - 1, got.draft_depth)
@@ -131,26 +139,40 @@ class Speculation:
         plain = self._steps.cost.seconds(shape)
         rate, chosen = shape.num_tokens / plain, [0] * len(wishes)
         levels = self._levels(wishes, rate)
-        deepest, end = 1, max((level[1] for level in levels), default=0)
-        while deepest <= end:
+        end = max((level[1] for level in levels), default=0)
+        for deepest in (*(depth for depth in DEPTHS if depth < end), end):
             better = self._best(levels, wishes, shape, room, deepest, rate)
             if better[0] > rate:
                 rate, chosen = better
-            deepest = min(2 * deepest, end) if deepest < end else end + 1
         if any(chosen):
+            if self._forbear(chosen, wishes):
+                return chosen
             self._guessed += 1
             if self._guessed > BASELINE:
                 self._guessed = 0
                 return [0] * len(chosen)
         else:
             self._guessed = 0
-        if not all(chosen):
-            self._rest = 1 + int(REST * len(wishes))
-            self._credit += PROBES * plain * self._rest
-            self._probe(chosen, wishes, shape, room)
-        if any(chosen):
-            self._rest = 0
-        return chosen
+        if all(chosen):
+            return chosen
+        self._rest = 0 if any(chosen) else 1 + int(REST * len(wishes))
+        self._credit += PROBES * plain * max(self._rest, 1)
+        probe = self._probe(chosen, wishes, shape, room)
+        if probe is None:
+            return chosen
+        self._rest = 0
+        return probe
+
+    def _forbear(self, chosen: list[int], wishes: Sequence[Wish]) -> bool:
+        """Of a method whose cost is not known leave only one stream: it may be large. Whether any had to go."""
+        tried: set[str] = set()
+        forborne = False
+        for i, (_, most) in enumerate(wishes):
+            if chosen[i] and not self.cost.is_known(most.method):
+                if most.method in tried:
+                    chosen[i], forborne = 0, True
+                tried.add(most.method)
+        return forborne
 
     def _levels(self, wishes: Sequence[Wish], rate: float) -> list[_Level]:
         """What may be added, the best first. Left out is what brings fewer tokens per second than `rate`, even if no
@@ -233,22 +255,22 @@ class Speculation:
             depths[i] -= 1
         return rate, depths
 
-    def _probe(self, chosen: list[int], wishes: Sequence[Wish], shape: StepShape, room: _Room) -> None:
-        """Guess for one of those for whom it is believed not to pay, if what it may cost has been saved."""
+    def _probe(self, chosen: Sequence[int], wishes: Sequence[Wish], shape: StepShape, room: _Room) -> list[int] | None:
+        """With guesses for one of those for whom they are believed not to pay, if what that may cost has been saved."""
         idle = [i for i, depth in enumerate(chosen) if not depth]
         i = idle[self._probes % len(idle)]
         request, most = wishes[i]
-        rows = StepShape().guessing(request.num_tokens - 1, most.shape.nodes)
-        alone = self._steps.cost.seconds(rows) + self.cost.seconds([most])  # beside others it costs no more
+        rows, cost = StepShape().guessing(request.num_tokens - 1, most.shape.nodes), self._steps.cost
+        alone = cost.seconds(rows) - cost.base + self.cost.seconds([most])  # beside others it costs no more
         if alone > self._credit:
-            return
-        probe = chosen.copy()
-        probe[i] = most.shape.depth
+            return None
+        probe = list(chosen)
+        probe[i] = 1 + self._probes % most.shape.depth  # of all depths, so that it shows what each row takes
         nodes = sum(most.shape.cut(depth).nodes for depth, (_, most) in zip(probe, wishes, strict=True))
-        if nodes <= room.tokens and self._seconds(probe, wishes, shape) <= room.seconds:
-            self._credit -= alone
-            self._probes += 1
-            chosen[:] = probe
+        if nodes > room.tokens or self._seconds(probe, wishes, shape) > room.seconds:
+            return None
+        self._probe_seconds = alone  # paid when it was made: a plan may have to wait with its guesses
+        return probe
 
     def _seconds(self, chosen: Sequence[int], wishes: Sequence[Wish], shape: StepShape) -> float:
         """Of the step with these levels."""

@@ -147,7 +147,7 @@ def solo(prompt: list[int], params: SamplingParams, sample: int, max_model_len: 
 
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
-        num_blocks=st.integers(8, 24),
+        num_blocks=st.integers(8, 32),
         block_size=st.integers(1, 4),
         max_num_seqs=st.integers(1, 6),
         extra=st.integers(0, 12),

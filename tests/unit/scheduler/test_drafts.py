@@ -108,6 +108,13 @@ def test_an_end_inside_the_accepted_tokens_ends_there():
     assert (s.counters.drafted, s.counters.accepted, s.counters.wasted) == (4, 2, 2)
 
 
+def test_a_block_that_an_end_left_unsaid_is_not_published():
+    s = scheduler()
+    begin(s, 8)
+    answer(s, s.schedule(0.0), tokens=[EOS, 7, 7, 7, 7])
+    assert s.pool.num_cached == 2, "twelve tokens were computed, and ten are the request's"
+
+
 def test_no_more_is_guessed_than_may_be_drawn():
     s = scheduler()
     begin(s, 6, params=replace(PARAMS, max_tokens=5))

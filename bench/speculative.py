@@ -14,14 +14,12 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Group
-from rich.table import Table
 
 from ..engine.loader import locate_model
 from ..engine.messages import AddRequest
@@ -31,7 +29,6 @@ from ..models.corpus import split_library
 from ..scheduler.drafts import DraftShape, chain
 from ..scheduler.params import SamplingParams, Speculative
 from .costly_twin import write_costly_twin
-from .iid_trees import accepted, join
 from .live import Session, start_engine
 from .rounds import Rounds
 

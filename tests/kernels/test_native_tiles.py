@@ -73,7 +73,7 @@ def test_groups(op: str, group: int) -> None:
     check(op, 40, 1152, (1, 3, 16, 17, 70), group)
 
 
-@pytest.mark.parametrize("op", ("linear_int8", "linear_int4"))
+@pytest.mark.parametrize("op", ["linear_int8", "linear_int4"])
 def test_units_that_no_four_tiles_fill(op: str) -> None:
     for outputs in (16 * 17, 16 * 18 + 3, 16 * 35):
         check(op, outputs, 160, (1, 3, 16, 17, 48), 32)

@@ -20,7 +20,7 @@ from ..model_config import DecoderConfig
 from ..recorded import recorded
 from ..resolve import Resolved, choose_kernels
 from ..sampler import Sampler
-from .acceptance import HEAD_FILE, AcceptanceHead, load_head
+from .acceptance import AcceptanceHead, head_path, load_head
 from .contents import CacheContents
 from .model import ModelProposer
 from .ngram import NgramProposer
@@ -66,12 +66,11 @@ def load_drafter(
         path = _folder(asked)
         own = choose_kernels(config, settings, settings.draft, FORMAT[settings.dtype])
         decoder = load_decoder(path, settings.draft, own, settings.dtype, settings.device, settings.max_model_len)
-        return Drafter(decoder, own, True, _head(path / HEAD_FILE, settings.draft, settings))
+        return Drafter(decoder, own, True, _head(head_path(path), settings.draft, settings))
     if settings.draft_method == "nested" and asked is not None:
         width = _width(asked, target.config.ffn)
         decoder = nested_decoder(target, folder, kernels, width, rounding=settings.rounding)
-        name = HEAD_FILE.replace(".", f"_ffn{width}.", 1)
-        return Drafter(decoder, kernels, False, _head(folder / name, target.config, settings))
+        return Drafter(decoder, kernels, False, _head(head_path(folder, width), target.config, settings))
     if settings.draft_method == "layers" and asked is not None:
         layers = [int(number) for number in asked.split(",")]
         return Drafter(layers_decoder(target, folder, kernels, layers), kernels, False)

@@ -101,7 +101,7 @@ class ModelProposer:
         self.method = method
         self._decoder, self._cache, self._sampler = decoder, cache, sampler
         self._max_tokens, self._eos_token_ids = max_tokens, frozenset(eos_token_ids)
-        self._contents, self._head = contents, head
+        self._contents, self.head = contents, head
         self._block_size, self._device = cache[0].spec.block_size, cache[0].k.device
 
     def enter(self, slot: int) -> None:
@@ -153,8 +153,8 @@ class ModelProposer:
         if wanting:
             logits = self._decoder.logits_at(hidden, batch.logit_rows)[:, : self._sampler.vocab_size]
             self._extend([guess for guess, _ in wanting], logits)
-            if self._head is not None:
-                self._doubt(self._head, wanting, hidden, batch.logit_rows)
+            if self.head is not None:
+                self._doubt(self.head, wanting, hidden, batch.logit_rows)
         return batch.num_tokens
 
     def _extend(self, guesses: Sequence[_Guess], logits: Tensor) -> None:

@@ -7,6 +7,7 @@ So the state of the pass that consumes a token speaks of that token, not of the 
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -70,12 +71,6 @@ def examples(
     return torch.cat(states), torch.cat(chances), torch.cat(labels)
 
 
-def confidence(chances: Tensor) -> Tensor:
-    """What is told by q alone, for a head of these two inputs: [..., 2] of the drafted tokens' q [...]."""
-    chances = chances.float().clamp(min=1e-6)
-    return torch.stack([chances, chances.log()], -1)
-
-
 def train_head(states: Tensor, accepted: Tensor, depth: int, weight: float, seed: int = 0) -> AcceptanceHead:
     """A head for states [N, d] with the labels [N]; its acceptance has the weight taken out again (see `calibrate`)."""
     torch.manual_seed(seed)
@@ -104,6 +99,24 @@ def calibrate(head: AcceptanceHead, weight: float) -> None:
 def acceptance(head: AcceptanceHead, states: Tensor) -> Tensor:
     """a [...] of states [..., d]."""
     return head(states.float()).softmax(-1)[..., 1]
+
+
+class Confidence(NamedTuple):
+    """What q of the drafted token tells by itself: its acceptance, between these edges [B - 1] of q, is rates [B]."""
+
+    edges: Tensor
+    rates: Tensor
+
+    def acceptance(self, chances: Tensor) -> Tensor:
+        return self.rates[torch.bucketize(chances, self.edges)]
+
+
+def fit_confidence(chances: Tensor, accepted: Tensor, bins: int = 32) -> Confidence:
+    """Bins that hold equally many of the drafted tokens' q [N], and the mean acceptance in each."""
+    edges = chances.quantile(torch.linspace(0, 1, bins + 1)[1:-1])
+    which = torch.bucketize(chances, edges)
+    total = torch.zeros(bins).index_add_(0, which, accepted)
+    return Confidence(edges, total / torch.bincount(which, minlength=bins).clamp(min=1))
 
 
 def calibration_error(predicted: Tensor, accepted: Tensor, bins: int = 10) -> float:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .acceptance import AcceptanceHead, acceptance, calibration_error, confidence, examples, train_head
+from .acceptance import AcceptanceHead, Confidence, acceptance, calibration_error, examples, fit_confidence, train_head
 from .continuations import Batch, prepare
 from .evaluate import load_exported
 from .export import FOLDERS, MODELS
@@ -23,8 +23,9 @@ from .train import WORK
 DEPTHS, WEIGHTS = (1, 3), (1.0, 6.0)
 SHARE = 0.15  # of places that keep what the target wrote, in token mixing
 MIXES = 3  # draws of the drafted tokens behind each text
-THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
-COSTS = (1 / 50, 1 / 20, 1 / 10)  # of a draft's pass, where the target's is 1; a head is chosen for them together
+THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+COSTS = (1 / 50, 1 / 20, 1 / 10)  # of a draft's pass, where the target's is 1: the dearer, the lower the threshold
+DEFAULT_COST = 1 / 20  # whose threshold is written into the file
 
 
 class Pair(NamedTuple):
@@ -50,15 +51,16 @@ class Judged(NamedTuple):
     def best_fixed(self, cost: float) -> int:
         return max(self.fixed, key=lambda length: self.fixed[length].rate(cost))
 
-    def best_threshold(self, cost: float) -> float:
-        return max(self.stopped, key=lambda threshold: self.stopped[threshold].rate(cost))
-
     def gain(self, threshold: float, cost: float) -> float:
         """Over the best fixed length, in tokens per modelled second."""
         return self.stopped[threshold].rate(cost) / self.fixed[self.best_fixed(cost)].rate(cost) - 1
 
-    def mean_gain(self, threshold: float) -> float:
-        return sum(self.gain(threshold, cost) for cost in COSTS) / len(COSTS)
+    def thresholds(self) -> dict[float, float]:
+        """The best for each cost."""
+        return {cost: max(THRESHOLDS, key=lambda t, cost=cost: self.gain(t, cost)) for cost in COSTS}
+
+    def mean_gain(self) -> float:
+        return sum(self.gain(threshold, cost) for cost, threshold in self.thresholds().items()) / len(COSTS)
 
 
 def judge(acceptances: tuple[Tensor, Tensor], traces: Trace) -> Judged:
@@ -74,8 +76,8 @@ def by_state(head: AcceptanceHead, traces: Trace) -> tuple[Tensor, Tensor]:
     return acceptance(head, traces.states), acceptance(head, traces.tails)
 
 
-def by_confidence(head: AcceptanceHead, traces: Trace) -> tuple[Tensor, Tensor]:
-    return acceptance(head, confidence(traces.chances)), acceptance(head, confidence(traces.doubts))
+def by_confidence(table: Confidence, traces: Trace) -> tuple[Tensor, Tensor]:
+    return table.acceptance(traces.chances), table.acceptance(traces.doubts)
 
 
 def train_pair(pair: Pair, target: Llama, draft: Llama, parts: dict[str, list[Batch]]) -> None:
@@ -96,22 +98,21 @@ def train_pair(pair: Pair, target: Llama, draft: Llama, parts: dict[str, list[Ba
     for depth, weight in product(DEPTHS, WEIGHTS):
         head = train_head(states, accepted, depth, weight)
         judged = judge(by_state(head, validate), validate)
-        threshold = max(THRESHOLDS, key=judged.mean_gain)
-        print(f"depth {depth} weight {weight:g}: {judged.mean_gain(threshold):+.1%} at {threshold}", flush=True)
-        found.append((judged.mean_gain(threshold), head, threshold))
-    _, head, threshold = max(found, key=lambda one: one[0])
-    save(pair, head, threshold)
-    twin = train_head(confidence(chances), accepted, 0, 1.0)
-    judged = judge(by_confidence(twin, validate), validate)
-    twin_threshold = max(THRESHOLDS, key=judged.mean_gain)
+        print(f"depth {depth} weight {weight:g}: {judged.mean_gain():+.1%}", flush=True)
+        found.append((judged.mean_gain(), head, judged.thresholds()))
+    _, head, thresholds = max(found, key=lambda one: one[0])
+    save(pair, head, thresholds[DEFAULT_COST])
+    table = fit_confidence(chances, accepted)
+    table_thresholds = judge(by_confidence(table, validate), validate).thresholds()
 
     states, chances, accepted = all_examples("held_out", 1)
     held_out = all_traces("held_out")
-    print(f"{pair.model} {pair.width}: {accepted.mean():.1%} of single guesses are accepted")
-    print(f"calibration error {calibration_error(acceptance(head, states), accepted):.1%}")
-    print(f"that of confidence {calibration_error(acceptance(twin, confidence(chances)), accepted):.1%}")
-    tell(f"{pair.model} {pair.width} head", judge(by_state(head, held_out), held_out), threshold)
-    tell(f"{pair.model} {pair.width} confidence", judge(by_confidence(twin, held_out), held_out), twin_threshold)
+    name = f"{pair.model} {pair.width}"
+    print(f"{name}: {accepted.mean():.1%} of single guesses are accepted")
+    print(f"calibration error of the head {calibration_error(acceptance(head, states), accepted):.1%}, ", end="")
+    print(f"of q {calibration_error(table.acceptance(chances), accepted):.1%}")
+    tell(f"{name}, head", judge(by_state(head, held_out), held_out), thresholds)
+    tell(f"{name}, q", judge(by_confidence(table, held_out), held_out), table_thresholds)
 
 
 def save(pair: Pair, head: AcceptanceHead, threshold: float) -> None:
@@ -121,15 +122,14 @@ def save(pair: Pair, head: AcceptanceHead, threshold: float) -> None:
     file.chmod(0o644)  # safetensors writes it for its owner only
 
 
-def tell(name: str, judged: Judged, threshold: float) -> None:
-    """Rows of the table. The fixed length is the best of these very texts; the threshold was chosen on others."""
-    for cost in COSTS:
-        length, own = judged.best_fixed(cost), judged.best_threshold(cost)
+def tell(name: str, judged: Judged, thresholds: dict[float, float]) -> None:
+    """Rows of the table. The fixed length is the best of these very texts; the thresholds were chosen on others."""
+    for cost, threshold in thresholds.items():
+        length = judged.best_fixed(cost)
         fixed, stopped = judged.fixed[length].rate(cost), judged.stopped[threshold].rate(cost)
+        gain = f"{judged.gain(threshold, cost):+.1%}"
         print(
-            f"| {name} | 1:{1 / cost:.0f} | {length} | {fixed:.3f} | {threshold} | {stopped:.3f} "
-            f"| {judged.gain(threshold, cost):+.1%} | {own} | {judged.gain(own, cost):+.1%} |",
-            flush=True,
+            f"| {name} | 1:{1 / cost:.0f} | {length} | {fixed:.3f} | {threshold} | {stopped:.3f} | {gain} |", flush=True
         )
 
 

@@ -12,6 +12,7 @@ from quire.models.acceptance import (
     acceptance_loss,
     calibration_error,
     examples,
+    fit_confidence,
     mix,
     train_head,
 )
@@ -95,6 +96,13 @@ def test_the_loss_comes_down_to_the_entropy_of_the_labels(synthetic, weight):
         assert floor <= acceptance_loss(head(states), accepted, weight) < floor + 0.01
         if weight != 1:  # the twin whose odds are not given back
             assert calibration_error(acceptance(head, states), accepted) > 0.1
+
+
+def test_what_q_tells_is_the_mean_acceptance_of_its_like():
+    chances = torch.rand(40_000, generator=torch.Generator().manual_seed(0))
+    table = fit_confidence(chances, chances.square(), bins=16)
+    torch.testing.assert_close(table.acceptance(chances), chances.square(), atol=0.07, rtol=0)
+    assert calibration_error(table.acceptance(chances), chances.square()) < 0.01
 
 
 def test_the_loss_is_what_it_says():

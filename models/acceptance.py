@@ -7,6 +7,7 @@ So the state of the pass that consumes a token speaks of that token, not of the 
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from .continuations import Batch, distributions, draw, probabilities
 from .llama import Llama
 
-EPOCHS, EXAMPLES, RATE = 8, 2048, 2e-3  # of AdamW with a cosine schedule; by then the loss has come to rest
+EPOCHS, EXAMPLES, RATE = 5, 2048, 2e-3  # of AdamW with a cosine schedule; by then the loss has come to rest
 
 
 class AcceptanceHead(nn.Module):
@@ -53,26 +54,28 @@ def mix(written: Tensor, drafted: Tensor, share: float, generator: torch.Generat
 @torch.no_grad()
 def examples(
     target: Llama, draft: Llama, width: int, batch: Batch, share: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Final states of drafted tokens [N, d], and the probabilities of their acceptance [N]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of drafted tokens: final states [N, d], q [N] that they were drawn with, and probabilities of acceptance [N]."""
     first = batch.num_prompt
-    states, labels = [], []
+    states, chances, labels = [], [], []
     for tokens, temperatures, p in distributions(target, batch):
         q = probabilities(draft, draft.hidden(tokens, width)[:, first - 1 : -1], temperatures)
         drafted = draw(q, generator)[..., None]
-        accepted = (p.gather(-1, drafted) / q.gather(-1, drafted)).clamp(max=1)[..., 0]
+        chance = q.gather(-1, drafted)[..., 0]
+        accepted = (p.gather(-1, drafted)[..., 0] / chance).clamp(max=1)
         mixed, is_draft = mix(tokens[:, first:], drafted[..., 0], share, generator)
         hidden = draft.hidden(torch.cat([tokens[:, :first], mixed], 1), width)[:, first:]
         states.append(hidden[is_draft])
+        chances.append(chance[is_draft])
         labels.append(accepted[is_draft])
-    return torch.cat(states), torch.cat(labels)
+    return torch.cat(states), torch.cat(chances), torch.cat(labels)
 
 
 def train_head(states: Tensor, accepted: Tensor, depth: int, weight: float, seed: int = 0) -> AcceptanceHead:
     """A head for states [N, d] with the labels [N]; its acceptance has the weight taken out again (see `calibrate`)."""
     torch.manual_seed(seed)
     head = AcceptanceHead(states.shape[1], depth)
-    optimizer = torch.optim.AdamW(head.parameters(), RATE, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(head.parameters(), RATE, weight_decay=0.1)
     steps = EPOCHS * (len(states) // EXAMPLES)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps + 1, pct_start=0.03)
     for _ in range(EPOCHS):
@@ -96,6 +99,24 @@ def calibrate(head: AcceptanceHead, weight: float) -> None:
 def acceptance(head: AcceptanceHead, states: Tensor) -> Tensor:
     """a [...] of states [..., d]."""
     return head(states.float()).softmax(-1)[..., 1]
+
+
+class Confidence(NamedTuple):
+    """What q of the drafted token tells by itself: its acceptance, between these edges [B - 1] of q, is rates [B]."""
+
+    edges: Tensor
+    rates: Tensor
+
+    def acceptance(self, chances: Tensor) -> Tensor:
+        return self.rates[torch.bucketize(chances, self.edges)]
+
+
+def fit_confidence(chances: Tensor, accepted: Tensor, bins: int = 32) -> Confidence:
+    """Bins that hold equally many of the drafted tokens' q [N], and the mean acceptance in each."""
+    edges = chances.quantile(torch.linspace(0, 1, bins + 1)[1:-1])
+    which = torch.bucketize(chances, edges)
+    total = torch.zeros(bins).index_add_(0, which, accepted)
+    return Confidence(edges, total / torch.bincount(which, minlength=bins).clamp(min=1))
 
 
 def calibration_error(predicted: Tensor, accepted: Tensor, bins: int = 10) -> float:

@@ -22,49 +22,55 @@ class Trace(NamedTuple):
 
     rejected  [S, C] bool: a draft that has followed the text guesses wrong here
     states    [S, C, d] final states of the draft where the text's token is the input
-    tails     [R, LONGEST, d] the same of a wrong guess and what the draft went on with behind it, for each True of
+    chances   [S, C] the draft's q of the text's token
+    tails     [R, LONGEST, d] states of a wrong guess and of what the draft went on with behind it, for each True of
               `rejected` in row-major order
+    doubts    [R, LONGEST] the draft's q of these
     """
 
     rejected: Tensor
     states: Tensor
+    chances: Tensor
     tails: Tensor
+    doubts: Tensor
 
 
 @torch.no_grad()
 def trace(target: Llama, draft: Llama, width: int, batch: Batch, generator: torch.Generator) -> Trace:
     first = batch.num_prompt
-    all_rejected, all_states, all_tails = [], [], []
+    parts: list[Trace] = []
     for tokens, temperatures, p in distributions(target, batch):
         cache = empty_cache(draft, *tokens.shape)
         states = forward_cached(draft, tokens, 0, cache, width)
         q = probabilities(draft, states[:, first - 1 : -1], temperatures)
         written = tokens[:, first:, None]
-        chance = (q.gather(-1, written) / p.gather(-1, written))[..., 0]
-        rejected = torch.rand(chance.shape, generator=generator) >= chance
+        chances = q.gather(-1, written)[..., 0]
+        rejected = torch.rand(chances.shape, generator=generator) >= chances / p.gather(-1, written)[..., 0]
+        tails = []
         for i, places in enumerate(rejected):
             wrong = draw((q[i, places] - p[i, places]).clamp(min=0), generator)
             text = [(keys[i], values[i]) for keys, values in cache]
             positions = first + places.nonzero()[:, 0]
-            all_tails.append(_tails(draft, width, wrong, positions, text, temperatures[i : i + 1], generator))
-        all_rejected.append(rejected)
-        all_states.append(states[:, first:])
-    return Trace(torch.cat(all_rejected), torch.cat(all_states), torch.cat(all_tails))
+            doubt = q[i, places].gather(-1, wrong[:, None])[:, 0]
+            tails.append(_tails(draft, width, wrong, doubt, positions, text, temperatures[i : i + 1], generator))
+        parts.append(Trace(rejected, states[:, first:], chances, *map(torch.cat, zip(*tails, strict=True))))
+    return Trace(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def _tails(
     draft: Llama,
     width: int,
     tokens: Tensor,
+    chances: Tensor,
     positions: Tensor,
     text: Cache,
     temperature: Tensor,
     generator: torch.Generator,
-) -> Tensor:
-    """States [R, LONGEST, d] of tokens [R], each at its position instead of the text's, and of what is drawn behind."""
+) -> tuple[Tensor, Tensor]:
+    """(states [R, LONGEST, d], q [R, LONGEST]) of tokens [R], each in the place of the text's, and of what follows."""
     own: list[list[tuple[Tensor, Tensor]]] = [[] for _ in draft.layers]
     before = torch.arange(len(text[0][0][0])) < positions[:, None]
-    states = []
+    states, all_chances = [], [chances]
     for i in range(LONGEST):
         cos, sin = draft.cos[positions + i, None, None], draft.sin[positions + i, None, None]
         x = draft.embed_tokens(tokens)
@@ -73,8 +79,10 @@ def _tails(
             x = x + layer.mlp(layer.post_attention_layernorm(x), width)
         states.append(draft.norm(x))
         if i + 1 < LONGEST:
-            tokens = draw(probabilities(draft, states[-1][None], temperature)[0], generator)
-    return torch.stack(states, 1)
+            q = probabilities(draft, states[-1][None], temperature)[0]
+            tokens = draw(q, generator)
+            all_chances.append(q.gather(-1, tokens[:, None])[:, 0])
+    return torch.stack(states, 1), torch.stack(all_chances, 1)
 
 
 def _attend(

@@ -12,6 +12,7 @@ from quire.models.acceptance import (
     acceptance_loss,
     calibration_error,
     examples,
+    fit_confidence,
     mix,
     train_head,
 )
@@ -79,7 +80,7 @@ def test_mixing_keeps_the_share_and_says_where_the_drafts_are():
 @pytest.fixture(scope="module")
 def synthetic() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    states = torch.randn(150_000, 8, generator=generator)
+    states = torch.randn(300_000, 8, generator=generator)
     return states, (states @ torch.tensor([1.0, -1.0, 0.5, 0, 0, 2.0, 0, 0])).sigmoid()
 
 
@@ -95,6 +96,13 @@ def test_the_loss_comes_down_to_the_entropy_of_the_labels(synthetic, weight):
         assert floor <= acceptance_loss(head(states), accepted, weight) < floor + 0.01
         if weight != 1:  # the twin whose odds are not given back
             assert calibration_error(acceptance(head, states), accepted) > 0.1
+
+
+def test_what_q_tells_is_the_mean_acceptance_of_its_like():
+    chances = torch.rand(40_000, generator=torch.Generator().manual_seed(0))
+    table = fit_confidence(chances, chances.square(), bins=16)
+    torch.testing.assert_close(table.acceptance(chances), chances.square(), atol=0.07, rtol=0)
+    assert calibration_error(table.acceptance(chances), chances.square()) < 0.01
 
 
 def test_the_loss_is_what_it_says():
@@ -114,13 +122,14 @@ def test_a_state_is_that_of_the_drafted_token_as_the_input(target, written):
         return calls[-1][1]
 
     draft.hidden = recorded
-    states, accepted = examples(target, draft, 64, written, 0.0, torch.Generator().manual_seed(0))
+    states, chances, accepted = examples(target, draft, 64, written, 0.0, torch.Generator().manual_seed(0))
     (_, before), (mixed, after) = calls
     first = written.num_prompt
     assert torch.equal(states, after[:, first:].flatten(0, 1))
     drafted = mixed[:, first:, None]
     p = probabilities(target, written.states, written.temperatures).gather(-1, drafted)
     q = probabilities(draft, before[:, first - 1 : -1], written.temperatures).gather(-1, drafted)
+    torch.testing.assert_close(chances.view(p.shape[:2]), q[..., 0])
     torch.testing.assert_close(accepted.view(p.shape[:2]), (p / q).clamp(max=1)[..., 0])
 
 
@@ -147,8 +156,11 @@ def test_a_tail_of_the_text_s_own_token_has_the_text_s_state(target, written):
         states = forward_cached(target, written.tokens, 0, cache)
         text = [(keys[3], values[3]) for keys, values in cache]
         own = written.tokens[3, places]
-        tails = stopping._tails(target, 64, own, places, text, torch.ones(1), torch.Generator().manual_seed(0))
+        tails, chances = stopping._tails(
+            target, 64, own, torch.ones(40), places, text, torch.ones(1), torch.Generator().manual_seed(0)
+        )
     torch.testing.assert_close(tails[:, 0], states[3, places], atol=1e-4, rtol=1e-4)
+    assert chances.shape == (40, stopping.LONGEST)
 
 
 def test_a_round_wins_what_was_accepted_and_one_more():

@@ -10,17 +10,20 @@ one of the methods.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
 from ..engine.runner import ModelRunner
+from ..engine.sequence_state import SequenceState
 from ..engine.spec.proposer import Draft, DraftTree, Proposer, View
 from ..engine.spec.verification import judge
-from ..scheduler.drafts import DraftShape
+from ..scheduler.drafts import DraftShape, chain
 from ..scheduler.params import SamplingParams
 from ..scheduler.plan import NewSeq, Row, StepPlan
+from .iid_trees import accepted, join
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,12 +31,14 @@ if TYPE_CHECKING:
     from ..engine.core import EngineCore
 
 
+NOTHING = Draft(DraftTree((), ()))
+
+
 class Round(NamedTuple):
-    """Of all contexts together. tokens: accepted and one more, of each context; levels: passes of the proposer."""
+    """Of each context: tokens, accepted ones and one more; nodes that were verified."""
 
     tokens: list[int]
     nodes: list[int]
-    levels: int
 
 
 class Rounds:
@@ -62,29 +67,60 @@ class Rounds:
             self.runner.collect(self.runner.launch(plan))
             plan = StepPlan(0)
 
+    def warm_up(self, proposer: Proposer) -> None:
+        """Let it compute what it keeps of the contexts: until it has done so it has no guesses."""
+        (views,) = self._groups(chain(1), 0.0, 0, at_once=len(self.contexts))
+        silent = len(views) + 1
+        while silent > (silent := sum(draft is None for draft in proposer.propose(views)[0])) > 0:
+            pass
+
     def play(self, proposer: Proposer, shape: DraftShape, temperature: float, seed: int) -> Round:
         """One round at every context."""
         tokens: list[int] = []
         nodes: list[int] = []
-        levels = 0
-        for views in self._groups(shape, temperature, seed):
-            drafts, taken = proposer.propose(views)
-            levels += taken.levels
-            guesses = [draft or Draft(DraftTree((), ())) for draft in drafts]
-            tokens += [len(verdict) for verdict in self._judged(views, guesses)]
+        for views in self._groups(shape, temperature, seed, self._most // (1 + shape.nodes)):
+            guesses = [draft or NOTHING for draft in proposer.propose(views)[0]]
+            tokens += [len(out) for out in self._judged(views, guesses)]
             nodes += [len(draft.tree.tokens) for draft in guesses]
-        return Round(tokens, nodes, levels)
+        return Round(tokens, nodes)
 
-    def _groups(self, shape: DraftShape, temperature: float, seed: int) -> list[list[View]]:
-        """Views of all contexts, as many at once as the target takes with their guesses."""
-        slots, sampler = self.runner.slots, self.runner.sampler
-        views = []
-        for slot, ids in enumerate(self.contexts):
-            params = SamplingParams(max_tokens=1, temperature=temperature, seed=seed * len(self.contexts) + slot)
-            sampler.add(slot, params, 0, ids, len(ids))
-            (state,) = sampler.states([slot])
-            views.append(View(slot, np.array(ids), len(ids), slots.block_table[slot], state, shape))
-        at_once = max(1, self._most // (1 + shape.nodes))
+    @torch.inference_mode()
+    def play_independent(self, proposer: Proposer, shape: DraftShape, temperature: float, seed: int) -> Round:
+        """One round at every context with widths[0] chains that know nothing of each other in place of a beam."""
+        generator = torch.Generator().manual_seed(seed)
+        count, alone = shape.widths[0], chain(shape.depth)
+        tokens: list[int] = []
+        nodes: list[int] = []
+        for views in self._groups(alone, temperature, seed, self._most // (1 + shape.nodes)):
+            several = [
+                proposer.propose(self._with_seeds(views, temperature, seed * count + i + 1))[0] for i in range(count)
+            ]
+            drafts = [join([draft or NOTHING for draft in chains]) for chains in zip(*several, strict=True)]
+            logits = self.logits(views, [draft.tree for draft in drafts])
+            rows = [1 + len(draft.tree.tokens) for draft in drafts]
+            states = [view.state for view, count in zip(views, rows, strict=True) for _ in range(count)]
+            p = self.runner.sampler.distributions(logits, states).split(rows)
+            tokens += [len(accepted(*one, generator)) for one in zip(drafts, p, strict=True)]
+            nodes += [len(draft.tree.tokens) for draft in drafts]
+        return Round(tokens, nodes)
+
+    def _with_seeds(self, views: Sequence[View], temperature: float, seed: int) -> list[View]:
+        return [replace(view, state=self._state(view.slot, temperature, seed)) for view in views]
+
+    def _state(self, slot: int, temperature: float, seed: int) -> SequenceState:
+        """What a request would have there that has drawn nothing yet."""
+        sampler, ids = self.runner.sampler, self.contexts[slot]
+        params = SamplingParams(max_tokens=1, temperature=temperature, seed=seed * len(self.contexts) + slot)
+        sampler.add(slot, params, 0, ids, len(ids))
+        return sampler.states([slot])[0]
+
+    def _groups(self, shape: DraftShape, temperature: float, seed: int, at_once: int) -> list[list[View]]:
+        """Views of all contexts, so many at once."""
+        table = self.runner.slots.block_table
+        views = [
+            View(slot, np.array(ids), len(ids), table[slot], self._state(slot, temperature, seed), shape)
+            for slot, ids in enumerate(self.contexts)
+        ]
         return [views[i : i + at_once] for i in range(0, len(views), at_once)]
 
     @torch.inference_mode()

@@ -20,14 +20,19 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Group
+from rich.table import Table
 
 from ..engine.loader import locate_model
 from ..engine.messages import AddRequest
+from ..engine.spec.acceptance import AcceptanceHead
 from ..engine.spec.model import ModelProposer
+from ..engine.spec.proposer import Proposer
 from ..engine.tokenizer import load_tokenizer
 from ..models.corpus import split_library
 from ..scheduler.drafts import DraftShape, chain
 from ..scheduler.params import SamplingParams, Speculative
+from ..scheduler.step_time import StepShape
 from .costly_twin import write_costly_twin
 from .live import Session, start_engine
 from .rounds import Rounds
@@ -37,7 +42,8 @@ if TYPE_CHECKING:
 
 BUDGETS = (6, 10, 14, 21, 30)  # nodes of a tree, as in the paper on recursive speculative decoding
 PROMPT_TOKENS, OWN_TOKENS = 128, 64  # of a context: read from the text, and at most written by the target
-LONGEST_CHAIN = 16  # of the fixed lengths that stopping is compared with
+LONGEST_CHAIN = 20  # as in the paper on SpecDec++
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 # Rows of a step of the rounds: all nodes of some dozens of contexts at once.
 STEP_TOKENS = 2048
 # The full house: more requests than run at once, so that somebody always waits.
@@ -155,23 +161,26 @@ def acceptance_lengths(
     lengths = {}
     for name, settings in METHODS.items():
         core = _engine(config, **settings, num_speculative_tokens=config.depth)
-        rounds = Rounds(core, contexts, config.depth)
-        proposer = core.runner.proposers[settings["speculative_method"]]
-        if isinstance(proposer, ModelProposer):
-            proposer.head = None
+        rounds, proposer = _rounds(core, settings["speculative_method"], contexts, config.depth)
         seeds = range(config.rounds if temperature else 1)
         played = [rounds.play(proposer, chain(config.depth), temperature, seed) for seed in seeds]
         lengths[name] = fmean(tokens for one in played for tokens in one.tokens)
     return lengths
 
 
+def _rounds(core: EngineCore, method: str, contexts: Sequence[Sequence[int]], room: int) -> tuple[Rounds, Proposer]:
+    """Ready to play; chains have the length that they are asked for, whatever a head says."""
+    rounds, proposer = Rounds(core, contexts, room), core.runner.proposers[method]
+    if isinstance(proposer, ModelProposer):
+        proposer.head = None
+    rounds.warm_up(proposer)
+    return rounds, proposer
+
+
 def equal_budgets(config: SpeculativeConfig, contexts: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
     """Tokens of a round by kind of tree, each kind in the best of all its shapes with so many nodes."""
     core = _engine(config, **METHODS["draft"], speculative_tree=f"chain:{max(BUDGETS)}")
-    rounds = Rounds(core, contexts, max(BUDGETS))
-    proposer = core.runner.proposers["draft"]
-    if isinstance(proposer, ModelProposer):
-        proposer.head = None
+    rounds, proposer = _rounds(core, "draft", contexts, max(BUDGETS))
     table = []
     for nodes in BUDGETS:
         row: dict[str, Any] = {"nodes": nodes}
@@ -215,28 +224,26 @@ def _branchings(nodes: int, above: int, most: int | None = None) -> Iterator[tup
 def stopping(config: SpeculativeConfig, contexts: Sequence[Sequence[int]], cost: float) -> dict[str, Any]:
     """Chains that stop by the acceptance head against the best of all fixed lengths, in tokens per modelled second.
 
-    cost: of a pass of the draft model, in steps of the target.
+    cost: of a pass of the draft model, in steps of the target. A chain of k guesses takes k passes, and one more where
+    the head judged the last of them.
     """
     core = _engine(config, **METHODS["draft"], num_speculative_tokens=LONGEST_CHAIN)
-    rounds = Rounds(core, contexts, LONGEST_CHAIN)
-    proposer = core.runner.proposers["draft"]
-    if not isinstance(proposer, ModelProposer) or proposer.head is None:
+    head = _head_of(core)
+    if head is None:
         return {"specdecpp_over_best_fixed": None}
-    head, fixed = proposer.head, {}
+    rounds, proposer = _rounds(core, "draft", contexts, LONGEST_CHAIN)
 
-    def rate(shape: DraftShape) -> float:
-        played = [rounds.play_alone(proposer, shape, 1.0, seed) for seed in range(config.rounds)]
-        tokens = sum(sum(one.tokens) for one in played)
-        return tokens / sum(len(one.tokens) + cost * one.levels for one in played)
+    def rate(depth: int) -> float:
+        played = [rounds.play(proposer, chain(depth), 1.0, seed) for seed in range(config.rounds)]
+        steps = sum(1 + cost * nodes for one in played for nodes in one.nodes)
+        return sum(sum(one.tokens) for one in played) / steps
 
-    proposer.head = None
-    for depth in range(1, LONGEST_CHAIN + 1):
-        fixed[depth] = rate(chain(depth))
+    fixed = {depth: rate(depth) for depth in range(1, LONGEST_CHAIN + 1)}
     best = max(fixed, key=fixed.__getitem__)
     by_threshold = {}
-    for threshold in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, head.threshold):
+    for threshold in sorted({*THRESHOLDS, head.threshold}):
         proposer.head = head._replace(threshold=threshold)
-        by_threshold[threshold] = rate(chain(LONGEST_CHAIN))
+        by_threshold[threshold] = rate(LONGEST_CHAIN)
     return {
         "fixed_tokens_per_step_time": fixed,
         "best_fixed_length": best,
@@ -244,6 +251,11 @@ def stopping(config: SpeculativeConfig, contexts: Sequence[Sequence[int]], cost:
         "by_threshold": by_threshold,
         "specdecpp_over_best_fixed": by_threshold[head.threshold] / fixed[best],
     }
+
+
+def _head_of(core: EngineCore) -> AcceptanceHead | None:
+    proposer = core.runner.proposers["draft"]
+    return proposer.head if isinstance(proposer, ModelProposer) else None
 
 
 # ---------------------------------------------------------------- time
@@ -271,7 +283,7 @@ def timed(config: SpeculativeConfig, twin: str, prompts: Sequence[Sequence[int]]
         result[f"{name}_ratios"] = ratios
     steps = engines["with"].scheduler
     cost = steps.speculation.cost.of("draft")
-    result["draft_pass_over_step"] = cost.a / steps.steps.cost.seconds(steps.steps.cost_of_one(PROMPT_TOKENS))
+    result["draft_pass_over_step"] = cost.a / steps.steps.cost.seconds(StepShape(1, PROMPT_TOKENS))
     return result
 
 
@@ -298,3 +310,23 @@ def _speed(
     session.play(first, follow)
     tokens = sum(len(timeline.token_times) for timeline in session.timelines.values())
     return tokens / (time.perf_counter() - started)
+
+
+def table(result: dict[str, Any]) -> Group:
+    lengths = Table("method", "greedy", "temperature 1", title="Tokens of a round (chains)")
+    for name, length in result["acceptance_length"].items():
+        lengths.add_row(name, f"{length:.2f}", f"{result['acceptance_length_sampled'][name]:.2f}")
+    kinds = ("chain", "iid_tree", "rsd_c", "rsd_s")
+    budgets = Table("nodes", *kinds, title="Tokens of a round at temperature 1, by nodes (best shape)")
+    for row in result["equal_budget"]:
+        budgets.add_row(str(row["nodes"]), *(f"{row[kind]:.2f} ({row[f'{kind}_shape']})" for kind in kinds))
+    speeds = Table("load", "without", "with", "ratio", title="Costly twin, output tokens/s")
+    for name, key in (("batch1", "speedup_batch1"), ("batch32_loaded", "ratio_batch32_loaded")):
+        speeds.add_row(name, f"{result[name]['without']:.1f}", f"{result[name]['with']:.1f}", f"{result[key]:.2f}")
+    parts: list[Any] = [lengths, budgets, speeds]
+    if result["specdecpp_over_best_fixed"] is not None:
+        parts.append(
+            f"stopping by the head at {result['threshold']} over the best fixed length {result['best_fixed_length']}: "
+            f"{result['specdecpp_over_best_fixed']:.3f} (a draft pass is {result['draft_pass_over_step']:.4f} steps)"
+        )
+    return Group(*parts)

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli_bench_engine import bench_idealized, bench_kernels, bench_prefill, bench_quality, bench_samples, bench_slo
+from .cli_bench_engine import (
+    bench_idealized,
+    bench_kernels,
+    bench_prefill,
+    bench_quality,
+    bench_samples,
+    bench_slo,
+    bench_speculative,
+)
 from .cli_bench_scheduling import bench_capacity, bench_eviction, bench_fairness
 from .cli_options import err, option, out
 
@@ -160,6 +168,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "samples": bench_samples,
     "eviction": bench_eviction,
     "idealized": bench_idealized,
+    "speculative": bench_speculative,
     "quality": bench_quality,
 }
 for name, command in COMMANDS.items():

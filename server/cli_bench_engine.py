@@ -1,4 +1,4 @@
-"""`quire bench prefill | slo | samples | idealized | quality | kernels`: measured in this process, without a server."""
+"""`quire bench` of what needs no server: measured in this process."""
 
 from __future__ import annotations
 
@@ -158,6 +158,34 @@ def bench_idealized(
             )
         )
     show(idealized.table(result), result, json_file)
+
+
+def bench_speculative(
+    threads: Threads = None,
+    prompts: Annotated[int, option(LOAD, "Held-out texts that contexts are made of.", min=1)] = 200,
+    depth: Annotated[int, option(LOAD, "Guesses of the chains that methods are compared by.", min=1)] = 6,
+    rounds: Annotated[int, option(LOAD, "Rounds at every context, for each shape.", min=1)] = 4,
+    output_len: Annotated[int, option(LOAD, "Output tokens of every timed request.", min=2)] = 96,
+    repetitions: Repetitions = 5,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Guessing ahead with the bundled models: tokens of a round by method and tree, and the speed of a costly twin."""
+    with measuring():
+        from ..bench import speculative
+
+        result = speculative.run(
+            speculative.SpeculativeConfig(
+                threads=threads,
+                prompts=prompts,
+                depth=depth,
+                rounds=rounds,
+                output_len=output_len,
+                repetitions=repetitions,
+                seed=seed,
+            )
+        )
+    show(speculative.table(result), result, json_file)
 
 
 def bench_quality(

@@ -274,7 +274,7 @@ def timed(config: SpeculativeConfig, twin: str, prompts: Sequence[Sequence[int]]
         speeds: dict[str, list[float]] = {name: [] for name in engines}
         for repetition in range(config.repetitions + 1):
             for which, core in engines.items():
-                speed = _speed(config, core, prompts[:count], at_once, repetition)
+                speed = _speed(config, core, [prompts[i % len(prompts)] for i in range(count)], at_once, repetition)
                 if repetition:  # the first one warms up
                     speeds[which].append(speed)
         ratios = [a / b for a, b in zip(speeds["with"], speeds["without"], strict=True)]

@@ -219,6 +219,7 @@ class ModelRunner:
                     self._try(step, [placed])
             return
         self._draw(step, rows, hidden, drawing)
+        self._rate_prompts(step, rows, hidden)
 
     def _forward(self, rows: list[Placed]) -> tuple[Tensor, Tensor]:
         """Hidden states of all tokens [T, d], and the numbers of those that the next tokens are drawn from."""
@@ -238,50 +239,33 @@ class ModelRunner:
 
     def _draw(self, step: Launched, rows: list[Placed], hidden: Tensor, drawing: Tensor) -> None:
         """drawing: the numbers of the hidden rows that tokens are drawn from."""
-        if len(drawing):
-            logits = self.decoder.logits_at(hidden, drawing)
-            first = 0
-            single: list[tuple[int, Placed]] = []  # with the number of its row of logits
-            guessed: list[tuple[int, Placed]] = []  # with that of its first one
-            for one in rows:
-                if one.row.keeps is not None:
-                    self._kept[one.row.keeps] = logits[first].clone()  # the sampler may edit its rows in place
-                if one.drawn:
-                    (single if one.draft is None else guessed).append((first, one))
-                first += one.drawn
-            if guessed:
-                self._judge(logits, guessed)
-            if single:
-                if guessed:
-                    (index,) = upload([np.array([i for i, _ in single], np.int64)], self.slots.device)
-                    logits = logits[index]
-                self._sample(
-                    step,
-                    logits,
-                    [one.row.slot for _, one in single],
-                    [one.row.start + one.row.num_tokens for _, one in single],
-                    [one.result for _, one in single],
-                )
+        if not len(drawing):
+            return
+        logits = self.decoder.logits_at(hidden, drawing)
         first = 0
-        for row, result, _ in rows:
-            new = self._entered[row.slot]
-            k = new.params.prompt_logprobs
-            if k is not None and new.sample_index == 0:
-                try:
-                    ratings = self._rate_prompt(row, hidden[first : first + row.num_tokens], k)
-                    step.rated.append((result, ratings))
-                except Exception as error:
-                    _without_prompt_logprobs(result, error)
-            first += row.num_tokens
+        single: list[tuple[int, Placed]] = []  # with the number of its row of logits
+        guessed: list[tuple[int, Placed]] = []  # with that of its first one
+        for one in rows:
+            if one.row.keeps is not None:
+                self._kept[one.row.keeps] = logits[first].clone()  # the sampler may edit its rows in place
+            if one.drawn:
+                (single if one.draft is None else guessed).append((first, one))
+            first += one.drawn
+        if guessed:
+            self._judge(logits, guessed)
+        if single:
+            alone = self.sampler.select(logits, [i for i, _ in single])
+            slots = [one.row.slot for _, one in single]
+            positions = [one.row.start + one.row.num_tokens for _, one in single]
+            self._sample(step, alone, slots, positions, [one.result for _, one in single])
 
     def _judge(self, logits: Tensor, guessed: list[tuple[int, Placed]]) -> None:
         """Keep of the guesses what may stay, and move its K/V to where it belongs."""
         numbers = [i for first, one in guessed for i in range(first, first + one.drawn)]
-        (index,) = upload([np.array(numbers, np.int64)], self.slots.device)
         rows = [one.row for _, one in guessed]
         verdicts = judge(
             self.sampler,
-            logits[index],
+            self.sampler.select(logits, numbers),
             [row.slot for row in rows],
             [row.start + 1 for row in rows],
             [one.draft for _, one in guessed if one.draft is not None],
@@ -322,6 +306,20 @@ class ModelRunner:
         drawn = self.sampler.draw(logits, slots, positions)
         self.slots.remember(slots, drawn.ids)
         step.drawn.append(([self._entered[slot] for slot in slots], results, drawn))
+
+    def _rate_prompts(self, step: Launched, rows: list[Placed], hidden: Tensor) -> None:
+        """Log-probabilities of the prompt tokens behind these rows, of those who want them."""
+        first = 0
+        for row, result, _ in rows:
+            new = self._entered[row.slot]
+            k = new.params.prompt_logprobs
+            if k is not None and new.sample_index == 0:
+                try:
+                    ratings = self._rate_prompt(row, hidden[first : first + row.num_tokens], k)
+                    step.rated.append((result, ratings))
+                except Exception as error:
+                    _without_prompt_logprobs(result, error)
+            first += row.num_tokens
 
     def _rate_prompt(self, row: Row, hidden: Tensor, k: int) -> list[Rated]:
         """Of the prompt tokens that follow this row's; nothing when the row is past the prompt."""

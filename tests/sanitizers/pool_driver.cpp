@@ -88,7 +88,7 @@ i64 check(const void* arguments, Worker& w) {
 
 const Named kNamed[] = {{"count", 2, count}, {"shift", 2, shift}, {"sum", 4, sum}, {"check", 2, check}};
 // A call's arguments stand for the weights that are fetched while a thread waits.
-Soon weights(i64, const void* arguments, i64) { return {(const char*)arguments, 1}; }
+Soon weights(i64, const void* arguments, i64, i64) { return {(const char*)arguments, 1}; }
 
 const Level kLevel = {"driver", kNamed, weights, nullptr, nullptr, nullptr, nullptr};
 enum : i64 { kCount, kShift, kSum, kCheck };

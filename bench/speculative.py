@@ -267,7 +267,7 @@ def timed(config: SpeculativeConfig, twin: str, prompts: Sequence[Sequence[int]]
     shared |= {"max_num_seqs": LOADED_SEQS, "max_num_batched_tokens": 512, "max_model_len": 512}
     engines = {
         "without": start_engine(**shared),
-        "with": start_engine(**shared, **METHODS["draft"], speculative_tree="rsd-s:3x6"),
+        "with": start_engine(**shared, **METHODS["draft"], speculative_tree="chain:8"),
     }
     result: dict[str, Any] = {}
     for name, count, at_once in (("batch1", 4, 1), ("batch32_loaded", LOADED_REQUESTS, LOADED_SEQS)):

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from ...kernels import Kernels
 from ...kernels.batch import LayerKV
 from ..config import BUNDLED_MODEL, EngineConfig
@@ -66,11 +64,11 @@ def load_drafter(
         path = _folder(asked)
         own = choose_kernels(config, settings, settings.draft, FORMAT[settings.dtype])
         decoder = load_decoder(path, settings.draft, own, settings.dtype, settings.device, settings.max_model_len)
-        return Drafter(decoder, own, True, _head(head_path(path), settings.draft, settings))
+        return Drafter(decoder, own, True, _head(head_path(path), settings.draft, settings, own))
     if settings.draft_method == "nested" and asked is not None:
         width = _width(asked, target.config.ffn)
         decoder = nested_decoder(target, folder, kernels, width, rounding=settings.rounding)
-        return Drafter(decoder, kernels, False, _head(head_path(folder, width), target.config, settings))
+        return Drafter(decoder, kernels, False, _head(head_path(folder, width), target.config, settings, kernels))
     if settings.draft_method == "layers" and asked is not None:
         layers = [int(number) for number in asked.split(",")]
         return Drafter(layers_decoder(target, folder, kernels, layers), kernels, False)
@@ -117,9 +115,10 @@ def _own_cache(config: DecoderConfig, settings: Resolved) -> list[LayerKV]:
     return allocate(spec, config.num_layers, settings.num_blocks, settings.device)
 
 
-def _head(path: Path, config: DecoderConfig, settings: Resolved) -> AcceptanceHead | None:
-    dtype = torch.float32 if settings.device.type == "cpu" else settings.dtype
-    return load_head(path, config.hidden, dtype, settings.device) if path.exists() else None
+def _head(path: Path, config: DecoderConfig, settings: Resolved, kernels: Kernels) -> AcceptanceHead | None:
+    if not path.exists():
+        return None
+    return load_head(path, config.hidden, settings.dtype, settings.device).on(kernels)
 
 
 def _width(asked: str, ffn: int) -> int:

@@ -60,8 +60,8 @@ class AcceptanceHead(NamedTuple):
     def on(self, kernels: Kernels) -> AcceptanceHead:
         """The same by a table of kernels.
 
-        Torch's products leave threads that wait for more by spinning, on cores that the target's kernels compute on: with
-        them a pass of the bundled draft took 2.7 ms on two cores, with the kernels' own 0.6.
+        Torch's products leave threads that wait for more by spinning, on cores that the target's kernels compute on:
+        with them a pass of the bundled draft took 2.7 ms on two cores, with the kernels' own 0.7.
         """
         layers = [
             make_linear(kernels, *dense) if isinstance(dense, Dense) else dense for dense in (*self.blocks, self.out)

@@ -89,7 +89,8 @@ def test_every_method_and_shape(tiny_model, plain, method, shape):
 def test_models_guess_on_every_path(tiny_model, plain, method, shape, names):
     core = engine(tiny_model, speculative_tree=shape, **settings_of(method, tiny_model), **combined((names,)))
     assert drive(core, [repeating(True)]) == plain[True]
-    assert core.scheduler.counters.drafted > 0
+    if "slo_itl_ms" not in PATHS[names]:  # a promise may leave a slow machine no room for guesses
+        assert core.scheduler.counters.drafted > 0
 
 
 def test_a_draft_that_is_its_target_is_always_right(tiny_model):

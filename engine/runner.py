@@ -110,7 +110,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
-        """Set the step going, behind those that were launched before it. Nothing waits for the device.
+        """Set the step going, behind those that were launched before it. Only guesses are waited for.
 
         An error of one row will be in its RowResult. Raises only if the engine itself is broken.
         """

@@ -28,7 +28,7 @@ class Purpose(IntEnum):
     """What noise is drawn for. Two purposes never share a word, so draft and target stay independent."""
 
     SAMPLE = 0  # the token drawn at a position
-    DRAFT = 1  # a proposer's guesses; a tree gives node i the columns i * V .. i * V + V - 1
+    DRAFT = 1  # a proposer's guesses; row i of a tree (0 = the root) has the columns i * V .. i * V + V - 1
     ACCEPT = 2  # verification: column = how many siblings were tried before
     BONUS = 3  # the token that ends a verification
 

@@ -39,7 +39,7 @@ from .loader import load_decoder, locate_model
 from .memory import CudaMeter, describe, measure
 from .messages import Abort, AddRequest, Down, EngineReady, Shutdown, StepOutputs, StepStats, Up
 from .model_config import DecoderConfig
-from .recorded import recorded
+from .recorded import recorded, share_threads
 from .resolve import Resolved, choose_kernels, look_at_machine, resolve, with_kv_cache
 from .runner import Launched, ModelRunner
 from .sampler import Sampler
@@ -128,6 +128,7 @@ class EngineCore:
             ),
             cost,
         )
+        self._threads = settings.threads
         self._ahead = int(settings.overlap)  # steps launched before one is collected
         self._out: deque[Step] = deque()
         self._collected = 0.0  # when the last step was, on the clock of perf_counter
@@ -245,6 +246,7 @@ class EngineCore:
 
     def step(self) -> list[Chunk]:
         """Finish one step over all requests; nothing to do is an empty list."""
+        share_threads(self.runner.decoder, self._threads)
         expired = self.scheduler.expire(time.monotonic())
         while len(self._out) <= self._ahead and (not self._out or self.scheduler.may_plan_ahead()):
             if not self._launch():

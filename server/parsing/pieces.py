@@ -26,7 +26,7 @@ class Reasoning(NamedTuple):
 class CallBegin(NamedTuple):
     """A call of a tool begins; calls of a sample are numbered from 0. id: unique in the answer, what a result names."""
 
-    index: int
+    call: int
     id: str
     name: str
 
@@ -34,7 +34,7 @@ class CallBegin(NamedTuple):
 class CallArguments(NamedTuple):
     """More of a call's arguments: all texts of a call concatenate to one JSON object."""
 
-    index: int
+    call: int
     text: str
 
 

@@ -32,6 +32,7 @@ from .inputs import TextSide
 from .logs import logger
 from .metrics import Metrics
 from .middleware import LOOPBACK_HOSTS, Outermost
+from .parsing.markup import markup_of
 from .state import State, state_of
 from .throughput import report_throughput
 
@@ -76,12 +77,14 @@ async def _start(client: EngineClient, config: ServerConfig) -> State:
         ready = await dispatcher.start()
         folder = Path(ready.model_path)
         tokenizer = load_tokenizer(folder)
+        template = load_chat_template(tokenizer)
         text = TextSide(
             tokenizer=tokenizer,
-            template=load_chat_template(tokenizer),
+            template=template,
             limits=limits_of(ready),
             ready=ready,
             defaults=_sampling_defaults(config, folder),
+            markup=markup_of(config.tool_call_parser, config.reasoning_parser, template, tokenizer),
         )
     except BaseException:
         await dispatcher.stop()
@@ -103,6 +106,13 @@ async def _start(client: EngineClient, config: ServerConfig) -> State:
 
     dispatcher.on_stats = saw_step
     _log_facts(ready, names)
+    if template is not None:
+        markup = text.markup
+        logger.info(
+            "calls of tools are read as %s, thinking as %s",
+            markup.syntax.name if markup.syntax else "nothing known",
+            f"{markup.tags.start}…{markup.tags.end}" if markup.tags else "nothing apart",
+        )
     return State(
         config=config,
         ready=ready,

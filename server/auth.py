@@ -25,6 +25,9 @@ class Policy:
 POLICIES = {
     "/v1/completions": Policy(needs_key=True, has_body=True),
     "/v1/chat/completions": Policy(needs_key=True, has_body=True),
+    "/v1/responses": Policy(needs_key=True, has_body=True),
+    "/v1/messages": Policy(needs_key=True, has_body=True),
+    "/v1/messages/count_tokens": Policy(needs_key=True, has_body=True),
     "/v1/models": Policy(needs_key=True),
     "/v1/models/{model:path}": Policy(needs_key=True),
     "/tokenize": Policy(needs_key=True, has_body=True),

@@ -1,4 +1,4 @@
-"""One shape for everything that is refused: OpenAI's nested error body, from a fixed catalogue.
+"""One shape for everything that is refused: OpenAI's nested error body, or Anthropic's, from a fixed catalogue.
 
 The caller learns the field, the value and the remedy; never a path, an address, a traceback or a class name.
 A validation error is 400, never 422: that is what OpenAI's clients branch on.
@@ -17,6 +17,7 @@ from starlette.responses import Response
 from ..engine.errors import EngineDeadError, RequestError, TooLongError
 
 JSON = "application/json"
+ANTHROPIC = "/v1/messages"  # where paths of Anthropic's API begin
 MAX_RETRY_SECONDS = 3600
 SHOWN_CHARS = 60  # of a refused value: enough to recognise it, too little to fill a log or echo a prompt
 
@@ -43,7 +44,13 @@ class ApiError(Exception):
     def type(self) -> str:
         return _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
 
-    def body(self) -> dict[str, Any]:
+    def body(self, path: str = "") -> dict[str, Any]:
+        """In the shape of the API that `path` belongs to: OpenAI's, unless it is Anthropic's."""
+        if path.startswith(ANTHROPIC):
+            return {
+                "type": "error",
+                "error": {"type": _ANTHROPIC_TYPES.get(self.status, self.type), "message": self.message},
+            }
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
@@ -53,8 +60,8 @@ class ApiError(Exception):
             return {"WWW-Authenticate": "Bearer"}
         return {}
 
-    def response(self) -> Response:
-        return Response(msgspec.json.encode(self.body()), self.status, self.headers(), JSON)
+    def response(self, path: str = "") -> Response:
+        return Response(msgspec.json.encode(self.body(path)), self.status, self.headers(), JSON)
 
 
 _TYPES = {
@@ -64,6 +71,12 @@ _TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
     504: "timeout_error",
+}
+
+_ANTHROPIC_TYPES = {
+    413: "request_too_large",
+    500: "api_error",
+    503: "overloaded_error",
 }
 
 

@@ -140,6 +140,12 @@ def chat_request(body: ChatBody, text: TextSide, order: Order) -> GenerateReques
     return _request(body, [Prompt(ids, params)], order, answer_format(body, use, text.markup, rendered), text.markup)
 
 
+def chat_prompt(body: ChatBody, text: TextSide) -> list[int]:
+    """The ids that the answer to `body` would continue."""
+    use = tool_use(body, text.markup)
+    return encode_chat(render_chat(body, text, use.tools if use else None), body, text)
+
+
 def render_chat(body: ChatBody | TokenizeBody, text: TextSide, tools: list[dict[str, Any]] | None) -> str:
     """The conversation as the model's template writes it, with the tools that may be used."""
     continue_final = bool(body.continue_final_message)

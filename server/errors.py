@@ -46,12 +46,10 @@ class ApiError(Exception):
 
     def body(self, path: str = "") -> dict[str, Any]:
         """In the shape of the API that `path` belongs to: OpenAI's, unless it is Anthropic's."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         if path.startswith(ANTHROPIC):
-            return {
-                "type": "error",
-                "error": {"type": _ANTHROPIC_TYPES.get(self.status, self.type), "message": self.message},
-            }
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+            return {"type": "error", "error": {**error, "type": _ANTHROPIC_TYPES.get(self.status, self.type)}}
+        return {"error": error}
 
     def headers(self) -> dict[str, str]:
         if self.retry_after is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,14 +24,18 @@ from ..engine.tokenizer import generation_defaults, load_tokenizer
 from ..engine.validation import limits_of
 from . import errors, logs, routes_admin, routes_chat, routes_completions
 from .admission import Admission
-from .auth import Keys
+from .attempts import Attempts
+from .auth import Door
 from .config import ServerConfig
 from .cost import Experience
 from .dispatcher import Dispatcher
 from .inputs import TextSide
+from .keys import Key, KeyRing
+from .keys_file import follow, load_keys, stamp_of
 from .logs import logger
 from .metrics import Metrics
 from .middleware import LOOPBACK_HOSTS, Outermost
+from .quotas import Quotas
 from .state import State, state_of
 from .throughput import report_throughput
 
@@ -45,16 +49,21 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         try:
-            state = await _start(client, config)
+            path = config.api_keys_file
+            seen, named = (stamp_of(path), load_keys(path)) if path is not None else ((), [])
+            state = await _start(client, config, named)
         except Exception as error:
             logger.error("cannot start: %s", error if isinstance(error, QuireError) else logs.where(error))
             raise
         app.state.quire = state
-        reporter = asyncio.create_task(report_throughput(state.metrics))
+        chores = [asyncio.create_task(report_throughput(state.metrics))]
+        if path is not None:
+            chores.append(asyncio.create_task(follow(path, seen, state.use_keys)))
         try:
             yield
         finally:
-            reporter.cancel()
+            for chore in chores:
+                chore.cancel()
             state.dispatcher.fail_all(errors.draining())
             await state.dispatcher.stop()
             state.pool.shutdown(wait=False, cancel_futures=True)
@@ -70,7 +79,7 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
     return app
 
 
-async def _start(client: EngineClient, config: ServerConfig) -> State:
+async def _start(client: EngineClient, config: ServerConfig, named: Sequence[Key]) -> State:
     dispatcher = Dispatcher(client, config.hang_timeout)
     try:
         ready = await dispatcher.start()
@@ -87,13 +96,14 @@ async def _start(client: EngineClient, config: ServerConfig) -> State:
         await dispatcher.stop()
         raise
     names = config.served_model_name or (folder.name,)
-    metrics = Metrics(ready, names[0], vllm_aliases=config.vllm_metrics)
+    metrics = Metrics(
+        ready, names[0], tenants={*ready.tenants, *(key.name for key in named)}, vllm_aliases=config.vllm_metrics
+    )
     experience = Experience(ready)
     admission = Admission(
         ready.max_num_seqs + config.max_queued_requests,
         places=ready.max_num_seqs,
         max_queue_seconds=config.max_queue_seconds,
-        weights=ready.tenant_weights,
     )
 
     def saw_step(stats: StepStats) -> None:
@@ -103,12 +113,13 @@ async def _start(client: EngineClient, config: ServerConfig) -> State:
 
     dispatcher.on_stats = saw_step
     _log_facts(ready, names)
-    return State(
+    state = State(
         config=config,
         ready=ready,
         model_names=names,
         created=int(time.time()),
-        keys=Keys(config.api_key),
+        door=Door(KeyRing(config.api_key), Attempts()),
+        quotas=Quotas(),
         admission=admission,
         dispatcher=dispatcher,
         metrics=metrics,
@@ -116,6 +127,8 @@ async def _start(client: EngineClient, config: ServerConfig) -> State:
         text=text,
         pool=ThreadPoolExecutor(config.text_threads, thread_name_prefix="text"),
     )
+    state.use_keys(named)
+    return state
 
 
 def _sampling_defaults(config: ServerConfig, folder: Path) -> dict[str, float | int]:

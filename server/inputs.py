@@ -24,6 +24,7 @@ from ..scheduler.params import SamplingParams, Slo
 from . import errors
 from .cost import Asked
 from .generate import GenerateRequest, Prompt
+from .keys import Key
 from .protocol import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerateBody, TokenizeBody
 
 MAX_PROMPTS = 1024  # of one call, as elsewhere: an evaluation harness sends its whole batch in one
@@ -43,10 +44,12 @@ class TextSide:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Whose request it is and what it was promised; as in `AddRequest`."""
+    """Whose request it is and what it was promised; as in `AddRequest`, and the key whose quotas it is charged to."""
 
+    key: Key
     arrival: float
     tenant: str
+    weight: float | None
     priority: int
     cache_salt: str
     slo: Slo
@@ -265,6 +268,7 @@ def _request(body: GenerateBody, prompts: list[Prompt], order: Order) -> Generat
         priority=order.priority,
         cache_salt=order.cache_salt,
         tenant=order.tenant,
+        weight=order.weight,
         slo=order.slo,
         timeout=order.timeout,
         speculative=body.speculation,

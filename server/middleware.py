@@ -48,7 +48,9 @@ class Outermost:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = request_id
+                headers.update(_quota_headers(scope))
             await send(message)
 
         try:
@@ -70,11 +72,22 @@ class Outermost:
         route = getattr(scope.get("route"), "path", None)
         handler = route if route in POLICIES else "other"
         method = scope["method"] if scope["method"] in METHODS else "OTHER"
-        state: Any = getattr(scope["app"].state, "quire", None) if "app" in scope else None
+        state = _state(scope)
         if state is not None:
             state.metrics.http(method, handler, status, seconds)
         if not (handler in POLICIES and POLICIES[handler].probe):
             logger.info("%s %s %d %.3fs id=%s", method, scope["path"], status, seconds, scope["state"]["request_id"])
+
+
+def _state(scope: Scope) -> Any:
+    """The server's, None before it has started."""
+    return getattr(scope["app"].state, "quire", None) if "app" in scope else None
+
+
+def _quota_headers(scope: Scope) -> dict[str, str]:
+    """What is left of the caller's minute, where a route has found out who it is."""
+    caller = scope["state"].get("caller")
+    return {} if caller is None else _state(scope).quotas.headers(caller)
 
 
 def _refuse_host() -> errors.ApiError:

@@ -30,8 +30,7 @@ class GuardedRoute(APIRoute):
 
         async def guarded(request: Request) -> Response:
             state = state_of(request)
-            if policy.needs_key:
-                request.state.key_digest = state.keys.check(request.headers.get("authorization"))
+            state.admit_caller(request, policy)
             if policy.has_body:
                 request = await _JsonRequest.read(request, state.config.max_body_bytes)
             return await handler(request)

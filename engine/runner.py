@@ -55,6 +55,10 @@ class Placed(NamedTuple):
         """Of its tokens, the last so many are drawn from."""
         return (1 if self.draft is None else 1 + len(self.draft.tree.tokens)) if self.row.samples else 0
 
+    def paths(self) -> list[tuple[int, ...]]:
+        """The guessed tokens that each of them stands behind."""
+        return [() if self.draft is None else self.draft.tree.path(row - 1) for row in range(self.drawn)]
+
 
 @dataclass(slots=True)
 class Launched:
@@ -208,6 +212,8 @@ class ModelRunner:
 
     def _try(self, step: Launched, rows: list[Placed]) -> None:
         """The rows together; if that raises, each alone, to find the one at fault. Writing K/V twice does no harm."""
+        drawing = [one for one in rows if one.drawn]
+        self.sampler.fill_masks([one.row.slot for one in drawing], [one.paths() for one in drawing])
         try:
             hidden, drawing = self._forward(rows)
         except Exception as error:

@@ -77,14 +77,16 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self.vocab_size = vocab_size
-        ends = [token for token in tokenizer.eos_token_ids if token < vocab_size]
-        if not ends:
+        self.ends = [token for token in tokenizer.eos_token_ids if token < vocab_size]
+        if not self.ends:
             raise RequestError(
                 "this model names no end token, so no text can be complete; leave structured output out",
                 "structured_outputs",
             )
         self.words = -(-vocab_size // 32)
-        self._own = LLTokenizer(TokenizerWrapper(_Described(tokenizer, vocab_size, ends[0])), vocab_size, ends)
+        self._own = LLTokenizer(
+            TokenizerWrapper(_Described(tokenizer, vocab_size, self.ends[0])), vocab_size, self.ends
+        )
 
     def compile(self, grammar: Grammar) -> LLMatcher:
         """Raises RequestError for a grammar that is wrong, too complex, or that no text satisfies."""
@@ -164,17 +166,22 @@ class GrammarState:
             filling.result()
 
     def _fill(self, paths: Sequence[tuple[int, ...]]) -> None:
-        matcher = self._matcher
         for path in paths:
-            taken = matcher.try_consume_tokens(list(path)) if path else 0
-            allowed = taken == len(path)
-            self._masks[path] = (
-                self._vocabulary.mask(matcher) if allowed else np.zeros(self._vocabulary.words, np.int32)
-            )
-            if taken:
-                matcher.rollback(taken)
-            if matcher.is_error():
-                self._error = f"the grammar cannot be followed further: {_brief(matcher.get_error())}"
+            self._masks[path] = self._behind(path)
+            if self._matcher.is_error():
+                self._error = f"the grammar cannot be followed further: {_brief(self._matcher.get_error())}"
+
+    def _behind(self, path: tuple[int, ...]) -> np.ndarray:
+        vocabulary, matcher = self._vocabulary, self._matcher
+        if path and path[-1] in vocabulary.ends:
+            before = self._masks[path[:-1]] if path[:-1] in self._masks else self._behind(path[:-1])
+            complete = before[path[-1] // 32] >> path[-1] % 32 & 1
+            return np.full(vocabulary.words, -complete, np.int32)  # what follows the end is drawn, and never seen
+        taken = matcher.try_consume_tokens(list(path)) if path else 0
+        mask = vocabulary.mask(matcher) if taken == len(path) else np.zeros(vocabulary.words, np.int32)
+        if taken:
+            matcher.rollback(taken)
+        return mask
 
 
 class Grammars:

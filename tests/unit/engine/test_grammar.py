@@ -77,6 +77,20 @@ def test_behind_a_path_that_is_forbidden_nothing_is_allowed_and_the_state_is_as_
     assert allowed(state.mask(()))
 
 
+def test_behind_an_end_anything_goes_where_the_text_was_complete():
+    """Guesses may end in it, and something is drawn behind the last of them."""
+    words = Grammar(kind="choice", source='["ab", "abc"]')
+    for end in TOKENIZER.eos_token_ids:
+        for token in TOKENIZER.encode("ab"):
+            state = begin(words)
+            assert not allowed(state.mask((end,)))
+            state.append(token)
+        for drawn in ("ab", "abc"):
+            state = begin(words, TOKENIZER.encode(drawn))
+            assert len(allowed(state.mask((end,)))) == 4096
+            assert len(allowed(begin(words).mask((*TOKENIZER.encode(drawn), end)))) == 4096
+
+
 def test_masks_that_were_begun_on_another_thread_are_the_same():
     grammars = Grammars(lambda: VOCABULARY)
     state = grammars.begin(regex("[a-f]{6}"))
@@ -147,9 +161,13 @@ def test_costly_grammars_are_followed_or_given_up_but_never_hang(grammar: Gramma
 
 def test_a_grammar_that_has_become_too_complex_says_so_at_every_mask():
     state = begin(regex("((a{1,100}){1,100}){1,100}"))
-    with pytest.raises(RequestError, match="cannot be followed further"):
+
+    def go_on() -> None:
         for _ in range(200):
             state.append(max(allowed(state.mask(())) - set(TOKENIZER.eos_token_ids)))
+
+    with pytest.raises(RequestError, match="cannot be followed further"):
+        go_on()
     with pytest.raises(RequestError, match="cannot be followed further"):
         state.mask(())
 

@@ -29,7 +29,7 @@ from .acceptance import AcceptanceHead
 from .children import Parent, choose_children
 from .contents import CacheContents
 from .proposer import Draft, View
-from .segments import Segment, lay_out
+from .segments import Segment, gather
 from .tree import Growth
 
 
@@ -58,8 +58,7 @@ class _Guess:
         if self.is_chain:
             (node,) = growth.frontier
             return Segment(table, self.length + node, growth.tokens[node:], [0])
-        positions = [self.length - 1 + depth for depth in growth.depths]
-        return Segment(table, self.length, growth.tokens, growth.frontier, positions, growth.masks())
+        return Segment(table, self.length, growth.tokens, growth.frontier, growth.parents)
 
     def parents(self) -> list[Parent]:
         growth, state = self.growth, self.view.state
@@ -144,7 +143,7 @@ class ModelProposer:
 
     def _run(self, passes: Sequence[tuple[_Guess, Segment]]) -> int:
         """One pass of the model, and the children that come of it. Returns its rows."""
-        batch = lay_out([segment for _, segment in passes], self._block_size, self._device)
+        batch = gather([segment for _, segment in passes], self._block_size, self._device)
         hidden = self._decoder.forward(batch, self._cache)
         if self._contents is not None:
             for guess, segment in passes:

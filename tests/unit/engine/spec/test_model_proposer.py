@@ -26,7 +26,7 @@ from quire.engine.spec.acceptance import AcceptanceHead, Dense
 from quire.engine.spec.contents import CacheContents
 from quire.engine.spec.model import ModelProposer
 from quire.engine.spec.proposer import Draft, View
-from quire.engine.spec.segments import Segment, lay_out
+from quire.engine.spec.segments import Segment, gather
 from quire.kernels import Kernels, Target, implementations, resolve
 from quire.kernels.batch import KVSpec, LayerKV, RaggedBatch
 from quire.kernels.reference import noise
@@ -91,7 +91,7 @@ def hidden_after(decoder: Decoder, tokens: Sequence[int]) -> Tensor:
     """[n, d], by one pass over an empty cache."""
     table = np.arange(1, 1 + -(-len(tokens) // SIZE), dtype=np.int32)
     with torch.inference_mode():
-        batch = lay_out([Segment(table, 0, list(tokens), [])], SIZE, CPU)
+        batch = gather([Segment(table, 0, list(tokens), [])], SIZE, CPU)
         return decoder.forward(batch, empty_cache(decoder)).clone()
 
 

@@ -26,7 +26,7 @@ from quire.engine.sampler import Sampler
 from quire.engine.sequence_state import SequenceState
 from quire.engine.spec.model import ModelProposer
 from quire.engine.spec.proposer import View
-from quire.engine.spec.segments import Segment, lay_out
+from quire.engine.spec.segments import Segment, gather
 from quire.engine.spec.slices import check_width, layers_decoder, nested_decoder
 from quire.engine.spec.vocabulary import check_same_tokenizer, check_vocabulary
 from quire.kernels import Kernels, Target, resolve
@@ -93,7 +93,7 @@ TABLE = np.arange(1, 9, dtype=np.int32)
 @torch.inference_mode()
 def logits(decoder: Decoder, tokens: Sequence[int], cache: list[LayerKV] | None = None, start: int = 0) -> Tensor:
     """[n, V] of the tokens, which stand at `start` in their sequence."""
-    batch = lay_out([Segment(TABLE, start, list(tokens), range(len(tokens)))], SIZE, CPU)
+    batch = gather([Segment(TABLE, start, list(tokens), range(len(tokens)))], SIZE, CPU)
     hidden = decoder.forward(batch, empty_cache(decoder) if cache is None else cache)
     return decoder.logits_at(hidden, batch.logit_rows).clone()
 

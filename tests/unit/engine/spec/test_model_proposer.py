@@ -59,9 +59,15 @@ class Bench:
     """A draft model with a cache of its own, and views of sequences in blocks of one's choice."""
 
     def __init__(
-        self, decoder: Decoder, kernels: Kernels, max_tokens: int = 256, head: AcceptanceHead | None = None
+        self,
+        decoder: Decoder,
+        kernels: Kernels,
+        max_tokens: int = 256,
+        head: AcceptanceHead | None = None,
+        vocab: int | None = None,
     ) -> None:
-        self.decoder, self.vocab = decoder, decoder.config.vocab_size
+        """vocab: of the target, if it is another than that of the model that guesses."""
+        self.decoder, self.vocab = decoder, vocab or decoder.config.vocab_size
         self.sampler = Sampler(kernels, self.vocab, 8, (), CPU)
         cache = empty_cache(decoder)
         contents = CacheContents(64, SIZE)
@@ -119,6 +125,24 @@ def test_a_tree_s_passes_are_those_of_its_paths(shape: str, decoder: Decoder, ke
     for seed in range(3):
         (draft,) = bench.draft(bench.view(PROMPT, shape, seed=seed))
         check(decoder, PROMPT, draft)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_a_model_does_not_know_it_never_guesses(
+    shape: str, known: bool, narrow_model: Path, kernels: Kernels
+) -> None:
+    """A token of the context that it does not know is read as its last one; edits may name any of the target's."""
+    narrow = load_decoder(narrow_model, load_config(narrow_model), kernels, torch.float32, CPU)
+    bench, prompt = Bench(narrow, kernels, vocab=300), [token % 200 for token in PROMPT] if known else PROMPT
+    (draft,) = bench.draft(bench.view(prompt, shape, logit_bias={299: 50.0}, presence_penalty=0.0001))
+    assert draft is not None
+    assert draft.q is not None
+    assert draft.q.shape[1] == 300
+    assert not draft.q[:, 240:].any()
+    read = [min(token, 239) for token in prompt]
+    check(narrow, read, Draft(draft.tree, draft.q[:, :240]))
+    assert (read == prompt) is known
 
 
 def test_a_greedy_chain_is_the_model_s_own_continuation(decoder: Decoder, kernels: Kernels) -> None:

@@ -282,7 +282,7 @@ def timed(config: SpeculativeConfig, twin: str, prompts: Sequence[Sequence[int]]
         result["speedup_batch1" if name == "batch1" else "ratio_batch32_loaded"] = median(ratios)
         result[f"{name}_ratios"] = ratios
     steps = engines["with"].scheduler
-    cost = steps.speculation.cost.of("draft")
+    cost = steps.drafting.speculation.cost.of("draft")
     result["draft_pass_over_step"] = cost.a / steps.steps.cost.seconds(StepShape(1, PROMPT_TOKENS))
     return result
 

@@ -61,7 +61,7 @@ class Drafting:
         """What a step of these rows took: in all, if that is known, and of that to guess."""
         orders = [row.draft for row in ran if row.draft]
         for done in result.drafting:
-            self.speculation.cost.guessed(done, sum(order.method == done.method for order in orders))
+            self.speculation.guessed(done, sum(order.method == done.method for order in orders))
         if seconds is not None:
             nodes = sum(row.num_tokens - 1 for row in ran if row.draft)
             self.speculation.observe(shape, nodes, seconds - sum(done.seconds for done in result.drafting))

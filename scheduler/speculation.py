@@ -22,13 +22,20 @@ from .config import SchedulerConfig
 from .draft_cost import DraftCost, nodes_by_level, num_passes, rows_by_level
 from .drafts import DraftOrder, chain
 from .params import Speculative
-from .plan import RowResult
+from .plan import DraftPass, RowResult
 from .request import Request
 from .roster import Refused
 from .step_time import StepShape, StepTimeModel
 
 # Share of the time that is spent on guessing for who is believed not to be worth it: the bound on what that can lose.
 PROBES = 0.005
+
+# So many are made before that bound holds: what is believed at first comes of steps that paid for memory and
+# compilation, or of a machine that was busy with something else.
+FREE_PROBES = 8
+
+# Steps between probes at least, whatever they cost or win.
+PAUSE = 8
 
 # Of so many steps with guesses one is taken without, so that it stays known what that takes. At two tokens a step
 # more than without, it costs half a per cent.
@@ -66,6 +73,19 @@ class Wish(NamedTuple):
     most: DraftOrder
 
 
+class _Probe(NamedTuple):
+    """Guesses for a stream for whom they are believed not to pay.
+
+    shape  of the step without them
+    rate   tokens per second without any guesses
+    """
+
+    request: Request
+    order: DraftOrder
+    shape: StepShape
+    rate: float
+
+
 class _Room(NamedTuple):
     """What all guesses of a step may add, and seconds that it may take with them."""
 
@@ -86,9 +106,10 @@ class Speculation:
         self._adaptive = config.adaptive_drafts
         self._depth = config.draft_shape.depth if config.draft_shape is not None else 0
         self._methods: dict[str, Trials] = {}
-        self._credit = 0.0  # seconds that may be spent on probes
-        self._probe_seconds = 0.0  # what the probe that is under way may cost
+        self._debt = 0.0  # seconds lost by probes that have yet to be made up for
+        self._probe: _Probe | None = None  # in the latest plan, or the one before: it may have to wait
         self._probes = 0
+        self._since_probe = 0  # steps in which somebody was not guessed for
         self._guessed = 0  # steps with guesses since the last one without
         self._rest = 0  # steps for which it was decided that nothing is guessed
 
@@ -96,20 +117,41 @@ class Speculation:
 
     def learn(self, request: Request, method: str, got: RowResult) -> None:
         """How one row's guesses fared."""
-        if self._probe_seconds:
-            self._credit -= self._probe_seconds
-            self._probe_seconds = 0.0
-            self._probes += 1
+        if self._probe is not None and self._probe.request is request:
+            self._settle(self._probe, len(got.token_ids) - 1)
         if got.draft_depth:
             for trials in (self._own(request), self._method(method)):
                 trials.learn(len(got.token_ids) - 1, got.draft_depth)
 
     def observe(self, shape: StepShape, nodes: int, seconds: float) -> None:
         """A step of this shape, `nodes` guesses among its rows, took so long besides guessing."""
+        known = self._steps.cost
         if nodes:
-            self.cost.verified(nodes, self._steps.cost.seconds(shape), seconds)
+            self.cost.verified(shape, nodes, seconds, known)
         else:
             self._steps.observe(shape, seconds)
+            if self._steps.cost is not known:
+                self.cost.judge_anew(self._steps.cost)
+
+    def guessed(self, done: DraftPass, streams: int) -> None:
+        """What a proposer did for so many streams. What it had to catch up with is lost with a probe."""
+        seconds = self.cost.guessed(done, streams)
+        if self._probe is not None and self._probe.order.method == done.method:
+            self._debt += seconds
+
+    def _settle(self, probe: _Probe, accepted: int) -> None:
+        """Lost is what a probe cost, as is known now that it was made, less what its tokens would have taken without.
+
+        What it won is not saved up: good times are not to pay for bad ones.
+        """
+        self._probe = None
+        self._probes += 1
+        self._since_probe = 0
+        if self._probes > FREE_PROBES:
+            cost, order = self._steps.cost, probe.order
+            beside = cost.seconds(probe.shape.guessing(probe.request.num_tokens - 1, order.shape.nodes))
+            seconds = beside - cost.seconds(probe.shape) + self.cost.seconds([order])
+            self._debt = max(self._debt + seconds - accepted / probe.rate, 0.0)
 
     def _own(self, request: Request) -> Trials:
         if request.trials is None:
@@ -134,6 +176,7 @@ class Speculation:
         tokens: that guesses may add to it; seconds: that it may take in all, inf = no matter.
         """
         room = _Room(tokens, seconds)
+        self._probe = None
         if not self._adaptive:
             return self._best(self._levels(wishes, 0.0), wishes, shape, room, self._depth, 0.0)[1]
         plain = self._steps.cost.seconds(shape)
@@ -156,12 +199,14 @@ class Speculation:
         if all(chosen):
             return chosen
         self._rest = 0 if any(chosen) else 1 + int(REST * len(wishes))
-        self._credit += PROBES * plain * max(self._rest, 1)
-        probe = self._probe(chosen, wishes, shape, room)
-        if probe is None:
+        self._debt = max(self._debt - PROBES * plain * max(self._rest, 1), 0.0)
+        due = not self._debt and self._since_probe >= PAUSE
+        self._since_probe += max(self._rest, 1)
+        probing = self._with_probe(chosen, wishes, shape, room) if due else None
+        if probing is None:
             return chosen
         self._rest = 0
-        return probe
+        return probing
 
     def _forbear(self, chosen: list[int], wishes: Sequence[Wish]) -> bool:
         """Of a method whose cost is not known leave only one stream: it may be large. Whether any had to go."""
@@ -255,28 +300,34 @@ class Speculation:
             depths[i] -= 1
         return rate, depths
 
-    def _probe(self, chosen: Sequence[int], wishes: Sequence[Wish], shape: StepShape, room: _Room) -> list[int] | None:
-        """With guesses for one of those for whom they are believed not to pay, if what that may cost has been saved."""
+    def _with_probe(
+        self, chosen: Sequence[int], wishes: Sequence[Wish], shape: StepShape, room: _Room
+    ) -> list[int] | None:
+        """With guesses for one of those for whom they are believed not to pay, if there is room."""
         idle = [i for i, depth in enumerate(chosen) if not depth]
         i = idle[self._probes % len(idle)]
         request, most = wishes[i]
-        rows, cost = StepShape().guessing(request.num_tokens - 1, most.shape.nodes), self._steps.cost
-        alone = cost.seconds(rows) - cost.base + self.cost.seconds([most])  # beside others it costs no more
-        if alone > self._credit:
+        probing = list(chosen)
+        probing[i] = 1
+        nodes = sum(most.shape.cut(depth).nodes for depth, (_, most) in zip(probing, wishes, strict=True))
+        if nodes > room.tokens or self._seconds(probing, wishes, shape) > room.seconds:
             return None
-        probe = list(chosen)
-        probe[i] = 1 + self._probes % most.shape.depth  # of all depths, so that it shows what each row takes
-        nodes = sum(most.shape.cut(depth).nodes for depth, (_, most) in zip(probe, wishes, strict=True))
-        if nodes > room.tokens or self._seconds(probe, wishes, shape) > room.seconds:
-            return None
-        self._probe_seconds = alone  # paid when it was made: a plan may have to wait with its guesses
-        return probe
+        order = DraftOrder(most.method, most.shape.cut(probing[i]))
+        rate = shape.num_tokens / self._steps.cost.seconds(shape)
+        self._probe = _Probe(request, order, self._with_guesses(chosen, wishes, shape), rate)
+        return probing
 
     def _seconds(self, chosen: Sequence[int], wishes: Sequence[Wish], shape: StepShape) -> float:
         """Of the step with these levels."""
-        orders = []
+        orders = [
+            DraftOrder(most.method, most.shape.cut(depth))
+            for depth, (_, most) in zip(chosen, wishes, strict=True)
+            if depth
+        ]
+        return self._steps.cost.seconds(self._with_guesses(chosen, wishes, shape)) + self.cost.seconds(orders)
+
+    def _with_guesses(self, chosen: Sequence[int], wishes: Sequence[Wish], shape: StepShape) -> StepShape:
         for depth, (request, most) in zip(chosen, wishes, strict=True):
             if depth:
-                orders.append(DraftOrder(most.method, most.shape.cut(depth)))
-                shape = shape.guessing(request.num_tokens - 1, orders[-1].shape.nodes)
-        return self._steps.cost.seconds(shape) + self.cost.seconds(orders)
+                shape = shape.guessing(request.num_tokens - 1, most.shape.cut(depth).nodes)
+        return shape

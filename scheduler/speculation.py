@@ -74,14 +74,16 @@ class Wish(NamedTuple):
 
 
 class _Probe(NamedTuple):
-    """Guesses for a stream for whom they are believed not to pay.
+    """One level of guesses more for a stream than is believed to pay.
 
-    shape  of the step without them
-    rate   tokens per second without any guesses
+    depth  levels that are believed to
+    shape  of the step with those of all streams
+    rate   tokens per second of it
     """
 
     request: Request
-    order: DraftOrder
+    most: DraftOrder
+    depth: int
     shape: StepShape
     rate: float
 
@@ -109,7 +111,7 @@ class Speculation:
         self._debt = 0.0  # seconds lost by probes that have yet to be made up for
         self._probe: _Probe | None = None  # in the latest plan, or the one before: it may have to wait
         self._probes = 0
-        self._since_probe = 0  # steps in which somebody was not guessed for
+        self._since_probe = 0  # steps
         self._guessed = 0  # steps with guesses since the last one without
         self._rest = 0  # steps for which it was decided that nothing is guessed
 
@@ -136,7 +138,7 @@ class Speculation:
     def guessed(self, done: DraftPass, streams: int) -> None:
         """What a proposer did for so many streams. What it had to catch up with is lost with a probe."""
         seconds = self.cost.guessed(done, streams)
-        if self._probe is not None and self._probe.order.method == done.method:
+        if self._probe is not None and self._probe.most.method == done.method:
             self._debt += seconds
 
     def _settle(self, probe: _Probe, accepted: int) -> None:
@@ -148,10 +150,13 @@ class Speculation:
         self._probes += 1
         self._since_probe = 0
         if self._probes > FREE_PROBES:
-            cost, order = self._steps.cost, probe.order
-            beside = cost.seconds(probe.shape.guessing(probe.request.num_tokens - 1, order.shape.nodes))
-            seconds = beside - cost.seconds(probe.shape) + self.cost.seconds([order])
-            self._debt = max(self._debt + seconds - accepted / probe.rate, 0.0)
+            cost, (method, most) = self._steps.cost, probe.most
+            before, after = most.cut(probe.depth), most.cut(probe.depth + 1)
+            more = probe.shape.guessing(probe.request.num_tokens - 1, after.nodes - before.nodes)
+            seconds = cost.seconds(more) - cost.seconds(probe.shape) + self.cost.seconds([DraftOrder(method, after)])
+            if probe.depth:
+                seconds -= self.cost.seconds([DraftOrder(method, before)])
+            self._debt = max(self._debt + seconds - max(accepted - probe.depth, 0) / probe.rate, 0.0)
 
     def _own(self, request: Request) -> Trials:
         if request.trials is None:
@@ -196,13 +201,12 @@ class Speculation:
                 return [0] * len(chosen)
         else:
             self._guessed = 0
-        if all(chosen):
-            return chosen
         self._rest = 0 if any(chosen) else 1 + int(REST * len(wishes))
-        self._debt = max(self._debt - PROBES * plain * max(self._rest, 1), 0.0)
+        steps = max(self._rest, 1)
         due = not self._debt and self._since_probe >= PAUSE
-        self._since_probe += max(self._rest, 1)
-        probing = self._with_probe(chosen, wishes, shape, room) if due else None
+        self._debt = max(self._debt - PROBES * plain * steps, 0.0)
+        self._since_probe += steps
+        probing = self._with_probe(chosen, wishes, shape, room, rate) if due else None
         if probing is None:
             return chosen
         self._rest = 0
@@ -301,20 +305,20 @@ class Speculation:
         return rate, depths
 
     def _with_probe(
-        self, chosen: Sequence[int], wishes: Sequence[Wish], shape: StepShape, room: _Room
+        self, chosen: Sequence[int], wishes: Sequence[Wish], shape: StepShape, room: _Room, rate: float
     ) -> list[int] | None:
-        """With guesses for one of those for whom they are believed not to pay, if there is room."""
-        idle = [i for i, depth in enumerate(chosen) if not depth]
-        i = idle[self._probes % len(idle)]
+        """With one level more for one stream than is believed to pay, if there is room. rate: without it."""
+        open_ones = [i for i, (_, most) in enumerate(wishes) if chosen[i] < most.shape.depth]
+        if not open_ones:
+            return None
+        i = open_ones[self._probes % len(open_ones)]
         request, most = wishes[i]
         probing = list(chosen)
-        probing[i] = 1
+        probing[i] += 1
         nodes = sum(most.shape.cut(depth).nodes for depth, (_, most) in zip(probing, wishes, strict=True))
         if nodes > room.tokens or self._seconds(probing, wishes, shape) > room.seconds:
             return None
-        order = DraftOrder(most.method, most.shape.cut(probing[i]))
-        rate = shape.num_tokens / self._steps.cost.seconds(shape)
-        self._probe = _Probe(request, order, self._with_guesses(chosen, wishes, shape), rate)
+        self._probe = _Probe(request, most, chosen[i], self._with_guesses(chosen, wishes, shape), rate)
         return probing
 
     def _seconds(self, chosen: Sequence[int], wishes: Sequence[Wish], shape: StepShape) -> float:

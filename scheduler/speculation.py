@@ -5,7 +5,10 @@
 With one stream the rows of a verification are nearly free, and it pays to guess far ahead. In a full batch every row
 costs what a prompt's token would, and guessing pays only for who is nearly always right. Nothing is always allowed, so
 to guess never costs more than it is believed to bring; what is believed is learned from every step (`acceptance.py`,
-`draft_cost.py`), and half a per cent of the time is spent on finding out whether it still holds.
+`draft_cost.py`).
+
+Probes find out whether it still holds: one level more for one stream than is believed to pay. What they lose, by what
+is known after them, is half a per cent of the time at most; those that win cost nothing, and go on.
 
 Choosing: levels of all streams in order of what they bring per second, each stream's own in their order, and of all
 beginnings of that list the best. Levels that are passes of a proposer cost everybody, so the list is also tried with
@@ -27,7 +30,7 @@ from .request import Request
 from .roster import Refused
 from .step_time import StepShape, StepTimeModel
 
-# Share of the time that is spent on guessing for who is believed not to be worth it: the bound on what that can lose.
+# Share of the time that probes may lose: the next one waits until the loss of the last has become so little.
 PROBES = 0.005
 
 # So many are made before that bound holds: what is believed at first comes of steps that paid for memory and
@@ -44,7 +47,7 @@ BASELINE = 128
 # The list of levels is tried down to these, and to its end.
 DEPTHS = (1, 2, 4, 8, 16, 32)
 
-# Deciding takes 2 to 5 µs a stream with four levels. When it did not pay for anybody, it is asked again after so many
+# Deciding takes 2 to 8 µs a stream with three to eight levels. When it did not pay for anybody, it is asked again after so many
 # steps for each stream: the answer of a full house rarely changes.
 REST = 0.25
 
@@ -99,6 +102,11 @@ class _Room(NamedTuple):
 # nodes, and seconds but for tiles and passes. A step makes a hundred, so it is a bare tuple; in order, what brings most
 # is first, and of one stream the upper level.
 _Level = tuple[float, int, int, float, int, float]
+
+
+# A level of all streams with one order: depth, nodes, how often guesses of such requests are right times its weight,
+# seconds without context, seconds for each token of context, and seconds as a share of tiles.
+_Row = tuple[int, int, float, float, float, float]
 
 
 class Speculation:
@@ -226,32 +234,35 @@ class Speculation:
     def _levels(self, wishes: Sequence[Wish], rate: float) -> list[_Level]:
         """What may be added, the best first. Left out is what brings fewer tokens per second than `rate`, even if no
         tile and no pass were counted."""
-        per_pair, per_node = self._steps.cost.per_pair, self.cost.verifying.b
-        per_token = self._steps.cost.per_tile / self._steps.cost.tile + 1e-12
-        tables: dict[int, list[tuple[int, int, int, float]]] = {}
+        tables: dict[DraftOrder, list[_Row]] = {}
         levels: list[_Level] = []
         for i, (request, most) in enumerate(wishes):
-            table = tables.get(id(most))  # of most streams it is the engine's own
+            table = tables.get(most)
             if table is None:
-                table = tables[id(most)] = self._table(most)
+                table = tables[most] = self._table(most)
             own, context, chance = self._own(request), request.num_tokens, 1.0
-            per_row = self.cost.of(most.method).b
-            for (depth, nodes, rows, belief), accepted, tried in zip(table, own.accepted, own.tried, strict=False):
+            for row, accepted, tried in zip(table, own.accepted, own.tried, strict=False):
+                depth, nodes, belief, fixed, per_context, tiles = row
                 chance *= (accepted + belief) / (tried + BELIEF_WEIGHT)
-                seconds = nodes * (per_node + per_pair * (context + nodes / 2)) + rows * per_row
+                seconds = fixed + per_context * context
                 if chance < rate * seconds:
                     break
-                context += nodes
-                levels.append((-chance / (seconds + nodes * per_token), depth, i, chance, nodes, seconds))
+                levels.append((-chance / (seconds + tiles), depth, i, chance, nodes, seconds))
         levels.sort()
         return levels
 
-    def _table(self, most: DraftOrder) -> list[tuple[int, int, int, float]]:
-        """By level: its depth, nodes, rows of the proposer, and how often guesses of such requests are right, times its
-        weight."""
-        rates = [BELIEF_WEIGHT * rate for rate in method_rates(self._method(most.method))]
-        depths = range(1, most.shape.depth + 1)
-        return list(zip(depths, nodes_by_level(most), rows_by_level(most), rates, strict=False))
+    def _table(self, most: DraftOrder) -> list[_Row]:
+        """By level, what does not depend on the stream."""
+        cost, per_node, per_row = self._steps.cost, self.cost.verifying.b, self.cost.of(most.method).b
+        table: list[_Row] = []
+        above = 0  # nodes
+        for i, rate in enumerate(method_rates(self._method(most.method))[: most.shape.depth]):
+            nodes, rows = nodes_by_level(most)[i], rows_by_level(most)[i]
+            fixed = nodes * (per_node + cost.per_pair * (above + nodes / 2)) + rows * per_row
+            tiles = nodes * (cost.per_tile / cost.tile + 1e-12)
+            table.append((i + 1, nodes, BELIEF_WEIGHT * rate, fixed, nodes * cost.per_pair, tiles))
+            above += nodes
+        return table
 
     def _best(
         self,

@@ -43,7 +43,7 @@ class TwoTerms:
         self._moments: tuple[float, ...] = (0.0,) * 5
 
     def observe(self, x: float, y: float, seconds: float, whole: float) -> None:
-        """whole: seconds that were measured, of which these are a part; errors count relative to them."""
+        """whole: seconds of all that was measured, of which these are a part; errors count relative to them."""
         x, y, seconds = x / whole, y / whole, seconds / whole
         new = (x * x, x * y, y * y, x * seconds, y * seconds)
         xx, xy, yy, xs, ys = self._moments = tuple(
@@ -77,13 +77,18 @@ class DraftCost:
         if self._is_first("verify") or seconds <= 0:
             return
         self._verified.append((shape, nodes, seconds))
-        self.verifying.observe(1.0, nodes, seconds - cost.seconds(shape), seconds)
+        self._judge(shape, nodes, seconds, cost)
 
     def judge_anew(self, cost: StepCost) -> None:
         """The step-time model has learned: what it left out of the steps that were seen is something else now."""
         self.verifying = TwoTerms()
         for shape, nodes, seconds in self._verified:
-            self.verifying.observe(1.0, nodes, seconds - cost.seconds(shape), seconds)
+            self._judge(shape, nodes, seconds, cost)
+
+    def _judge(self, shape: StepShape, nodes: int, seconds: float, cost: StepCost) -> None:
+        predicted = cost.seconds(shape)
+        # A step that was faster than predicted by chance weighs no more than one that was slower.
+        self.verifying.observe(1.0, nodes, seconds - predicted, max(seconds, predicted))
 
     def guessed(self, done: DraftPass, streams: int) -> float:
         """What a proposer did for so many streams. Returns seconds of it that catching up is believed to have taken."""

@@ -37,7 +37,8 @@ PROBES = 0.005
 # compilation, or of a machine that was busy with something else.
 FREE_PROBES = 8
 
-# Steps between probes at least, whatever they cost or win.
+# Steps between probes at least, also between those that are free or win: what holds a machine up is over sooner or later,
+# and free ones are not to be spent on it all at once.
 PAUSE = 8
 
 # Of so many steps with guesses one is taken without, so that it stays known what that takes. At two tokens a step
@@ -47,8 +48,8 @@ BASELINE = 128
 # The list of levels is tried down to these, and to its end.
 DEPTHS = (1, 2, 4, 8, 16, 32)
 
-# Deciding takes 2 to 8 µs a stream with three to eight levels. When it did not pay for anybody, it is asked again after so many
-# steps for each stream: the answer of a full house rarely changes.
+# Deciding takes 2 to 8 µs a stream with three to eight levels. When it did not pay for anybody, it is asked again after
+# so many steps for each stream: the answer of a full house rarely changes.
 REST = 0.25
 
 
@@ -146,7 +147,8 @@ class Speculation:
     def guessed(self, done: DraftPass, streams: int) -> None:
         """What a proposer did for so many streams. What it had to catch up with is lost with a probe."""
         seconds = self.cost.guessed(done, streams)
-        if self._probe is not None and self._probe.most.method == done.method:
+        probe = self._probe
+        if probe is not None and probe.most.method == done.method and self._probes >= FREE_PROBES:
             self._debt += seconds
 
     def _settle(self, probe: _Probe, accepted: int) -> None:

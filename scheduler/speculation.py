@@ -37,8 +37,8 @@ PROBES = 0.005
 # compilation, or of a machine that was busy with something else.
 FREE_PROBES = 8
 
-# Steps between probes at least, also between those that are free or win: what holds a machine up is over sooner or later,
-# and free ones are not to be spent on it all at once.
+# Steps between probes at least, also between those that are free or win: what holds a machine up is over sooner or
+# later, and free ones are not to be spent on it all at once.
 PAUSE = 8
 
 # Of so many steps with guesses one is taken without, so that it stays known what that takes. At two tokens a step

@@ -117,6 +117,7 @@ class ModelProposer:
         started = time.perf_counter()
         guesses = [self._begin(view) for view in views]
         passes = self._first_pass(guesses)
+        caught_up = sum(len(segment.tokens) - len(segment.wanted) for _, segment in passes)
         levels = rows = 0
         while passes:
             rows += self._run(passes)
@@ -125,7 +126,7 @@ class ModelProposer:
             # In the order of a batch: few rows first.
             passes = sorted(((guess, guess.next()) for guess in growing), key=lambda one: len(one[1].tokens))
         drafts = [guess.draft() for guess in guesses]
-        return drafts, DraftPass(self.method, levels, rows, time.perf_counter() - started)
+        return drafts, DraftPass(self.method, levels, rows, time.perf_counter() - started, caught_up)
 
     def _begin(self, view: View) -> _Guess:
         params = view.state.params

@@ -264,6 +264,13 @@ def test_who_misses_least_goes_first(decoder: Decoder, kernels: Kernels) -> None
     assert bench.rows(long, short) == (5 + 1) + 2 * 3  # 6 of 11 were done; then three levels of one row each
 
 
+def test_rows_of_catching_up_are_told_from_those_of_levels(decoder: Decoder, kernels: Kernels) -> None:
+    bench = Bench(decoder, kernels, max_tokens=8)
+    for missed, levels, rows in ((8, 1, 8), (2, 4, 2 + 4), (0, 4, 4)):  # the last token and what follows are levels
+        _, took = bench.proposer.propose([bench.view(PROMPT)])
+        assert (took.caught_up, took.levels, took.rows) == (missed, levels, rows)
+
+
 def test_what_is_known_is_not_computed_again(decoder: Decoder, kernels: Kernels) -> None:
     bench = Bench(decoder, kernels)
     (draft,) = bench.draft(bench.view(PROMPT))

@@ -177,7 +177,7 @@ def behind_a_draft(tiny: Path, part: str, from_root: bool) -> tuple[Tensor, Tens
     proposer = ModelProposer(part, draft, cache, sampler, max_tokens=64, eos_token_ids=())
     (found,), took = proposer.propose([View(0, np.array(TOKENS), 1, TABLE, state, parse_shape("chain:4", 4))])
     assert found is not None
-    assert (took.method, took.levels, took.rows) == (part, 4, 4)
+    assert (took.method, took.levels, took.rows, took.caught_up) == (part, 4, 4, 0)
     guessed = list(found.tree.tokens)
     last = len(TOKENS) - 1
     if from_root:

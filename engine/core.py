@@ -76,7 +76,7 @@ class EngineCore:
         with self._phase("read configuration"):
             path = locate_model(config.model, config.revision)
             model = load_config(path)
-            draft = load_draft_config(config, path, model)
+            draft = load_draft_config(config, path)
             settings = resolve(config, model, look_at_machine(config.device), draft)
         torch.set_num_threads(settings.threads)
         with self._phase("load weights"):

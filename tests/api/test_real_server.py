@@ -20,6 +20,7 @@ import uvicorn
 
 from quire.server import http_protocol, routing
 from quire.server.app import create_app
+from quire.server.attempts import FREE
 from quire.server.auth import POLICIES
 from quire.server.config import ServerConfig
 from quire.server.http_protocol import BoundedProtocol
@@ -259,6 +260,19 @@ def test_nothing_but_the_open_routes_answers_without_a_key(server):
     assert unlocked == []
     head = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
     assert answer_to(port, head + b"Authorization: Bearer right\r\n\r\n").startswith(b"HTTP/1.1 200"), "a control"
+
+
+def test_wrong_keys_are_counted_by_the_address_that_a_local_proxy_names(server):
+    def ask(key: str, forwarded: str) -> bytes:
+        head = f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAuthorization: Bearer {key}\r\n"
+        return answer_to(server[0], (head + forwarded + "\r\n").encode()).split()[1]
+
+    far, near = "X-Forwarded-For: 192.0.2.7\r\n", ""
+    assert {ask("wrong", near) for _ in range(2 * FREE)} == {b"401"}, "the proxy itself is not counted"
+    answers = [ask("wrong", far) for _ in range(2 * FREE)]
+    assert answers[:FREE] == [b"401"] * FREE
+    assert b"429" in answers
+    assert ask("right", near) == b"200"
 
 
 def answer_to(port: int, *pieces: bytes) -> bytes:

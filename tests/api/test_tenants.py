@@ -123,6 +123,22 @@ async def test_caches_are_a_tenants_own_and_survive_a_new_key(tenants, fake, eve
     assert salts[4] == salts[5] == salts[0]
 
 
+@pytest.mark.parametrize("ids", [("a", "a"), ("a", "ab"), ("ab", "a")])
+async def test_nobody_ends_the_requests_of_another(tenants, fake, eventually, ids):
+    """CVE-2026-112266: the ids that callers choose are labels; the engine's are made here and told to nobody."""
+    fake.gate.clear()
+    async with tenants(alice={}, bob={}) as http:
+        requests = [complete(http, who, request_id=label) for who, label in zip(("alice", "bob"), ids, strict=True)]
+        await eventually(lambda: len(fake.added) == 2)
+        by_tenant = {request.tenant: request.request_id for request in fake.added}
+        assert len(set(by_tenant.values())) == 2
+        requests[0].cancel()
+        await eventually(lambda: fake.aborted)
+        fake.gate.set()
+        assert (await requests[1]).json()["id"] == f"cmpl-{ids[1]}"
+    assert fake.aborted == [by_tenant["alice"]]
+
+
 # what a key opens
 
 

@@ -25,18 +25,16 @@ from ..engine.tokenizer import generation_defaults, load_tokenizer
 from ..engine.validation import limits_of
 from . import errors, logs, routes_admin, routes_chat, routes_completions
 from .admission import Admission
-from .attempts import Attempts
 from .auth import Door
 from .config import ServerConfig
 from .cost import Experience
 from .dispatcher import Dispatcher
 from .inputs import TextSide
 from .keys import Key, KeyRing
-from .keys_file import follow, load_keys, stamp_of
+from .keys_file import Stamp, follow, load_keys, stamp_of
 from .logs import logger
 from .metrics import Metrics
 from .middleware import LOOPBACK_HOSTS, Outermost
-from .quotas import Quotas
 from .state import State, state_of
 from .throughput import report_throughput
 
@@ -47,19 +45,28 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
     Start-up raises EngineStartError before any port is open: an orchestrator sees a failed start, not a sick server.
     """
 
+    door = Door(KeyRing(config.api_key))
+
+    def use_keys(named: Sequence[Key]) -> None:
+        door.use_keys(named)
+        app.state.quire.name_tenants()
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        path = config.api_keys_file
+        seen: Stamp = ()
         try:
-            path = config.api_keys_file
-            seen, named = (stamp_of(path), load_keys(path)) if path is not None else ((), [])
-            state = await _start(client, config, named)
+            if path is not None:
+                seen = stamp_of(path)
+                door.use_keys(load_keys(path))
+            state = await _start(client, config, door)
         except Exception as error:
             logger.error("cannot start: %s", error if isinstance(error, QuireError) else logs.where(error))
             raise
         app.state.quire = state
         chores = [asyncio.create_task(report_throughput(state.metrics))]
         if path is not None:
-            chores.append(asyncio.create_task(follow(path, seen, state.use_keys)))
+            chores.append(asyncio.create_task(follow(path, seen, use_keys)))
         try:
             yield
         finally:
@@ -74,13 +81,14 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
     )
     for module in (routes_completions, routes_chat, routes_admin):
         app.include_router(module.router)
+    app.state.door = door
     app.add_middleware(Outermost, allowed_hosts=_allowed_hosts(config))
     for kind in (errors.ApiError, QuireError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _answer)
     return app
 
 
-async def _start(client: EngineClient, config: ServerConfig, named: Sequence[Key]) -> State:
+async def _start(client: EngineClient, config: ServerConfig, door: Door) -> State:
     dispatcher = Dispatcher(client, config.hang_timeout)
     try:
         ready = await dispatcher.start()
@@ -98,9 +106,7 @@ async def _start(client: EngineClient, config: ServerConfig, named: Sequence[Key
         await dispatcher.stop()
         raise
     names = config.served_model_name or (folder.name,)
-    metrics = Metrics(
-        ready, names[0], tenants={*ready.tenants, *(key.name for key in named)}, vllm_aliases=config.vllm_metrics
-    )
+    metrics = Metrics(ready, names[0], tenants={*ready.tenants, *door.ring.named}, vllm_aliases=config.vllm_metrics)
     experience = Experience(ready)
     admission = Admission(
         ready.max_num_seqs + config.max_queued_requests,
@@ -120,8 +126,7 @@ async def _start(client: EngineClient, config: ServerConfig, named: Sequence[Key
         ready=ready,
         model_names=names,
         created=int(time.time()),
-        door=Door(KeyRing(config.api_key), Attempts()),
-        quotas=Quotas(),
+        door=door,
         admission=admission,
         dispatcher=dispatcher,
         metrics=metrics,
@@ -129,7 +134,7 @@ async def _start(client: EngineClient, config: ServerConfig, named: Sequence[Key
         text=text,
         pool=ThreadPoolExecutor(config.text_threads, thread_name_prefix="text"),
     )
-    state.use_keys(named)
+    state.name_tenants()
     return state
 
 

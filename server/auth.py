@@ -5,12 +5,13 @@ A route that is not in the table cannot be registered (`routing.py`), so nothing
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from . import errors
 from .attempts import Attempts
 from .keys import EVERYBODY, INFER, METRICS, NOBODY, Key, KeyRing
+from .quotas import Quotas
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +46,17 @@ POLICIES = {
 
 
 class Door:
-    """Lets callers in by their key, and counts the wrong ones by address."""
+    """Lets callers in by their key, and counts the wrong ones by address. It is there before the engine is."""
 
-    def __init__(self, ring: KeyRing, attempts: Attempts) -> None:
+    def __init__(self, ring: KeyRing) -> None:
         self.ring = ring
-        self._attempts = attempts
+        self.quotas = Quotas()
+        self._attempts = Attempts()
+
+    def use_keys(self, named: Sequence[Key]) -> None:
+        """The keys file has been read: its keys in place of those that it held before."""
+        self.ring.replace(named)
+        self.quotas.keep(self.ring.names)
 
     def check(self, policy: Policy, headers: Mapping[str, str], address: str) -> Key:
         """The caller, as its key says. Raises 401, 403, or 429 after too many wrong keys from `address`."""
@@ -68,6 +75,11 @@ class Door:
         if policy.scope not in key.scopes:
             raise errors.missing_scope(policy.scope)
         return key
+
+    def count(self, policy: Policy, caller: Key) -> None:
+        """One request. Raises 429 where the caller's minute has no room for it."""
+        if policy.counted:
+            self.quotas.count(caller)
 
 
 def _offered(headers: Mapping[str, str]) -> str:

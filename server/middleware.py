@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -72,22 +73,17 @@ class Outermost:
         route = getattr(scope.get("route"), "path", None)
         handler = route if route in POLICIES else "other"
         method = scope["method"] if scope["method"] in METHODS else "OTHER"
-        state = _state(scope)
+        state: Any = getattr(scope["app"].state, "quire", None) if "app" in scope else None
         if state is not None:
             state.metrics.http(method, handler, status, seconds)
         if not (handler in POLICIES and POLICIES[handler].probe):
             logger.info("%s %s %d %.3fs id=%s", method, scope["path"], status, seconds, scope["state"]["request_id"])
 
 
-def _state(scope: Scope) -> Any:
-    """The server's, None before it has started."""
-    return getattr(scope["app"].state, "quire", None) if "app" in scope else None
-
-
-def _quota_headers(scope: Scope) -> dict[str, str]:
+def _quota_headers(scope: Scope) -> Mapping[str, str]:
     """What is left of the caller's minute, where a route has found out who it is."""
     caller = scope["state"].get("caller")
-    return {} if caller is None else _state(scope).quotas.headers(caller)
+    return {} if caller is None else scope["app"].state.door.quotas.headers(caller)
 
 
 def _refuse_host() -> errors.ApiError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -14,7 +14,7 @@ from ..engine.messages import EngineReady
 from ..engine.validation import check_order
 from . import errors
 from .admission import Admission, Slot
-from .auth import Door, Policy
+from .auth import Door
 from .config import ServerConfig
 from .cost import Asked, Experience
 from .dispatcher import Dispatcher
@@ -23,7 +23,7 @@ from .inputs import Order, TextSide
 from .keys import TENANT, Key
 from .metrics import Metrics
 from .protocol import GenerateBody
-from .quotas import Lease, Quotas
+from .quotas import Lease
 
 T = TypeVar("T")
 
@@ -35,7 +35,6 @@ class State:
     model_names: tuple[str, ...]
     created: int  # Unix seconds
     door: Door
-    quotas: Quotas
     admission: Admission
     dispatcher: Dispatcher
     metrics: Metrics
@@ -49,25 +48,11 @@ class State:
             raise errors.model_not_found(asked)
         return asked or self.model_names[0]
 
-    def use_keys(self, named: Sequence[Key]) -> None:
-        """The keys file has been read: its keys in place of those that it held before."""
-        ring = self.door.ring
-        ring.replace(named)
-        self.quotas.keep(ring.names)
-        self.metrics.name_tenants(ring.named)
-        self.admission.set_weights(self.ready.tenant_weights | {key.name: key.weight or 1.0 for key in named})
-
-    def admit_caller(self, request: Request, policy: Policy) -> None:
-        """Find out who calls: `request.state.caller`. Raises 401 or 403 by the key, 429 by its requests a minute."""
-        address = request.client.host if request.client is not None else ""
-        caller = self.door.check(policy, request.headers, address)
-        request.state.caller = caller
-        if policy.counted:
-            try:
-                self.quotas.count(caller)
-            except errors.ApiError as error:
-                self.metrics.tenant_refused(caller.name, error.code)
-                raise
+    def name_tenants(self) -> None:
+        """By the keys as they are now: the weights in the queue, and the series of metrics."""
+        named = self.door.ring.named
+        self.metrics.name_tenants(named)
+        self.admission.set_weights(self.ready.tenant_weights | {key.name: key.weight or 1.0 for key in named.values()})
 
     def order_of(self, request: Request, body: GenerateBody) -> Order:
         """Whose request it is: its key's tenant, or the one in the body if the key may speak for others. Raises 403 for
@@ -123,7 +108,7 @@ class State:
     def _let_in(self, asked: Asked, order: Order) -> tuple[Slot, Lease]:
         """By the key's quotas first, so that who has used them up learns that, and then by the house."""
         try:
-            lease = self.quotas.lease(order.key, self.experience.most_tokens(asked))
+            lease = self.door.quotas.lease(order.key, self.experience.most_tokens(asked))
             try:
                 return self.admission.admit(asked.samples, self.experience.cost(asked), order.tenant), lease
             except errors.ApiError:

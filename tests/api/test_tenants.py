@@ -59,9 +59,9 @@ def code(response: httpx.Response) -> tuple[int, str]:
 
 def stop_clock(http: httpx.AsyncClient) -> None:
     """No allowance comes back while the test runs, however slow the machine."""
-    state = http.app.state.quire  # type: ignore[attr-defined]
+    door = http.app.state.door  # type: ignore[attr-defined]
     now = time.monotonic()
-    state.quotas._clock = state.door._attempts._clock = lambda: now
+    door.quotas._clock = door._attempts._clock = lambda: now
 
 
 # whose request it is
@@ -115,7 +115,7 @@ async def test_caches_are_a_tenants_own_and_survive_a_new_key(tenants, fake, eve
             assert (await complete(http, who, cache_salt=salt)).status_code == 200
         fresh = hashlib.sha256(b"key-of-alice-2").hexdigest()
         write(tenants.path, alice={"sha256": fresh}, bob={})
-        await eventually(lambda: http.app.state.quire.door.ring.find("key-of-alice-2"), 60)
+        await eventually(lambda: http.app.state.door.ring.find("key-of-alice-2"), 60)
         assert (await complete(http, "alice-2")).status_code == 200
     salts = [request.cache_salt for request in fake.added]
     assert all(salts)
@@ -162,7 +162,7 @@ async def test_metrics_stay_open_until_a_key_is_there_for_them(tenants, eventual
     async with tenants(alice={}) as http:
         assert (await http.get("/metrics")).status_code == 200
         write(tenants.path, alice={}, prometheus={"scopes": ["metrics"]})
-        await eventually(lambda: http.app.state.quire.door.ring.guards("metrics"), 60)
+        await eventually(lambda: http.app.state.door.ring.guards("metrics"), 60)
         assert (await http.get("/metrics")).status_code == 401
         assert (await http.get("/metrics", headers=bearer("alice"))).status_code == 403
         assert (await http.get("/metrics", headers=bearer("prometheus"))).status_code == 200
@@ -218,7 +218,7 @@ async def test_wrong_keys_are_counted_by_address(tenants):
 async def test_keys_come_and_go_while_streams_run(tenants, fake, eventually):
     fake.gate.clear()
     async with tenants(alice={"weight": 1}) as http:
-        ring = http.app.state.quire.door.ring
+        ring = http.app.state.door.ring
         stream = complete(http, "alice", stream=True)
         await eventually(lambda: len(fake.added) == 1)
         assert (await complete(http, "bob")).status_code == 401
@@ -323,7 +323,7 @@ async def test_requests_at_once(tenants, fake, eventually):
         await eventually(lambda: len(fake.added) == 4)
         fake.gate.set()
         assert [(await request).status_code for request in (inside[0], other, again)] == [200, 200, 200]
-        assert not any(account.open for account in http.app.state.quire.quotas._accounts.values())
+        assert not any(account.open for account in http.app.state.door.quotas._accounts.values())
 
 
 async def test_a_full_house_gives_the_quota_back(tenants, fake):

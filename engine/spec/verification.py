@@ -56,7 +56,7 @@ class _Walk(NamedTuple):
 
     path: list[int]  # accepted nodes
     last: int  # the token behind them
-    error: str | None  # of the first row on the way that no token can be drawn from
+    error: str | None  # why no token can be drawn from the first row
 
     @property
     def rows(self) -> list[int]:
@@ -71,7 +71,7 @@ def judge(
 
     logits     [R, V] float32: 1 + nodes rows for each sequence, one sequence after another, its root first
     positions  of each sequence, the index in it of the token after the root
-    A row that no token can be drawn from ends its sequence if the path leads there; nobody else notices.
+    A row that no token can be drawn from ends its sequence if it is the first, and else the path; nobody else notices.
     Raises ValueError for a q beside temperature 0: what is guessed then has no distribution, and the draft must say so.
     """
     cases: list[_Case] = []
@@ -108,7 +108,7 @@ def _match(sampler: Sampler, logits: Tensor, cases: Sequence[_Case]) -> list[_Wa
     for case in cases:
         drawn = draws[first : first + case.rows]
         path = match(drawn, *case.draft.tree)
-        walks.append(_walk(path, drawn[path[-1] + 1 if path else 0], why[first : first + case.rows]))
+        walks.append(_walk(case, path, drawn[path[-1] + 1 if path else 0], why[first : first + case.rows]))
         first += case.rows
     return walks
 
@@ -135,7 +135,7 @@ def _verify(sampler: Sampler, logits: Tensor, cases: Sequence[_Case]) -> list[_W
     walks, first = [], 0
     for case, taken, token in zip(cases, accepted.tolist(), last.tolist(), strict=True):
         path = [row - 1 for row, kept in enumerate(taken) if kept]
-        walks.append(_walk(path, token, why[first : first + case.rows]))
+        walks.append(_walk(case, path, token, why[first : first + case.rows]))
         first += case.rows
     return walks
 
@@ -155,10 +155,15 @@ def _padded(rows: Tensor, counts: np.ndarray) -> Tensor:
     return rows.index_select(0, index).view(trees, width, -1)
 
 
-def _walk(path: list[int], last: int, why: Sequence[str | None]) -> _Walk:
-    """why: the faults of the case's rows."""
-    on_the_way = [why[0], *(why[node + 1] for node in path)]
-    return _Walk(path, last, next((fault for fault in on_the_way if fault is not None), None))
+def _walk(case: _Case, path: list[int], last: int, why: Sequence[str | None]) -> _Walk:
+    """The walk as far as there is no fault on the way; why: the faults of the case's rows.
+
+    Behind accepted guesses a fault is left to the step that begins there: by then the sequence may have ended.
+    """
+    for i, node in enumerate(path):
+        if why[0] is None and why[node + 1] is not None:
+            return _Walk(path[:i], case.draft.tree.tokens[node], None)
+    return _Walk(path, last, why[0])
 
 
 def _conclude(case: _Case, walk: _Walk) -> Verdict:

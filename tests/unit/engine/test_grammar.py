@@ -77,12 +77,12 @@ def test_behind_a_path_that_is_forbidden_nothing_is_allowed_and_the_state_is_as_
     assert allowed(state.mask(()))
 
 
-def test_behind_an_end_nothing_is_allowed():
+def test_behind_an_end_there_is_another_at_most():
     """Guesses may end in one; the step then ends with it."""
     state = begin(Grammar(kind="choice", source='["ab", "abc"]'), TOKENIZER.encode("ab"))
     for end in TOKENIZER.eos_token_ids:
         assert end in allowed(state.mask(()))
-        assert not allowed(state.mask((end,)))
+        assert allowed(state.mask((end,))) <= set(TOKENIZER.eos_token_ids)
 
 
 def test_masks_that_were_begun_on_another_thread_are_the_same():

@@ -19,6 +19,7 @@ from .. import __version__
 from ..engine.chat import load_chat_template
 from ..engine.client import EngineClient
 from ..engine.errors import QuireError
+from ..engine.grammar import Grammars, Vocabulary
 from ..engine.messages import EngineReady, StepStats
 from ..engine.tokenizer import generation_defaults, load_tokenizer
 from ..engine.validation import limits_of
@@ -85,6 +86,7 @@ async def _start(client: EngineClient, config: ServerConfig) -> State:
             ready=ready,
             defaults=_sampling_defaults(config, folder),
             markup=markup_of(config.tool_call_parser, config.reasoning_parser, template, tokenizer),
+            grammars=Grammars(lambda: Vocabulary(tokenizer, ready.vocab_size)),
         )
     except BaseException:
         await dispatcher.stop()

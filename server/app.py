@@ -35,6 +35,7 @@ from .keys_file import Stamp, follow, load_keys, stamp_of
 from .logs import logger
 from .metrics import Metrics
 from .middleware import LOOPBACK_HOSTS, Outermost
+from .parsing.markup import markup_of
 from .state import State, state_of
 from .throughput import report_throughput
 
@@ -94,12 +95,14 @@ async def _start(client: EngineClient, config: ServerConfig, door: Door) -> Stat
         ready = await dispatcher.start()
         folder = Path(ready.model_path)
         tokenizer = load_tokenizer(folder)
+        template = load_chat_template(tokenizer)
         text = TextSide(
             tokenizer=tokenizer,
-            template=load_chat_template(tokenizer),
+            template=template,
             limits=limits_of(ready),
             ready=ready,
             defaults=_sampling_defaults(config, folder),
+            markup=markup_of(config.tool_call_parser, config.reasoning_parser, template, tokenizer),
             grammars=Grammars(lambda: Vocabulary(tokenizer, ready.vocab_size)),
         )
     except BaseException:
@@ -121,6 +124,13 @@ async def _start(client: EngineClient, config: ServerConfig, door: Door) -> Stat
 
     dispatcher.on_stats = saw_step
     _log_facts(ready, names)
+    if template is not None:
+        markup = text.markup
+        logger.info(
+            "calls of tools are read as %s, thinking as %s",
+            markup.syntax.name if markup.syntax else "nothing known",
+            f"{markup.tags.start}…{markup.tags.end}" if markup.tags else "nothing apart",
+        )
     state = State(
         config=config,
         ready=ready,

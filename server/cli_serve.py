@@ -81,6 +81,18 @@ def serve(
     generation_config: Annotated[
         str, option(MODEL, "Sampling defaults: auto = the model's own, none = OpenAI's.")
     ] = SERVER.generation_config,
+    tool_call_parser: Annotated[
+        str,
+        option(
+            MODEL,
+            "How it spells calls of tools: auto (as its chat template says), none, hermes, qwen3_coder, mistral, "
+            "mistral_v11, llama3_json, pythonic, deepseek_v3 or deepseek_v31.",
+        ),
+    ] = SERVER.tool_call_parser,
+    reasoning_parser: Annotated[
+        str,
+        option(MODEL, "How it marks its thinking: auto, none, qwen3, deepseek_r1, magistral or seed_oss."),
+    ] = SERVER.reasoning_parser,
     kv_cache_bytes: Annotated[
         Any,
         option(

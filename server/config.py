@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..engine.validation import TIMEOUT_BOUNDS
+from .parsing.syntaxes import REASONING_PARSERS, TOOL_PARSERS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,8 @@ class ServerConfig:
     hang_timeout          seconds without a sign of life from the engine's loop after which /health and /ready say 503
     text_threads          threads that tokenize and render chat templates
     generation_config     "auto" = the model's own sampling defaults, "none" = OpenAI's
+    tool_call_parser      how the model spells calls of tools: "auto" = as its chat template does, "none" = no tools
+    reasoning_parser      how it marks its thinking: "auto" = as its chat template does, "none" = all text is content
     vllm_metrics          repeat the metrics that dashboards and gateways know under their `vllm:` names
     log_json              one JSON object a line
     log_level             of our own lines: "debug", "info", "warning", "error"
@@ -49,6 +52,8 @@ class ServerConfig:
     hang_timeout: float = 10.0
     text_threads: int = 2
     generation_config: str = "auto"
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
     vllm_metrics: bool = False
     log_json: bool = False
     log_level: str = "info"
@@ -57,6 +62,8 @@ class ServerConfig:
         """Raises ValueError, naming the field, for a word that is none of the choices or a time that is none."""
         for name, choices in (
             ("generation_config", ("auto", "none")),
+            ("tool_call_parser", TOOL_PARSERS),
+            ("reasoning_parser", REASONING_PARSERS),
             ("log_level", ("debug", "info", "warning", "error")),
         ):
             if getattr(self, name) not in choices:

@@ -24,6 +24,7 @@ from .cost import Experience
 from .dispatcher import Dispatcher, Mailbox
 from .logs import logger
 from .metrics import Metrics
+from .parsing.reading import AnswerFormat
 from .promises import SampleClock, verdict
 from .quotas import Lease
 
@@ -44,6 +45,7 @@ class Prompt:
 class GenerateRequest:
     """What is generated, without a trace of the API that asked for it. Choice i*n + j is sample j of prompt i.
 
+    format   how the text of an answer is to be read
     timeout  the request's own limit in seconds from arrival; the server's holds where that is shorter
     """
 
@@ -57,12 +59,14 @@ class GenerateRequest:
     slo: Slo = field(default_factory=Slo)
     timeout: float | None = None
     speculative: Speculative = field(default_factory=Speculative)
+    format: AnswerFormat = field(default_factory=AnswerFormat)
 
 
 @dataclass(slots=True)
 class Usage:
     """Tokens so far; a prompt counts once, however many samples are drawn from it.
 
+    reasoning_tokens of the completion tokens, those of thinking; told by who reads it, None = nobody does
     drafted_tokens   guessed ahead and verified. How many is a matter of the moment, unlike which tokens are drawn
     accepted_tokens  of these, those among the completion tokens
     """
@@ -72,6 +76,7 @@ class Usage:
     cached_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    reasoning_tokens: int | None = None
 
 
 class _Part:

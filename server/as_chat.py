@@ -65,7 +65,7 @@ async def open_chat(
     """As a chat request is let in; `prepare` runs on a text thread. Whoever gets the Generation must close it."""
     chat.check_together(state.text.limits)
     order = state.order_of(request, chat)
-    return await state.open_generation(chat_size(chat), order.tenant, lambda: prepare(chat, order))
+    return await state.open_generation(chat_size(chat), order, lambda: prepare(chat, order))
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..engine.chat import ChatTemplate, require_chat_template
+from ..engine.errors import RequestError
+from ..engine.grammar import Grammars
 from ..engine.messages import EngineReady
 from ..engine.outputs import TextOptions
 from ..engine.tokenizer import Tokenizer
@@ -20,10 +22,11 @@ from ..engine.validation import (
     clamp_logit_bias,
     valid_token_ids,
 )
-from ..scheduler.params import SamplingParams, Slo
+from ..scheduler.params import Grammar, SamplingParams, Slo
 from . import errors
 from .cost import Asked
 from .generate import GenerateRequest, Prompt
+from .keys import Key
 from .parsing.markup import Markup
 from .parsing.reading import AnswerFormat
 from .protocol import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerateBody, TokenizeBody
@@ -43,14 +46,17 @@ class TextSide:
     ready: EngineReady
     defaults: Mapping[str, float | int]  # the model's own sampling defaults
     markup: Markup
+    grammars: Grammars
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Whose request it is and what it was promised; as in `AddRequest`."""
+    """Whose request it is and what it was promised; as in `AddRequest`, and the key whose quotas it is charged to."""
 
+    key: Key
     arrival: float
     tenant: str
+    weight: float | None
     priority: int
     cache_salt: str
     slo: Slo
@@ -252,9 +258,23 @@ def _params(
         bad_words=_bad_words(body.bad_words, text.tokenizer),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        grammar=_grammar(body, text.grammars),
     )
     check_params(params, text.limits)
     return params
+
+
+def _grammar(body: GenerateBody, grammars: Grammars) -> Grammar | None:
+    """Compiled here too, so that one that is wrong is refused before the engine hears of it. Raises 400."""
+    asked = body.grammar
+    if asked is None:
+        return None
+    grammar, field = asked
+    try:
+        grammars.begin(grammar)
+    except RequestError as error:
+        raise errors.invalid(f"`{field}`: {error}.", field) from None
+    return grammar
 
 
 def _logit_bias(given: Mapping[str, float] | None) -> dict[int, float]:
@@ -299,6 +319,7 @@ def _request(
         priority=order.priority,
         cache_salt=order.cache_salt,
         tenant=order.tenant,
+        weight=order.weight,
         slo=order.slo,
         timeout=order.timeout,
         speculative=body.speculation,

@@ -12,7 +12,9 @@ from .reader import Reader, Step
 NAME = re.compile(r"[\w.:-]+", re.ASCII)
 SCALAR = re.compile(r"[\w.+-]+", re.ASCII)  # a number, true, false, null
 BETWEEN = re.compile(r"[\s\w,:.+-]+", re.ASCII)  # of an object: neither a bracket nor a string
+CONTROL = re.compile(r"[\x00-\x1f]+")
 STRING = re.compile(r"[^\"\\\x00-\x1f]+")
+ESCAPED_STRING = re.compile(r"(?:[^\"\\\x00-\x1f]++|\\.)++", re.DOTALL)  # possessive: nothing is tried twice
 KEYS = {"name": "name", "arguments": "arguments", "parameters": "arguments"}
 OTHER_KEYS = frozenset({"type", "id", "index"})
 MAX_KEY = 16
@@ -126,13 +128,16 @@ def _string(reader: Reader, emit: Callable[[str], None]) -> Step[bool]:
         if first == '"':
             emit(reader.take())
             return True
-        if first == "\\":
+        run = reader.run(ESCAPED_STRING)
+        if run:
+            emit(run)
+        elif first == "\\":  # what it escapes has not come yet
             reader.take()
             if not (yield from reader.peek()):
                 return False
             emit("\\" + reader.take())
         else:
-            emit(reader.run(STRING) or escaped(reader.take()))
+            emit(escaped(reader.run(CONTROL)))
     return False
 
 

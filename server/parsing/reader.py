@@ -92,10 +92,11 @@ class Reader:
     def starts(self, literal: str) -> Step[bool]:
         """Whether the text goes on with `literal`, which is consumed then."""
         while True:
+            end = self._at + len(literal)
             if self._text.startswith(literal, self._at):
-                self._consume(self._at + len(literal))
+                self._consume(end)
                 return True
-            if self._ended or not literal.startswith(self._text[self._at :]):
+            if self._ended or not literal.startswith(self._text[self._at : end]):
                 return False
             yield
 

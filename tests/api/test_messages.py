@@ -263,12 +263,22 @@ async def test_tokens_are_counted_as_they_are_charged(http, fake):
     assert usage["input_tokens"] > 100
 
 
+FAILED = {
+    "type": "error",
+    "error": {
+        "type": "api_error",
+        "message": "The engine could not finish this request.",
+        "param": None,
+        "code": "engine_error",
+    },
+}
+
+
 async def test_an_error_before_the_first_event_is_a_plain_answer(http, fake):
     fake.fail_request = "planned"
     response = await http.post("/v1/messages", json={"messages": [USER], "max_tokens": 5, "stream": True})
     assert response.status_code == 500
-    message = "The engine could not finish this request."
-    assert response.json() == {"type": "error", "error": {"type": "api_error", "message": message}}
+    assert response.json() == FAILED
 
 
 async def test_an_error_after_the_first_event_ends_the_stream(http, fake, eventually):
@@ -278,8 +288,7 @@ async def test_an_error_after_the_first_event_ends_the_stream(http, fake, eventu
     await eventually(lambda: http.app.state.quire.metrics.stats.generated_tokens_total > 3)
     fake.fail_request = "ValueError: NaN in /root/model at 0x7f00deadbeef"
     events = await running
-    message = "The engine could not finish this request."
-    assert events[-1] == {"type": "error", "error": {"type": "api_error", "message": message}}
+    assert events[-1] == FAILED
     assert sum(event["type"] == "content_block_delta" for event in events) > 3
 
 

@@ -10,9 +10,8 @@ from itertools import pairwise
 import pytest
 
 EOS = 256
-TOOLS = [
-    {"type": "function", "name": "add", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}
-]
+SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}}
+TOOLS = [{"type": "function", "name": "add", "parameters": SCHEMA}]
 CALL = '<tool_call>\n{"name": "add", "arguments": {"x": 1}}\n</tool_call>'
 ANSWERS = {
     "text": "Hello, world!",

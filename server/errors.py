@@ -256,6 +256,9 @@ def _whole_seconds(seconds: float) -> int:
 
 def shown(value: Any) -> str:
     """A caller's value, short enough to be read and free of control characters."""
-    text = value if isinstance(value, str) else msgspec.json.encode(value, enc_hook=str).decode()
+    try:
+        text = value if isinstance(value, str) else msgspec.json.encode(value, enc_hook=str).decode()
+    except RecursionError:  # encoding begins deeper in the stack than decoding did
+        return "something nested deeply"
     text = "".join(c if c.isprintable() else "\ufffd" for c in text[: SHOWN_CHARS + 1])
     return text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + "…"

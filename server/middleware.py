@@ -51,6 +51,8 @@ class Outermost:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
+                if scope["path"].startswith(errors.ANTHROPIC):
+                    headers["Request-Id"] = request_id
                 headers.update(_quota_headers(scope))
             await send(message)
 

@@ -29,7 +29,6 @@ NAMES = {
 # field -> the values, beside null, that ask for nothing; and what to do instead
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "container": ((), "leave it out"),
-    "context_management": (({"edits": []}, {}), "leave it out"),
     "mcp_servers": (([],), "leave it out"),
     "stop": ((), "here its name is `stop_sequences`"),
 }

@@ -78,7 +78,10 @@ def _of_assistant(blocks: list[dict[str, Any]], where: str) -> dict[str, Any]:
 
 
 def _call(block: dict[str, Any], where: str) -> dict[str, Any]:
-    arguments = json.dumps(object_at(block.get("input"), f"{where}.input"), ensure_ascii=False)
+    try:
+        arguments = json.dumps(object_at(block.get("input"), f"{where}.input"), ensure_ascii=False)
+    except RecursionError:
+        raise errors.invalid(f"`{where}.input` is nested too deeply.", f"{where}.input") from None
     function = {"name": text_at(block.get("name"), f"{where}.name"), "arguments": arguments}
     return {"id": text_at(block.get("id"), f"{where}.id"), "type": "function", "function": function}
 

@@ -30,7 +30,6 @@ NAMES = {
 # field -> the values, beside null, that ask for nothing; and what to do instead
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "background": ((False,), "leave it out and wait for the answer, or stream it"),
-    "context_management": (([],), "leave it out"),
     "conversation": ((), "it keeps none, so send all of it as `input`"),
     "previous_response_id": ((), "it keeps no responses, so send the whole conversation as `input`"),
     "prompt": ((), "send its text as `instructions` or `input`"),

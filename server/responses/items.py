@@ -109,11 +109,11 @@ def _parts(content: Any, where: str) -> list[dict[str, str]]:
     for i, part in enumerate(content):
         place = f"{where}[{i}]"
         kind = object_at(part, place).get("type")
-        if kind not in TEXTS:
+        field = TEXTS.get(kind) if isinstance(kind, str) else None
+        if field is None:
             raise errors.unsupported(
                 f"{place}.type", f"`{place}.type` is {errors.shown(kind)}; this server takes text only (input_text)."
             )
-        field = TEXTS[kind]
         parts.append(text_part(text_at(part.get(field), f"{place}.{field}")))
     return parts
 

@@ -30,6 +30,7 @@ def test_create(client, fake):
     says(fake, "Hello, world!")
     message = client.messages.create(**HI, system="Be brief.", metadata={"user_id": "u"})
     assert message.content[0].text == "Hello, world!"
+    assert message.id == f"msg_{message._request_id}"
     assert (message.stop_reason, message.role, message.model) == ("end_turn", "assistant", "tiny")
     assert message.usage.input_tokens == len(b"<system>Be brief.\n<user>Hi\n<assistant>")
     type(message).model_validate_json(message.model_dump_json())
@@ -93,6 +94,14 @@ def test_an_agents_two_turns(client, fake):
     prompt = bytes(fake.added[1].prompt_ids).decode()
     assert '<assistant>Let me add.\n<tool_call>\n{"name": "add", "arguments": {"x": 1, "y": 2}}\n</tool_call>' in prompt
     assert prompt.index("<tool_response>\n3\n</tool_response>") > prompt.index("Let me add.")
+
+
+def test_a_schema_is_kept_to(client, fake):
+    """The scripted engine minds no grammar: what matters here is that it was given one."""
+    says(fake, '{"x": 3}')
+    schema = {**NUMBERS, "additionalProperties": False}
+    client.messages.create(**HI, output_config={"format": {"type": "json_schema", "schema": schema}})
+    assert fake.added[0].params.grammar is not None
 
 
 def test_count_tokens(client, fake):

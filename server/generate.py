@@ -255,6 +255,7 @@ class Generation:
 
     def close(self) -> None:
         """Idempotent."""
+        self._mailbox.close()
         self._slot.release()
         unfinished = self._dispatcher.forget(self._parts, abort=True)
         if unfinished and self._failure is None:

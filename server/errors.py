@@ -77,6 +77,11 @@ def unsupported(param: str, message: str) -> ApiError:
     return ApiError(400, message, code="unsupported_parameter", param=param)
 
 
+def too_many_connections(limit: int) -> ApiError:
+    message = f"This server holds as many connections as it may: {limit}. Close those that you do not use, and try again."
+    return ApiError(503, message, code="too_many_connections", retry_after=random.uniform(1, 4))
+
+
 def unauthorized() -> ApiError:
     message = "Missing or wrong API key. Send it as `Authorization: Bearer KEY`."
     return ApiError(401, message, code="invalid_api_key")

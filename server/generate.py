@@ -273,6 +273,7 @@ class Generation:
 
     def close(self) -> None:
         """Idempotent."""
+        self._mailbox.close()
         self._slot.release()
         prompt_tokens = sum(len(part.prompt.token_ids) for part in self._ordered if part.computed)
         if self._lease.settle(prompt_tokens + self.usage.completion_tokens):

@@ -26,6 +26,7 @@ from prometheus_client.registry import Collector
 
 from ..engine.messages import EngineReady, StepStats
 from .keys import OTHER_TENANTS
+from .tally import TallyCounter, TallyHistogram
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -82,8 +83,11 @@ class Metrics:
         self.time_to_first_token = self._histogram(
             "time_to_first_token_seconds", "From arrival to a sample's first token.", TTFT_BUCKETS
         )
-        self.inter_token_latency = self._histogram(
-            "inter_token_latency_seconds", "Between two deliveries of tokens of one sample.", ITL_BUCKETS
+        self.inter_token_latency = TallyHistogram(
+            "quire_inter_token_latency_seconds",
+            "Between two deliveries of tokens of one sample.",
+            *("model_name", model_name),
+            ITL_BUCKETS,
         )
         self.time_per_output_token = self._histogram(
             "request_time_per_output_token_seconds", "A sample's mean time per token after its first.", ITL_BUCKETS
@@ -107,7 +111,9 @@ class Metrics:
 
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens, as in the responses' usage.")
         self.cached_tokens = self._counter("prompt_tokens_cached", "Prompt tokens that the prefix cache held.")
-        self.generation_tokens = self._counter("generation_tokens", "Tokens drawn, as in the responses' usage.")
+        self.generation_tokens = TallyCounter(
+            "quire_generation_tokens", "Tokens drawn, as in the responses' usage.", "model_name", model_name
+        )
         self.useful_tokens = self._counter("step_tokens_useful", "Tokens of the engine's steps.")
         self.launched_tokens = self._counter("step_tokens_launched", "The same, filled up to whole tiles.")
         self.predicted_seconds = self._counter("step_seconds_predicted", "Time of the steps as predicted before each.")
@@ -149,7 +155,8 @@ class Metrics:
             buckets=REQUEST_BUCKETS,
             registry=self._registry,
         )
-        self._registry.register(_EngineCollector(self, ready, model_name))
+        for collector in (self.inter_token_latency, self.generation_tokens, _EngineCollector(self, ready, model_name)):
+            self._registry.register(collector)
         ProcessCollector(registry=self._registry)
 
     def saw_step(self, stats: StepStats) -> None:

@@ -124,7 +124,7 @@ def completion_request(body: CompletionBody, text: TextSide, order: Order) -> Ge
         max_tokens = min(DEFAULT_COMPLETION_TOKENS, room) if body.max_tokens is None else body.max_tokens
         check_length(len(ids), max_tokens, text.ready.max_model_len)
         valid_token_ids(ids, text.ready.vocab_size, "prompt")
-        params = _params(body, text, max_tokens, body.logprobs, _prompt_logprobs(body))
+        params = _params(body, text, max_tokens, body.num_logprobs, _prompt_logprobs(body))
         prompts.append(Prompt(ids, params, source if isinstance(source, str) else None))
     return _request(body, prompts, order)
 
@@ -168,6 +168,12 @@ def render_chat(body: ChatBody | TokenizeBody, text: TextSide, tools: list[dict[
 def _template_variables(body: ChatBody | TokenizeBody, template: ChatTemplate) -> dict[str, Any]:
     """What the caller sets for the template. An effort also switches thinking, where that is all there is to switch."""
     variables = dict(body.template_variables)
+    if isinstance(body, ChatBody) and body.documents is not None:
+        if "documents" not in template.variables:
+            raise errors.unsupported(
+                "documents", "This model's chat template reads no `documents`; put their text into a message."
+            )
+        variables["documents"] = body.documents
     if isinstance(body, ChatBody) and body.reasoning_effort is not None and "enable_thinking" in template.variables:
         variables.setdefault("enable_thinking", body.reasoning_effort != "none")
         if "reasoning_effort" not in template.variables:
@@ -215,7 +221,7 @@ def _prompt_logprobs(body: CompletionBody) -> int | None:
 
 
 def _truncated(ids: list[int], body: GenerateBody, text: TextSide, max_tokens: int) -> list[int]:
-    """The last `truncate_prompt_tokens` ids; -1 keeps what fits beside max_tokens."""
+    """The last `truncate_prompt_tokens` ids, or the first; -1 keeps what fits beside max_tokens."""
     keep = body.truncate_prompt_tokens
     if keep is None:
         return ids
@@ -225,7 +231,8 @@ def _truncated(ids: list[int], body: GenerateBody, text: TextSide, max_tokens: i
             f"`truncate_prompt_tokens` must be -1 or between 1 and {text.ready.max_model_len}, got {keep}.",
             "truncate_prompt_tokens",
         )
-    return ids[-max(longest, 1) :] if keep == -1 else ids[-keep:]
+    keep = max(longest, 1) if keep == -1 else keep
+    return ids[:keep] if body.truncation_side == "right" else ids[-keep:]
 
 
 def _params(
@@ -257,7 +264,9 @@ def _params(
         allowed_token_ids=None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
         bad_words=_bad_words(body.bad_words, text.tokenizer),
         logprobs=logprobs,
+        logprob_token_ids=tuple(dict.fromkeys(body.logprob_token_ids or ())),
         prompt_logprobs=prompt_logprobs,
+        repetition=body.repetition,
         grammar=_grammar(body, text.grammars),
     )
     check_params(params, text.limits)
@@ -324,4 +333,5 @@ def _request(
         timeout=order.timeout,
         speculative=body.speculation,
         format=format or AnswerFormat(),
+        interval=body.interval,
     )

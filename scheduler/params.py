@@ -48,6 +48,22 @@ class Grammar:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Thinking:
+    """How a model marks its thinking, and how much of it there may be.
+
+    start_ids  the tokens that begin it
+    end_ids    the tokens that end it
+    opened     the prompt has begun it
+    budget     tokens between them at most, then the end is forced; None = as many as the model likes
+    """
+
+    start_ids: tuple[int, ...]
+    end_ids: tuple[int, ...]
+    opened: bool = False
+    budget: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the tokens of one request are drawn, and when drawing ends.
 
@@ -68,6 +84,7 @@ class SamplingParams:
     bad_words       token sequences that are never completed
     logprobs        None = off, k = the drawn token and the k most likely, -1 = the whole vocabulary
     prompt_logprobs as `logprobs`, for the prompt's own tokens
+    thinking        where the answer begins, for a budget or a grammar; None = at once
     grammar         what the text must be; None = anything
     """
 
@@ -90,6 +107,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
+    thinking: Thinking | None = None
 
     @property
     def looks_back(self) -> bool:
@@ -100,4 +118,5 @@ class SamplingParams:
             or self.frequency_penalty
             or any(len(word) > 1 for word in self.bad_words)
             or self.grammar
+            or self.thinking
         )

@@ -26,6 +26,7 @@ from .logs import logger
 from .metrics import Metrics
 from .parsing.reading import AnswerFormat
 from .promises import SampleClock, verdict
+from .quotas import Lease
 
 # The engine ends what is out of time. One that does not answer is given this much longer before its caller is told.
 WALL_SECONDS = 5.0
@@ -54,6 +55,7 @@ class GenerateRequest:
     priority: int = 0
     cache_salt: str = ""
     tenant: str = ""
+    weight: float | None = None  # of the tenant; None = as the engine was started
     slo: Slo = field(default_factory=Slo)
     timeout: float | None = None
     speculative: Speculative = field(default_factory=Speculative)
@@ -101,6 +103,7 @@ class Generation:
         experience: Experience,
         config: ServerConfig,
         slot: Slot,
+        lease: Lease,
     ) -> None:
         self.request = request
         self.usage = Usage(prompt_tokens=sum(len(prompt.token_ids) for prompt in request.prompts))
@@ -109,6 +112,7 @@ class Generation:
         self._experience = experience
         self._config = config
         self._slot = slot
+        self._lease = lease
         self._timeout = min(config.request_timeout, request.timeout or config.request_timeout)
         self._mailbox = Mailbox(request.arrival, metrics, keep_gaps=request.slo.itl is not None)
         self._parts: dict[str, _Part] = {}
@@ -137,6 +141,7 @@ class Generation:
                     arrival=request.arrival,
                     cache_salt=request.cache_salt,
                     tenant=request.tenant,
+                    weight=request.weight,
                     slo=request.slo,
                     timeout=self._timeout,
                     speculative=request.speculative,
@@ -260,7 +265,13 @@ class Generation:
 
     def close(self) -> None:
         """Idempotent."""
+        self._mailbox.close()
         self._slot.release()
+        prompt_tokens = sum(len(part.prompt.token_ids) for part in self._ordered if part.computed)
+        if self._lease.settle(prompt_tokens + self.usage.completion_tokens):
+            self._metrics.tenant_used(
+                self.request.tenant, prompt_tokens, self.usage.cached_tokens, self.usage.completion_tokens
+            )
         unfinished = self._dispatcher.forget(self._parts, abort=True)
         if unfinished and self._failure is None:
             self._metrics.aborted("running" if self._mailbox.has_begun else "waiting")

@@ -26,6 +26,7 @@ from ..scheduler.params import Grammar, SamplingParams, Slo, Thinking
 from . import errors
 from .cost import Asked
 from .generate import GenerateRequest, Prompt
+from .keys import Key
 from .parsing.markup import Markup
 from .parsing.reading import AnswerFormat
 from .protocol import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerateBody, TokenizeBody
@@ -50,10 +51,12 @@ class TextSide:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Whose request it is and what it was promised; as in `AddRequest`."""
+    """Whose request it is and what it was promised; as in `AddRequest`, and the key whose quotas it is charged to."""
 
+    key: Key
     arrival: float
     tenant: str
+    weight: float | None
     priority: int
     cache_salt: str
     slo: Slo
@@ -319,6 +322,7 @@ def _request(
         priority=order.priority,
         cache_salt=order.cache_salt,
         tenant=order.tenant,
+        weight=order.weight,
         slo=order.slo,
         timeout=order.timeout,
         speculative=body.speculation,

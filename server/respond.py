@@ -75,7 +75,7 @@ async def respond(request: Request, state: State, body: GenerateBody, generation
             usage_at_end=bool(options and options.include_usage),
             usage_always=bool(options and options.continuous_usage_stats),
         )
-        return sse.EventStream(frames, generation, state.config.write_timeout)
+        return sse.EventStream(frames, generation)
     with generation:
         generation.start()
         choices = await while_connected(request.receive, _collect(generation, wire))

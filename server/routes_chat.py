@@ -31,9 +31,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     model = state.model_name(body.model)
     body.check_together(state.text.limits)
     order = state.order_of(request, body)
-    generation = await state.open_generation(
-        chat_size(body), order.tenant, lambda: chat_request(body, state.text, order)
-    )
+    generation = await state.open_generation(chat_size(body), order, lambda: chat_request(body, state.text, order))
     wire = ChatWire(generation, body, state.text.tokenizer, model, body.request_id or request.state.request_id)
     return await respond(request, state, body, generation, wire)
 

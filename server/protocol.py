@@ -283,6 +283,7 @@ class ChatBody(GenerateBody):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
+    thinking_token_budget: Integer | None = None
 
     def check_together(self, limits: Limits) -> None:
         super().check_together(limits)

@@ -19,7 +19,7 @@ from .. import __version__
 from ..engine.chat import load_chat_template
 from ..engine.client import EngineClient
 from ..engine.errors import QuireError
-from ..engine.messages import EngineReady, StepStats
+from ..engine.messages import EngineDead, EngineReady, StepStats
 from ..engine.tokenizer import generation_defaults, load_tokenizer
 from ..engine.validation import limits_of
 from . import errors, logs, routes_admin, routes_chat, routes_completions
@@ -29,6 +29,7 @@ from .config import ServerConfig
 from .cost import Experience
 from .dispatcher import Dispatcher
 from .inputs import TextSide
+from .life import LifeMetrics
 from .logs import logger
 from .metrics import Metrics
 from .middleware import LOOPBACK_HOSTS, Outermost
@@ -39,53 +40,64 @@ from .throughput import report_throughput
 def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
     """The ASGI application of one engine. Its lifespan starts `client` and closes it.
 
-    Start-up raises EngineStartError before any port is open: an orchestrator sees a failed start, not a sick server.
+    Start-up is over, and a port may open, when the engine's settings have turned out to be right; before, it raises
+    EngineStartError: an orchestrator sees a failed start, not a sick server. The model is loaded behind an open port,
+    where probes and metrics tell how far it is; if that fails, `Life.over` says that nothing will ever be served.
     """
+    dispatcher = Dispatcher(client, config.hang_timeout)
+
+    async def bring_up(app: FastAPI) -> None:
+        try:
+            app.state.quire = await _start(dispatcher, config)
+        except Exception as error:
+            if not dispatcher.stopping:
+                logger.error("cannot start: %s", error if isinstance(error, QuireError) else logs.where(error))
+            dispatcher.life.ends(EngineDead("it could not be started"))
+            await dispatcher.stop()
+            raise
+        dispatcher.life.has_started()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        try:
-            state = await _start(client, config)
-        except Exception as error:
-            logger.error("cannot start: %s", error if isinstance(error, QuireError) else logs.where(error))
-            raise
-        app.state.quire = state
-        reporter = asyncio.create_task(report_throughput(state.metrics))
+        async def report() -> None:
+            await starting
+            await report_throughput(app.state.quire.metrics)
+
+        starting = asyncio.create_task(bring_up(app))
+        settled = asyncio.create_task(dispatcher.settled.wait())
+        await asyncio.wait((starting, settled), return_when=asyncio.FIRST_COMPLETED)
+        settled.cancel()
+        if starting.done():
+            await starting
+        reporter = asyncio.create_task(report())
         try:
             yield
         finally:
+            dispatcher.fail_all(errors.draining())
+            await dispatcher.stop()
             reporter.cancel()
-            state.dispatcher.fail_all(errors.draining())
-            await state.dispatcher.stop()
-            state.pool.shutdown(wait=False, cancel_futures=True)
+            await asyncio.wait((starting, reporter))
+            if app.state.quire is not None:
+                app.state.quire.pool.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(
         title="Quire", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
     )
     for module in (routes_completions, routes_chat, routes_admin):
         app.include_router(module.router)
+    app.state.quire = None  # until the engine serves
+    app.state.dispatcher = dispatcher
+    app.state.life_metrics = LifeMetrics(dispatcher.life)
     app.add_middleware(Outermost, allowed_hosts=_allowed_hosts(config))
     for kind in (errors.ApiError, QuireError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _answer)
     return app
 
 
-async def _start(client: EngineClient, config: ServerConfig) -> State:
-    dispatcher = Dispatcher(client, config.hang_timeout)
-    try:
-        ready = await dispatcher.start()
-        folder = Path(ready.model_path)
-        tokenizer = load_tokenizer(folder)
-        text = TextSide(
-            tokenizer=tokenizer,
-            template=load_chat_template(tokenizer),
-            limits=limits_of(ready),
-            ready=ready,
-            defaults=_sampling_defaults(config, folder),
-        )
-    except BaseException:
-        await dispatcher.stop()
-        raise
+async def _start(dispatcher: Dispatcher, config: ServerConfig) -> State:
+    ready = await dispatcher.start()
+    folder = Path(ready.model_path)
+    text = await asyncio.to_thread(_text_side, ready, folder, config)
     names = config.served_model_name or (folder.name,)
     metrics = Metrics(ready, names[0], vllm_aliases=config.vllm_metrics)
     experience = Experience(ready)
@@ -115,6 +127,18 @@ async def _start(client: EngineClient, config: ServerConfig) -> State:
         experience=experience,
         text=text,
         pool=ThreadPoolExecutor(config.text_threads, thread_name_prefix="text"),
+    )
+
+
+def _text_side(ready: EngineReady, folder: Path, config: ServerConfig) -> TextSide:
+    """Not on the event loop: a large tokenizer takes a second, and probes want their answer."""
+    tokenizer = load_tokenizer(folder)
+    return TextSide(
+        tokenizer=tokenizer,
+        template=load_chat_template(tokenizer),
+        limits=limits_of(ready),
+        ready=ready,
+        defaults=_sampling_defaults(config, folder),
     )
 
 
@@ -168,7 +192,8 @@ async def _answer(request: Request, error: Exception) -> Response:
         headers = error.headers or {}  # 405 says what is allowed
     else:
         answer = error if isinstance(error, errors.ApiError) else errors.from_engine(error)
-    state_of(request).metrics.error(answer.status, answer.code)
+    if request.app.state.quire is not None:
+        state_of(request).metrics.error(answer.status, answer.code)
     response = answer.response()
     response.headers.update(headers)
     return response

@@ -32,6 +32,7 @@ POLICIES = {
     "/openapi.json": Policy(needs_key=True),
     "/health": Policy(needs_key=False, probe=True),
     "/ready": Policy(needs_key=False, probe=True),
+    "/live": Policy(needs_key=False, probe=True),
     "/metrics": Policy(needs_key=False, probe=True),
     "/version": Policy(needs_key=False),
 }

@@ -29,11 +29,10 @@ class GuardedRoute(APIRoute):
         handler = super().get_route_handler()
 
         async def guarded(request: Request) -> Response:
-            state = state_of(request)
             if policy.needs_key:
-                request.state.key_digest = state.keys.check(request.headers.get("authorization"))
+                request.state.key_digest = state_of(request).keys.check(request.headers.get("authorization"))
             if policy.has_body:
-                request = await _JsonRequest.read(request, state.config.max_body_bytes)
+                request = await _JsonRequest.read(request, state_of(request).config.max_body_bytes)
             return await handler(request)
 
         return guarded

@@ -19,6 +19,7 @@ from .. import __version__
 from ..engine.chat import load_chat_template
 from ..engine.client import EngineClient
 from ..engine.errors import QuireError
+from ..engine.grammar import Grammars, Vocabulary
 from ..engine.messages import EngineDead, EngineReady, StepStats
 from ..engine.tokenizer import generation_defaults, load_tokenizer
 from ..engine.validation import limits_of
@@ -139,6 +140,7 @@ def _text_side(ready: EngineReady, folder: Path, config: ServerConfig) -> TextSi
         limits=limits_of(ready),
         ready=ready,
         defaults=_sampling_defaults(config, folder),
+        grammars=Grammars(lambda: Vocabulary(tokenizer, ready.vocab_size)),
     )
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..engine.chat import ChatTemplate, require_chat_template
+from ..engine.errors import RequestError
+from ..engine.grammar import Grammars
 from ..engine.messages import EngineReady
 from ..engine.outputs import TextOptions
 from ..engine.tokenizer import Tokenizer
@@ -20,7 +22,7 @@ from ..engine.validation import (
     clamp_logit_bias,
     valid_token_ids,
 )
-from ..scheduler.params import SamplingParams, Slo
+from ..scheduler.params import Grammar, SamplingParams, Slo
 from . import errors
 from .cost import Asked
 from .generate import GenerateRequest, Prompt
@@ -39,6 +41,7 @@ class TextSide:
     limits: Limits
     ready: EngineReady
     defaults: Mapping[str, float | int]  # the model's own sampling defaults
+    grammars: Grammars
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,9 +228,23 @@ def _params(
         bad_words=_bad_words(body.bad_words, text.tokenizer),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        grammar=_grammar(body, text.grammars),
     )
     check_params(params, text.limits)
     return params
+
+
+def _grammar(body: GenerateBody, grammars: Grammars) -> Grammar | None:
+    """Compiled here too, so that one that is wrong is refused before the engine hears of it. Raises 400."""
+    asked = body.grammar
+    if asked is None:
+        return None
+    grammar, field = asked
+    try:
+        grammars.begin(grammar)
+    except RequestError as error:
+        raise errors.invalid(f"`{field}`: {error}.", field) from None
+    return grammar
 
 
 def _logit_bias(given: Mapping[str, float] | None) -> dict[int, float]:

@@ -99,6 +99,14 @@ def test_a_draft_that_is_its_target_is_always_right(tiny_model):
     assert core.scheduler.counters.accepted == core.scheduler.counters.drafted > 0
 
 
+def test_a_draft_model_may_know_fewer_tokens(tiny_model, narrow_model, plain):
+    settings = settings_of("draft", narrow_model)
+    core = engine(tiny_model, speculative_tree="rsd-c:2,2", **settings)
+    assert drive(core, [repeating(True)]) == plain[True]
+    assert core.scheduler.counters.accepted > 0
+    assert core.scheduler.counters.draft_failures == 0
+
+
 def test_every_request_has_its_own_method_and_length(tiny_model, plain):
     wishes = itertools.cycle(
         [

@@ -11,6 +11,7 @@ import contextlib
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -32,18 +33,25 @@ def serve(client: EngineClient, config: ServerConfig) -> bool:
     """Start `client`, and listen; returns when stopped. False if the start failed or the engine is gone for good.
 
     The port opens when the engine's settings are known to be right; what is wrong with them is in the log, and no port
-    was ever open. SIGTERM and SIGINT stay the server's, so that a late one does not break off the process's end.
+    was ever open. From here on SIGTERM and SIGINT are the server's, and after it nobody's: the process is to end, and a
+    late one shall not break that off.
     """
     logs.setup(config.log_level, config.log_json)
     server = _Server(client, config)
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, server.handle_exit)
+    _on_signals(server.handle_exit)
     try:
         server.run()
+        return server.told_to_stop or not server.engine_is_gone
     except SystemExit:  # uvicorn's word for a failed start; the reason has been logged
         return server.told_to_stop
-    return server.told_to_stop or not server.engine_is_gone
+    finally:
+        _on_signals(signal.SIG_IGN)  # a handler of ours would give way to the default one when the interpreter ends
+
+
+def _on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, handler)
 
 
 class _Server(uvicorn.Server):

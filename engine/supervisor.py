@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from .client import EngineClient, News, OnMessage
 from .config import EngineConfig
@@ -70,10 +71,10 @@ class Supervisor:
     def start(self, on_message: OnMessage) -> EngineReady:
         self._tell = on_message
         began = time.monotonic()
-        self._client = self._make(self._config)
+        client = self._client = self._make(self._config)
         if self._closing.is_set():
             raise EngineStartError("the engine was closed before it started")
-        self._ready = self._client.start(self._hear)
+        self._ready = client.start(partial(self._hear, client))
         self._start_seconds = time.monotonic() - began
         self._config = _double(self._config, self._ready)
         self._serve()
@@ -108,8 +109,10 @@ class Supervisor:
 
     # ---------------------------------------------------------------- on the engine's threads
 
-    def _hear(self, message: News) -> None:
+    def _hear(self, client: EngineClient, message: News) -> None:
         with self._telling:
+            if client is not self._client:  # it was killed, and is slow to end
+                return
             if isinstance(message, EngineDead):
                 if self._serving_since is None:
                     self._end = message
@@ -190,7 +193,7 @@ class Supervisor:
         limit = threading.Timer(START_SECONDS + START_FACTOR * self._start_seconds, client.kill)
         limit.start()
         try:
-            ready = client.start(self._hear)
+            ready = client.start(partial(self._hear, client))
             self._compare(ready)
         except EngineStartError as error:
             client.kill()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import httpx
 import pytest
 
 GREEDY = {"prompt": "Once upon a time", "max_tokens": 20, "temperature": 0, "ignore_eos": True}
+PRIVATE = {0o700 | stat.S_IFDIR, 0o600 | stat.S_IFSOCK}
 ENDLESS = {"prompt": "x", "max_tokens": 400, "n": 8, "temperature": 1.0, "ignore_eos": True}  # seconds
 
 
@@ -78,8 +80,9 @@ def wait_for_another_engine(server: Any, pid: int) -> None:
     server.wait_for(lambda: server.status("/ready") == 200 and server.engine_pids() not in ([], [pid]), 120)
 
 
-def test_a_killed_engine_is_replaced_while_the_server_stays(start_server: Callable[..., Any]):
-    server = start_server("--max-num-seqs", "32")
+def test_an_engine_that_is_killed_or_hangs_is_replaced_and_given_up_in_the_end(start_server: Callable[..., Any]):
+    server = start_server("--hang-timeout", "3", "--max-engine-restarts", "2", "--max-num-seqs", "32")
+    family = server.family()
     expected = text(complete(server))
     pid, steps = server.engine_pid(), server.metric("quire_engine_steps_total")
     streams = Streams(server, 4, **ENDLESS)
@@ -96,39 +99,27 @@ def test_a_killed_engine_is_replaced_while_the_server_stays(start_server: Callab
     assert text(complete(server)) == expected
     assert server.metric("quire_engine_steps_total") > steps
     assert server.metric("quire_engine_generated_tokens_total") > drawn
-    assert server.metric("quire_engine_restarts_total") == 1
     assert server.metric("quire_num_requests_running") == 0
-    server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(60) == 0
-    assert list(server.temporary.iterdir()) == []
 
-
-def test_an_engine_that_stands_still_for_too_long_is_killed_and_replaced(start_server: Callable[..., Any]):
-    server = start_server("--hang-timeout", "3")
     pid = server.engine_pid()
+    family += server.family()
     streams = Streams(server, 2, **ENDLESS)
     os.kill(pid, signal.SIGSTOP)
     server.wait_for(lambda: server.status("/ready") == 503, 60)
     assert codes(streams.join()) == {"engine_dead"}
     wait_for_another_engine(server, pid)
-    assert not alive(pid)
-    assert complete(server).status_code == 200
+    assert text(complete(server)) == expected
     assert server.metric("quire_engine_hung_total") == 1
     page = httpx.get(f"{server.url}/metrics", timeout=10).text
-    assert 'quire_engine_restarts_total{reason="hang"} 1.0' in page
+    for reason, count in (("crash", 1), ("hang", 1), ("start", 0)):
+        assert f'quire_engine_restarts_total{{reason="{reason}"}} {count}.0' in page
 
-
-def test_an_engine_that_ends_again_and_again_ends_the_server(start_server: Callable[..., Any]):
-    server = start_server("--max-engine-restarts", "1")
-    family = server.family()
-    pid = server.engine_pid()
-    kill(pid)
-    wait_for_another_engine(server, pid)
     family += server.family()
     kill(server.engine_pid())
     assert server.process.wait(60) == 1
     assert "given up" in server.log.read_text()
     server.wait_for(lambda: not any(alive(pid) for pid in family))
+    assert list(server.temporary.iterdir()) == []
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server_with_one_line(launch_server, tiny_model, tmp_path):
@@ -144,9 +135,9 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_one_line(launch_serv
     assert list(server.temporary.iterdir()) == []
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.4, 1.5, None])
+@pytest.mark.parametrize("delay", [0.0, 1.5])
 def test_nothing_survives_a_server_that_is_killed(launch_server: Callable[..., Any], delay: float | None):
-    """Whatever the engine is at: coming to life, importing, loading; None = serving."""
+    """Whatever the engine is at: coming to life, importing, loading. Below it is killed at work as well."""
     kill_the_server(launch_server(), delay)
 
 
@@ -170,17 +161,7 @@ def kill_the_server(server: Any, delay: float | None) -> None:
     server.wait_for(lambda: list(server.temporary.iterdir()) == [])
 
 
-def test_the_sockets_are_nobody_elses_and_are_gone_when_both_sides_are_connected(launch_server: Callable[..., Any]):
-    server = launch_server()
-    server.wait_for(lambda: bool(list(server.temporary.iterdir())), 60)
-    for path in (folder := next(server.temporary.iterdir()), *folder.iterdir()):
-        mode = path.lstat().st_mode
-        assert stat.S_IMODE(mode) == (0o700 if stat.S_ISDIR(mode) else 0o600)
-    server.wait_until_ready()
-    assert list(server.temporary.iterdir()) == []
-
-
-@pytest.mark.parametrize("moment", ["starting", "serving", "busy"])
+@pytest.mark.parametrize("moment", ["starting", pytest.param("serving", marks=pytest.mark.slow), "busy"])
 def test_signals_in_a_row_are_one_clean_end(launch_server: Callable[..., Any], moment: str):
     server = launch_server()
     server.wait_for(lambda: bool(server.engine_pids()), 60)
@@ -233,6 +214,7 @@ def texts(lines: list[str]) -> list[str]:
     return ["".join(choice["text"] for event in events for choice in event["choices"])]
 
 
+@pytest.mark.slow
 def test_a_drain_that_takes_too_long_ends_streams_with_an_error(start_server: Callable[..., Any]):
     server = start_server("--drain-timeout", "0.2")
     streams = Streams(server, 3, **ENDLESS)
@@ -250,12 +232,25 @@ def test_a_port_can_be_had_again_after_fifty_kills(launch_server: Callable[..., 
     live_and_die(launch_server, cycles=50, requests=500)
 
 
+def modes(folder: Path) -> set[int]:
+    """Of all that lies in it, as far as it is still there."""
+    found = set()
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add(path.lstat().st_mode)
+    return found
+
+
 def live_and_die(launch_server: Callable[..., Any], cycles: int, requests: int) -> None:
     """Kill the server in the middle of its work; the next one on the same port finds nothing in its way."""
     port = None
     for _ in range(cycles):
-        server = launch_server(port=port).wait_until_ready()
+        server = launch_server(port=port)
         port = server.port
+        server.wait_for(lambda server=server: len(modes(server.temporary)) > 1, 60)
+        server.wait_for(lambda server=server: modes(server.temporary) <= PRIVATE, 60)
+        server.wait_until_ready()
+        assert list(server.temporary.iterdir()) == [], "sockets can be reached though both sides are connected"
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             answers = [pool.submit(complete, server, max_tokens=2) for _ in range(requests)]
         assert len({text(answer.result()) for answer in answers}) == 1

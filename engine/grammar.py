@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 
@@ -134,38 +134,35 @@ class GrammarState:
         self._vocabulary, self._matcher = vocabulary, matcher.deep_copy()
         self._masks: dict[tuple[int, ...], np.ndarray] = {}  # by path, until something is drawn
         self._error: str | None = None  # why there can be no more masks
-        self._filling: Future[None] | None = None
+        self.filling: Future[None] | None = None  # of what is being computed on another thread
         for token in drawn:
             self.append(token)
 
     def append(self, token: int) -> None:
         """It was drawn."""
-        self._wait()
+        self.settle()
         self._masks.clear()
         self._matcher.consume_token(token)
-
-    def fill(self, pool: ThreadPoolExecutor, paths: Iterable[tuple[int, ...]]) -> None:
-        """Compute on another thread the masks that `mask` will be asked for."""
-        self._wait()
-        self._filling = pool.submit(self._fill, list(paths))
 
     def mask(self, path: Sequence[int]) -> np.ndarray:
         """Which tokens may follow what was drawn and then `path`, [ceil(V / 32)] int32; none behind a path that the
         grammar forbids. Raises RequestError where the grammar has become too complex."""
-        self._wait()
+        self.settle()
         key = tuple(path)
         if key not in self._masks:
-            self._fill([key])
+            self.compute([key])
         if self._error is not None:
             raise RequestError(self._error, "structured_outputs")
         return self._masks[key]
 
-    def _wait(self) -> None:
-        if self._filling is not None:
-            filling, self._filling = self._filling, None
+    def settle(self) -> None:
+        """Wait for masks that are being computed."""
+        if self.filling is not None:
+            filling, self.filling = self.filling, None
             filling.result()
 
-    def _fill(self, paths: Sequence[tuple[int, ...]]) -> None:
+    def compute(self, paths: Sequence[tuple[int, ...]]) -> None:
+        """The masks behind these paths; nobody else may use the state meanwhile."""
         for path in paths:
             self._masks[path] = self._behind(path)
             if self._matcher.is_error():
@@ -173,10 +170,6 @@ class GrammarState:
 
     def _behind(self, path: tuple[int, ...]) -> np.ndarray:
         vocabulary, matcher = self._vocabulary, self._matcher
-        if path and path[-1] in vocabulary.ends:
-            before = self._masks[path[:-1]] if path[:-1] in self._masks else self._behind(path[:-1])
-            complete = before[path[-1] // 32] >> path[-1] % 32 & 1
-            return np.full(vocabulary.words, -complete, np.int32)  # what follows the end is drawn, and never seen
         taken = matcher.try_consume_tokens(list(path)) if path else 0
         mask = vocabulary.mask(matcher) if taken == len(path) else np.zeros(vocabulary.words, np.int32)
         if taken:
@@ -193,7 +186,20 @@ class Grammars:
         self._vocabulary: Vocabulary | None = None
         self._kept: OrderedDict[Grammar, LLMatcher] = OrderedDict()
         self._lock = Lock()
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+
+    def fill(self, states: Sequence[GrammarState], paths: Sequence[Sequence[tuple[int, ...]]]) -> None:
+        """Compute on another thread the masks that each state will be asked for; a state waits for them by itself."""
+
+        def compute() -> None:
+            for state, some in zip(states, paths, strict=True):
+                state.compute(some)
+
+        for state in states:
+            state.settle()
+        filling = self._pool.submit(compute)
+        for state in states:
+            state.filling = filling
 
     def __contains__(self, grammar: Grammar) -> bool:
         """Whether `begin` would not compile it."""
@@ -201,7 +207,7 @@ class Grammars:
 
     def prepare(self, grammar: Grammar) -> Future[LLMatcher]:
         """Compile it on a thread of its own; the result raises as `Vocabulary.compile` does."""
-        return self.pool.submit(self._matcher, grammar)
+        return self._pool.submit(self._matcher, grammar)
 
     def begin(self, grammar: Grammar, drawn: Sequence[int] = ()) -> GrammarState:
         """For one sample; compiles what has not been prepared, or has been forgotten since."""

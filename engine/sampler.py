@@ -127,9 +127,12 @@ class Sampler:
 
     def fill_masks(self, slots: Sequence[int], paths: Sequence[Sequence[tuple[int, ...]]]) -> None:
         """Begin with what grammars allow behind each of these paths, of each slot: while the model computes logits."""
-        for state, some in zip(self.states(slots), paths, strict=True):
-            if state.grammar is not None and self._grammars is not None:
-                state.grammar.fill(self._grammars.pool, some)
+        if self._grammars is None:
+            return
+        pairs = zip(self.states(slots), paths, strict=True)
+        wanted = [(state.grammar, some) for state, some in pairs if state.grammar is not None]
+        if wanted:
+            self._grammars.fill([state for state, _ in wanted], [some for _, some in wanted])
 
     def sample(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int]) -> list[RowResult]:
         """`draw`, and wait for it."""

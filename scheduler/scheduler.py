@@ -105,12 +105,14 @@ class Scheduler:
         arrival: float = 0.0,
         cache_salt: str = "",
         tenant: str = "",
+        weight: float | None = None,
         slo: Slo | None = None,
         timeout: float | None = None,
         speculative: Speculative | None = None,
     ) -> None:
         """Queue params.n samples of a prompt. Raises Refused for what could never run; nothing is queued then.
 
+        weight: the tenant's share from now on; None = as configured.
         timeout: seconds from arrival after which it ends, whatever it was doing.
         """
         self.roster.add(
@@ -121,6 +123,7 @@ class Scheduler:
             arrival=arrival,
             cache_salt=cache_salt,
             tenant=tenant,
+            weight=weight,
             slo=slo or Slo(),
             timeout=timeout,
             draft=most_for(self.config, speculative or Speculative()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -25,15 +25,18 @@ from ..engine.tokenizer import generation_defaults, load_tokenizer
 from ..engine.validation import limits_of
 from . import errors, logs, routes_admin, routes_chat, routes_completions
 from .admission import Admission
-from .auth import Keys
+from .auth import Door
 from .config import ServerConfig
 from .cost import Experience
 from .dispatcher import Dispatcher
 from .inputs import TextSide
+from .keys import Key, KeyRing
+from .keys_file import Stamp, follow, load_keys, stamp_of
 from .life import LifeMetrics
 from .logs import logger
 from .metrics import Metrics
 from .middleware import LOOPBACK_HOSTS, Outermost
+from .parsing.markup import markup_of
 from .state import State, state_of
 from .throughput import report_throughput
 
@@ -46,10 +49,14 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
     where probes and metrics tell how far it is; if that fails, `Life.over` says that nothing will ever be served.
     """
     dispatcher = Dispatcher(client, config.hang_timeout)
+    door = Door(KeyRing(config.api_key))
+    path = config.api_keys_file
 
     async def bring_up(app: FastAPI) -> None:
         try:
-            app.state.quire = await _start(dispatcher, config)
+            if path is not None:
+                door.use_keys(load_keys(path))
+            app.state.quire = await _start(dispatcher, config, door)
         except Exception as error:
             if not dispatcher.stopping:
                 logger.error("cannot start: %s", error if isinstance(error, QuireError) else logs.where(error))
@@ -58,26 +65,32 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
             raise
         dispatcher.life.has_started()
 
+    def use_keys(named: Sequence[Key]) -> None:
+        door.use_keys(named)
+        app.state.quire.name_tenants()
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async def report() -> None:
+        async def chores() -> None:
             await starting
-            await report_throughput(app.state.quire.metrics)
+            following = [] if path is None else [follow(path, seen, use_keys)]
+            await asyncio.gather(report_throughput(app.state.quire.metrics), *following)
 
+        seen: Stamp = () if path is None else stamp_of(path)
         starting = asyncio.create_task(bring_up(app))
         settled = asyncio.create_task(dispatcher.settled.wait())
         await asyncio.wait((starting, settled), return_when=asyncio.FIRST_COMPLETED)
         settled.cancel()
         if starting.done():
             await starting
-        reporter = asyncio.create_task(report())
+        working = asyncio.create_task(chores())
         try:
             yield
         finally:
             dispatcher.fail_all(errors.draining())
             await dispatcher.stop()
-            reporter.cancel()
-            await asyncio.wait((starting, reporter))
+            working.cancel()
+            await asyncio.wait((starting, working))
             if app.state.quire is not None:
                 app.state.quire.pool.shutdown(wait=False, cancel_futures=True)
 
@@ -89,24 +102,24 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
     app.state.quire = None  # until the engine serves
     app.state.dispatcher = dispatcher
     app.state.life_metrics = LifeMetrics(dispatcher.life)
+    app.state.door = door
     app.add_middleware(Outermost, allowed_hosts=_allowed_hosts(config))
     for kind in (errors.ApiError, QuireError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _answer)
     return app
 
 
-async def _start(dispatcher: Dispatcher, config: ServerConfig) -> State:
+async def _start(dispatcher: Dispatcher, config: ServerConfig, door: Door) -> State:
     ready = await dispatcher.start()
     folder = Path(ready.model_path)
     text = await asyncio.to_thread(_text_side, ready, folder, config)
     names = config.served_model_name or (folder.name,)
-    metrics = Metrics(ready, names[0], vllm_aliases=config.vllm_metrics)
+    metrics = Metrics(ready, names[0], tenants={*ready.tenants, *door.ring.named}, vllm_aliases=config.vllm_metrics)
     experience = Experience(ready)
     admission = Admission(
         ready.max_num_seqs + config.max_queued_requests,
         places=ready.max_num_seqs,
         max_queue_seconds=config.max_queue_seconds,
-        weights=ready.tenant_weights,
     )
 
     def saw_step(stats: StepStats) -> None:
@@ -116,12 +129,19 @@ async def _start(dispatcher: Dispatcher, config: ServerConfig) -> State:
 
     dispatcher.on_stats = saw_step
     _log_facts(ready, names)
-    return State(
+    if text.template is not None:
+        markup = text.markup
+        logger.info(
+            "calls of tools are read as %s, thinking as %s",
+            markup.syntax.name if markup.syntax else "nothing known",
+            f"{markup.tags.start}…{markup.tags.end}" if markup.tags else "nothing apart",
+        )
+    state = State(
         config=config,
         ready=ready,
         model_names=names,
         created=int(time.time()),
-        keys=Keys(config.api_key),
+        door=door,
         admission=admission,
         dispatcher=dispatcher,
         metrics=metrics,
@@ -129,17 +149,21 @@ async def _start(dispatcher: Dispatcher, config: ServerConfig) -> State:
         text=text,
         pool=ThreadPoolExecutor(config.text_threads, thread_name_prefix="text"),
     )
+    state.name_tenants()
+    return state
 
 
 def _text_side(ready: EngineReady, folder: Path, config: ServerConfig) -> TextSide:
     """Not on the event loop: a large tokenizer takes a second, and probes want their answer."""
     tokenizer = load_tokenizer(folder)
+    template = load_chat_template(tokenizer)
     return TextSide(
         tokenizer=tokenizer,
-        template=load_chat_template(tokenizer),
+        template=template,
         limits=limits_of(ready),
         ready=ready,
         defaults=_sampling_defaults(config, folder),
+        markup=markup_of(config.tool_call_parser, config.reasoning_parser, template, tokenizer),
         grammars=Grammars(lambda: Vocabulary(tokenizer, ready.vocab_size)),
     )
 

@@ -225,6 +225,10 @@ class ChatBody(GenerateBody):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
 
     def check_together(self, limits: Limits) -> None:
         super().check_together(limits)
@@ -256,6 +260,7 @@ class TokenizeBody(_Body):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
 
     @property
     def template_variables(self) -> dict[str, Any]:

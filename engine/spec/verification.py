@@ -59,7 +59,7 @@ class _Walk(NamedTuple):
 
     path: list[int]  # accepted nodes
     tokens: list[int]  # theirs, and the one behind them
-    error: str | None  # of the first row on the way that no token can be drawn from
+    error: str | None  # why no token can be drawn from the first row
 
     @property
     def rows(self) -> list[int]:
@@ -74,8 +74,8 @@ def judge(
 
     logits     [R, V] float32: 1 + nodes rows for each sequence, one sequence after another, its root first
     positions  of each sequence, the index in it of the token after the root
-    A row that no token can be drawn from ends its sequence if the path leads there; nobody else notices. Whatever it
-    raises, no state knows of anything new by then, and the sequences can be judged again, each alone.
+    A row that no token can be drawn from ends its sequence if it is the first, and else the path; nobody else notices.
+    Whatever it raises, no state knows of anything new by then, and the sequences can be judged again, each alone.
     Raises ValueError for a q beside temperature 0: what is guessed then has no distribution, and the draft must say so.
     """
     cases: list[_Case] = []
@@ -159,10 +159,15 @@ def _padded(rows: Tensor, counts: np.ndarray) -> Tensor:
 
 
 def _walk(case: _Case, path: list[int], last: int, why: Sequence[str | None]) -> _Walk:
-    """why: the faults of the case's rows."""
-    on_the_way = [why[0], *(why[node + 1] for node in path)]
-    tokens = [*(case.draft.tree.tokens[node] for node in path), last]
-    return _Walk(path, tokens, next((fault for fault in on_the_way if fault is not None), None))
+    """The walk as far as there is no fault on the way; why: the faults of the case's rows.
+
+    Behind accepted guesses a fault is left to the step that begins there: by then the sequence may have ended.
+    """
+    guessed = [case.draft.tree.tokens[node] for node in path]
+    for i, node in enumerate(path):
+        if why[0] is None and why[node + 1] is not None:
+            return _Walk(path[:i], guessed[: i + 1], None)
+    return _Walk(path, [*guessed, last], why[0])
 
 
 def _logprobs(

@@ -199,10 +199,12 @@ ROWS = [
         }.items()
     ),
     *(
+        (COMPLETION, {name: value}, 400, name, "unsupported_parameter", f"`{name}`")
+        for name, value in {"tools": [{}], "tool_choice": "required"}.items()
+    ),
+    *(
         (CONVERSATION, {name: value}, 400, name, "unsupported_parameter", f"`{name}`")
         for name, value in {
-            "tools": [{"type": "function", "function": {"name": "f"}}],
-            "tool_choice": "required",
             "functions": [],
             "modalities": ["text", "audio"],
             "audio": {"voice": "x"},

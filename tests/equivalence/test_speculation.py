@@ -2,7 +2,7 @@
 
 Greedy requests, and those whose guesses are a function of the past, say with guesses what they say without, token by
 token, on every path of paths.py. What is drawn behind guesses that were drawn themselves has the same
-distribution, which tests/unit/engine/spec/test_verification.py shows; here it is held to its seed.
+distribution, which test_sampled_speculation.py shows; here it is held to its seed.
 """
 
 from __future__ import annotations

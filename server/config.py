@@ -30,7 +30,9 @@ class ServerConfig:
     drain_timeout         seconds that running requests get to finish after SIGTERM
     write_timeout         seconds that one write to a client may take before its request is aborted: nobody reads there
     keep_alive_interval   seconds without a token after which a stream gets a comment, so that proxies keep it open
-    hang_timeout          seconds without a sign of life from the engine's loop after which /health and /ready say 503
+    hang_timeout          seconds without a sign of life from the engine's loop after which /health and /ready say 503;
+                          after twice as many the engine is killed, and started again
+    max_engine_restarts   times in a row that the engine is started again when it has ended; past it the server ends
     text_threads          threads that tokenize and render chat templates
     generation_config     "auto" = the model's own sampling defaults, "none" = OpenAI's
     tool_call_parser      how the model spells calls of tools: "auto" = as its chat template does, "none" = no tools
@@ -57,6 +59,7 @@ class ServerConfig:
     write_timeout: float = 60.0
     keep_alive_interval: float = 15.0
     hang_timeout: float = 10.0
+    max_engine_restarts: int = 5
     text_threads: int = 2
     generation_config: str = "auto"
     tool_call_parser: str = "auto"

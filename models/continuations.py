@@ -15,11 +15,12 @@ from .export import FOLDERS, MODELS
 from .llama import Llama, rotate
 from .tokenizer import END_OF_TEXT, load_tokenizer
 
-# Batches of BATCH prompts. A head has some ten thousand weights, and 100,000 tokens are enough for it.
-BATCHES = {"train": 4, "validate": 1, "held_out": 2}
-BATCH, CONTINUATION = 128, 192
+# Batches of BATCH prompts. A head has some three hundred weights; the held-out texts are as many as the gains in
+# tokens a second need to be known to half a per cent.
+BATCHES = {"train": 6, "validate": 2, "held_out": 4}
+BATCH, CONTINUATION = 144, 192
 PROMPT_LENGTHS = (64, 128, 256)  # of one batch after another
-TEMPERATURES = (1.0, 0.5)  # of one prompt after another
+TEMPERATURES = (1.0, 0.5, 0.0)  # of one prompt after another; 0 = greedy
 ROWS = 16  # sequences whose distributions are held at once: 50 MB each for target and draft
 # Of the training modules every tenth is kept for choosing among heads and thresholds; the held-out ones judge.
 VALIDATE_EVERY = 10
@@ -60,10 +61,21 @@ def forward_cached(model: Llama, tokens: Tensor, start: int, cache: Cache, width
     return model.norm(x)
 
 
+def next_logits(model: Llama, hidden: Tensor) -> Tensor:
+    """[..., V] float32 of hidden states [..., d]."""
+    return F.linear(hidden.float(), model.embed_tokens.weight.float())
+
+
+def tempered(logits: Tensor, temperatures: Tensor) -> Tensor:
+    """Next-token distributions [batch, ..., V] of logits [batch, ..., V]; temperatures [batch], 0 = greedy."""
+    t = temperatures.view(-1, *[1] * (logits.ndim - 1))
+    likeliest = F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    return torch.where(t == 0, likeliest, (logits / t.clamp(min=1e-4)).softmax(-1))
+
+
 def probabilities(model: Llama, hidden: Tensor, temperatures: Tensor) -> Tensor:
-    """Next-token distributions [batch, ..., V] of hidden states [batch, ..., d]; temperatures [batch] above 0."""
-    logits = F.linear(hidden.float(), model.embed_tokens.weight.float())
-    return (logits / temperatures.view(-1, *[1] * (logits.ndim - 1))).softmax(-1)
+    """The same of hidden states [batch, ..., d]."""
+    return tempered(next_logits(model, hidden), temperatures)
 
 
 @torch.no_grad()

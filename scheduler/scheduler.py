@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from copy import copy
 from operator import attrgetter
@@ -324,7 +324,9 @@ class Scheduler:
         streams = [request for request in rows if request.num_output]
         tokens = self.config.max_num_batched_tokens - shape.num_tokens
         depths = self.speculation.choose(wishes, shape, tokens, self._promised_seconds(streams))
-        for (request, most), depth in zip(wishes, depths, strict=True):
+        guessing = Counter(wish.most.method for wish, depth in zip(wishes, depths, strict=True) if depth)
+        for wish, depth in zip(wishes, depths, strict=True):
+            request, most = wish
             while depth and not self.residency.has_room_ahead(request, most.shape.cut(depth).nodes):
                 depth -= 1
             self._drafts = self._drafts or depth > 0
@@ -332,14 +334,17 @@ class Scheduler:
                 continue
             self.counters.depths[depth] += 1
             if depth:
-                rows[request] = self._with_draft(request, rows[request], most, depth)
+                order = DraftOrder(
+                    most.method, most.shape.cut(depth), self.speculation.go_on(wish, guessing[most.method])
+                )
+                rows[request] = self._with_draft(request, rows[request], order)
 
     def _most(self, request: Request, row: Row) -> DraftOrder | None:
         """What may be guessed behind this row at most: what is accepted, and one token more, may not pass its length,
         and its blocks have to have room for all nodes."""
         if request.draft is None or row.num_tokens > 1 or not request.num_output or not row.samples:
             return None
-        method, shape = request.draft
+        method, shape, _ = request.draft
         left = request.group.max_len - request.num_tokens - 1
         if left >= MAX_NODES:
             return request.draft
@@ -348,10 +353,10 @@ class Scheduler:
             shape = shape.cut(shape.depth - 1)
         return DraftOrder(method, shape) if shape.depth else None
 
-    def _with_draft(self, request: Request, row: Row, most: DraftOrder, depth: int) -> Row:
-        shape = most.shape.cut(depth)
-        new = row.new_block_ids + self.residency.grow_ahead(request, shape.nodes)
-        return row._replace(num_tokens=1 + shape.nodes, new_block_ids=new, draft=DraftOrder(most.method, shape))
+    def _with_draft(self, request: Request, row: Row, order: DraftOrder) -> Row:
+        nodes = order.shape.nodes
+        new = row.new_block_ids + self.residency.grow_ahead(request, nodes)
+        return row._replace(num_tokens=1 + nodes, new_block_ids=new, draft=order)
 
     def _owed_tokens(self, decoding: list[Request]) -> int:
         """Prompt tokens of the tenant that was served no more than any other whose streams run, if there is one.

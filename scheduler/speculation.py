@@ -86,6 +86,7 @@ class Speculation:
         self._adaptive = config.adaptive_drafts
         self._depth = config.draft_shape.depth if config.draft_shape is not None else 0
         self._methods: dict[str, Trials] = {}
+        self._rate = 0.0  # tokens per second of the step that was chosen last, as far as is known
         self._credit = 0.0  # seconds that may be spent on probes
         self._probe_seconds = 0.0  # what the probe that is under way may cost
         self._probes = 0
@@ -144,6 +145,7 @@ class Speculation:
             better = self._best(levels, wishes, shape, room, deepest, rate)
             if better[0] > rate:
                 rate, chosen = better
+        self._rate = rate
         if any(chosen):
             if self._forbear(chosen, wishes):
                 return chosen
@@ -162,6 +164,22 @@ class Speculation:
             return chosen
         self._rest = 0
         return probe
+
+    def go_on(self, wish: Wish, streams: int) -> float:
+        """How likely all guesses of a chain must be right for one more to pay, in the step that was chosen last.
+
+        One more wins a token if it is right as well, and takes seconds that bring `_rate` tokens each otherwise: it
+        pays while P(all so far) · P(the next) >= rate · seconds. What would be won behind it is left out: a chain that
+        is in doubt rarely gets there. streams: those that share the passes of this method.
+        """
+        if not self._adaptive:
+            return 0.0
+        request, most = wish
+        guessing, own = self.cost.of(most.method), self._own(request)
+        seconds = guessing.a / streams + guessing.b + self.cost.verifying.b
+        seconds += self._steps.cost.work_seconds(request.num_tokens, 1)
+        belief = BELIEF_WEIGHT * method_rates(self._method(most.method))[0]
+        return self._rate * seconds * (own.tried[0] + BELIEF_WEIGHT) / (own.accepted[0] + belief)
 
     def _forbear(self, chosen: list[int], wishes: Sequence[Wish]) -> bool:
         """Of a method whose cost is not known leave only one stream: it may be large. Whether any had to go."""

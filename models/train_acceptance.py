@@ -19,8 +19,7 @@ from .llama import Llama
 from .stopping import LONGEST, Played, Trace, play, trace
 from .train import WORK
 
-# Of a text at one temperature examples are made at others, too: any may be asked for.
-MIXES, HOTTEST = 3, 1.3
+HOTTEST = 1.3  # any temperature may be asked for, and examples are made up to this one
 COSTS = (1 / 50, 1 / 20, 1 / 10)  # of a draft's pass, where the target's is 1
 RESAMPLES = 200  # of the held-out sequences, for the error of a gain
 
@@ -47,8 +46,7 @@ def train_pair(pair: Pair, target: Llama, draft: Llama, parts: dict[str, list[Ba
         data = [examples(target, draft, pair.width, batch, generator) for batch in batches]
         return tuple(map(torch.cat, zip(*data, strict=True)))
 
-    texts = [at_any_temperature(batch, generator) if i else batch for batch in parts["train"] for i in range(MIXES)]
-    head = train_confidence(*all_examples(texts))
+    head = train_confidence(*all_examples(parts["train"] + [at_any_temperature(b, generator) for b in parts["train"]]))
     save(pair, head)
     known, accepted = all_examples(parts["held_out"])
     name = f"{pair.model} {pair.width}"

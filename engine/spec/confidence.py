@@ -76,9 +76,9 @@ def features(logits: Tensor, tokens: Tensor, temperatures: Tensor) -> Tensor:
 
 def confidence_of(path: Path, tensors: dict[str, Tensor], device: torch.device) -> Confidence:
     """The head that a file's tensors are. Raises EngineStartError naming the tensor, and what it should be."""
-    units = tensors["hidden.weight"].shape[0]
+    units = tensors["hidden.weight"].numel() // FEATURES
     if units > MAX_UNITS:
-        raise EngineStartError(f"{path}: tensor hidden.weight has {units} units; at most {MAX_UNITS} are taken")
+        raise EngineStartError(f"{path}: the head has {units} units; at most {MAX_UNITS} are taken")
     shapes = {"hidden.weight": (units, FEATURES), "hidden.bias": (units,), "out.weight": (1, units), "out.bias": (1,)}
     for name, shape in shapes.items():
         if name not in tensors:

@@ -19,12 +19,14 @@ class TextOptions:
     stop                           end a sample where its text comes to contain one of these; the text ends before it
     include_stop_str_in_output     the text ends after it instead; a stop token's own text is shown as well
     skip_special_tokens            special tokens have no text
+    markup_ids                     but for these, which a parser reads and takes out of the text again
     spaces_between_special_tokens  False: leading spaces of a special token that follows another are dropped
     """
 
     stop: tuple[str, ...] = ()
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    markup_ids: frozenset[int] = frozenset()
     spaces_between_special_tokens: bool = True
 
 
@@ -83,6 +85,7 @@ class SampleStream:
             tokenizer,
             opens_document=opens_document,
             skip_special_tokens=options.skip_special_tokens,
+            markup_ids=options.markup_ids,
             spaces_between_special_tokens=options.spaces_between_special_tokens,
         )
         self._stops = StopChecker(options.stop, options.include_stop_str_in_output)

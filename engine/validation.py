@@ -28,6 +28,7 @@ MAX_REPETITION_PENALTY = 100.0
 MIN_REPETITION_PENALTY = 0.01  # a logit is divided by it; smaller ones overflow half precision
 MAX_SALT_BYTES = 128
 MAX_TENANT_BYTES = 64
+MAX_WEIGHT = 1e6  # of a tenant: shares beyond that starve everybody else
 # Promises, in seconds. Below the least no engine could keep one; above the most it is a mistake in the unit.
 SLO_BOUNDS = {"ttft": (0.001, 3600.0), "itl": (0.001, 60.0), "deadline": (0.001, 86400.0)}
 TIMEOUT_BOUNDS = (0.001, 86400.0)
@@ -131,6 +132,8 @@ def check_params(params: SamplingParams, limits: Limits) -> None:
     _check_token_lists(params, limits.vocab_size)
     _check_logprobs(params.logprobs, "logprobs", limits)
     _check_logprobs(params.prompt_logprobs, "prompt_logprobs", limits)
+    if params.grammar is not None and params.ignore_eos:
+        raise RequestError("ignore_eos cannot be had with a grammar, whose text has an end; leave it out", "ignore_eos")
 
 
 def check_request(request: AddRequest, limits: Limits) -> None:
@@ -139,6 +142,8 @@ def check_request(request: AddRequest, limits: Limits) -> None:
     check_params(request.params, limits)
     check_length(len(request.prompt_ids), request.params.max_tokens, limits.max_model_len)
     check_order(request.priority, request.tenant, limits)
+    if request.weight is not None:
+        _number(request.weight, "weight", 0.0, MAX_WEIGHT, above_low=True)
     check_promises(request.slo, request.timeout)
     check_speculative(request.speculative, limits)
     if not isinstance(request.cache_salt, str) or len(request.cache_salt.encode("utf-8", "replace")) > MAX_SALT_BYTES:

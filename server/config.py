@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from ..engine.validation import TIMEOUT_BOUNDS
+from .parsing.syntaxes import REASONING_PARSERS, TOOL_PARSERS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,7 +15,8 @@ class ServerConfig:
 
     host, port            where it listens
     served_model_name     the names that requests may use; the first is the one shown. Empty = the model folder's name
-    api_key               keys that open /v1 and the tokenizer routes; empty = open to everybody who reaches the port
+    api_key               keys that open /v1 and the tokenizer routes
+    api_keys_file         further keys, with names and quotas (keys_file.py). With neither, open to all who reach it
     allowed_hosts         names accepted in the Host header; empty = loopback names when bound to loopback, else any
     max_queued_requests   samples that may wait beyond those that can run; past it new requests get 503 with Retry-After
     max_queue_seconds     predicted wait in the queue past which new requests get 503 as well; None = no such bound
@@ -26,6 +29,8 @@ class ServerConfig:
     hang_timeout          seconds without a sign of life from the engine's loop after which /health and /ready say 503
     text_threads          threads that tokenize and render chat templates
     generation_config     "auto" = the model's own sampling defaults, "none" = OpenAI's
+    tool_call_parser      how the model spells calls of tools: "auto" = as its chat template does, "none" = no tools
+    reasoning_parser      how it marks its thinking: "auto" = as its chat template does, "none" = all text is content
     vllm_metrics          repeat the metrics that dashboards and gateways know under their `vllm:` names
     log_json              one JSON object a line
     log_level             of our own lines: "debug", "info", "warning", "error"
@@ -34,7 +39,8 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     served_model_name: tuple[str, ...] = ()
-    api_key: tuple[str, ...] = ()
+    api_key: tuple[str, ...] = field(default=(), repr=False)
+    api_keys_file: Path | None = None
     allowed_hosts: tuple[str, ...] = ()
     max_queued_requests: int = 1024
     max_queue_seconds: float | None = None
@@ -46,6 +52,8 @@ class ServerConfig:
     hang_timeout: float = 10.0
     text_threads: int = 2
     generation_config: str = "auto"
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
     vllm_metrics: bool = False
     log_json: bool = False
     log_level: str = "info"
@@ -54,10 +62,14 @@ class ServerConfig:
         """Raises ValueError, naming the field, for a word that is none of the choices or a time that is none."""
         for name, choices in (
             ("generation_config", ("auto", "none")),
+            ("tool_call_parser", TOOL_PARSERS),
+            ("reasoning_parser", REASONING_PARSERS),
             ("log_level", ("debug", "info", "warning", "error")),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
+        if "" in self.api_key:
+            raise ValueError("api_key is empty: give a key, or leave it out")
         for name, (low, high) in _SECONDS.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:

@@ -51,6 +51,8 @@ class ApiError(Exception):
             return {"Retry-After": str(_whole_seconds(self.retry_after)), "x-should-retry": "true"}
         if self.status == 401:
             return {"WWW-Authenticate": "Bearer"}
+        if self.status == 429:  # for good: clients would come back by themselves
+            return {"x-should-retry": "false"}
         return {}
 
     def response(self) -> Response:
@@ -78,6 +80,48 @@ def unsupported(param: str, message: str) -> ApiError:
 def unauthorized() -> ApiError:
     message = "Missing or wrong API key. Send it as `Authorization: Bearer KEY`."
     return ApiError(401, message, code="invalid_api_key")
+
+
+def expired_key() -> ApiError:
+    return ApiError(401, "This API key has expired; ask the server's owner for a new one.", code="expired_api_key")
+
+
+def too_many_attempts(wait: float) -> ApiError:
+    message = "Too many requests with a wrong API key came from this address. Wait before you send another."
+    return ApiError(429, message, code="too_many_attempts", retry_after=wait)
+
+
+def missing_scope(scope: str) -> ApiError:
+    message = f"This API key lacks the scope `{scope}`. Use one whose entry in the server's keys file has it."
+    return ApiError(403, message, code="missing_scope")
+
+
+def foreign_tenant(name: str) -> ApiError:
+    message = (
+        f"`tenant` is {shown(name)}, which is not the tenant of this API key: leave it out, or use a key with the "
+        "scope `tenant`."
+    )
+    return ApiError(403, message, code="tenant_not_allowed", param="tenant")
+
+
+def too_urgent(priority: int, least: int) -> ApiError:
+    message = f"`priority` is {priority}, and this API key may have {least} or more (lower numbers run first)."
+    return ApiError(403, message, code="priority_not_allowed", param="priority")
+
+
+def rate_limited(limit: str, retry_after: float) -> ApiError:
+    """`limit`: what the key may have, in words."""
+    message = f"This API key may have {limit}. Try again in {max(retry_after, 1.0):.0f} s."
+    return ApiError(429, message, code="rate_limit_exceeded", retry_after=retry_after)
+
+
+def larger_than_quota(tokens: int, limit: int) -> ApiError:
+    """A request that no waiting lets in."""
+    message = (
+        f"This request may come to {tokens} tokens, prompt and answers together, and this API key has {limit} a "
+        "minute: lower `max_tokens` or `n`, or send a shorter prompt."
+    )
+    return ApiError(429, message, code="rate_limit_exceeded")
 
 
 def model_not_found(name: str) -> ApiError:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..engine.chat import ChatTemplate, require_chat_template
+from ..engine.errors import RequestError
+from ..engine.grammar import Grammars
 from ..engine.messages import EngineReady
 from ..engine.outputs import TextOptions
 from ..engine.tokenizer import Tokenizer
@@ -20,11 +22,15 @@ from ..engine.validation import (
     clamp_logit_bias,
     valid_token_ids,
 )
-from ..scheduler.params import SamplingParams, Slo
+from ..scheduler.params import Grammar, SamplingParams, Slo
 from . import errors
 from .cost import Asked
 from .generate import GenerateRequest, Prompt
+from .keys import Key
+from .parsing.markup import Markup
+from .parsing.reading import AnswerFormat
 from .protocol import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerateBody, TokenizeBody
+from .tools import answer_format, tool_use
 
 MAX_PROMPTS = 1024  # of one call, as elsewhere: an evaluation harness sends its whole batch in one
 MAX_SAMPLES = 4096  # prompts times n of one call, where one prompt's n may not be more: their answers are kept here
@@ -39,14 +45,18 @@ class TextSide:
     limits: Limits
     ready: EngineReady
     defaults: Mapping[str, float | int]  # the model's own sampling defaults
+    markup: Markup
+    grammars: Grammars
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Whose request it is and what it was promised; as in `AddRequest`."""
+    """Whose request it is and what it was promised; as in `AddRequest`, and the key whose quotas it is charged to."""
 
+    key: Key
     arrival: float
     tenant: str
+    weight: float | None
     priority: int
     cache_salt: str
     slo: Slo
@@ -125,25 +135,42 @@ def chat_request(body: ChatBody, text: TextSide, order: Order) -> GenerateReques
     if max_tokens is not None and max_tokens < 1:
         name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         raise errors.invalid(f"`{name}` must be at least 1, got {max_tokens}.", name)
-    ids = encode_chat(body, text)
-    ids = _truncated(ids, body, text, max_tokens or 0)
+    use = tool_use(body, text.markup)
+    rendered = render_chat(body, text, use.tools if use else None)
+    ids = _truncated(encode_chat(rendered, body, text), body, text, max_tokens or 0)
     if max_tokens is None:
         room = max(text.ready.max_model_len - len(ids), 1)
         max_tokens = min(int(text.defaults.get("max_tokens", room)), room)
     params = _params(body, text, max_tokens, body.num_logprobs, body.prompt_logprobs)
     check_length(len(ids), max_tokens, text.ready.max_model_len)
-    return _request(body, [Prompt(ids, params)], order)
+    return _request(body, [Prompt(ids, params)], order, answer_format(body, use, text.markup, rendered), text.markup)
 
 
-def encode_chat(body: ChatBody | TokenizeBody, text: TextSide) -> list[int]:
-    """The ids of the rendered conversation."""
+def render_chat(body: ChatBody | TokenizeBody, text: TextSide, tools: list[dict[str, Any]] | None) -> str:
+    """The conversation as the model's template writes it, with the tools that may be used."""
     continue_final = bool(body.continue_final_message)
-    rendered = require_chat_template(text.template).render(
+    template = require_chat_template(text.template)
+    return template.render(
         body.messages,
+        tools=tools,
         add_generation_prompt=not continue_final if body.add_generation_prompt is None else body.add_generation_prompt,
         continue_final_message=continue_final,
-        variables=body.template_variables,
+        variables=_template_variables(body, template),
     )
+
+
+def _template_variables(body: ChatBody | TokenizeBody, template: ChatTemplate) -> dict[str, Any]:
+    """What the caller sets for the template. An effort also switches thinking, where that is all there is to switch."""
+    variables = dict(body.template_variables)
+    if isinstance(body, ChatBody) and body.reasoning_effort is not None and "enable_thinking" in template.variables:
+        variables.setdefault("enable_thinking", body.reasoning_effort != "none")
+        if "reasoning_effort" not in template.variables:
+            variables.pop("reasoning_effort", None)
+    return variables
+
+
+def encode_chat(rendered: str, body: ChatBody | TokenizeBody, text: TextSide) -> list[int]:
+    """The ids of a rendered conversation."""
     text.tokenizer.check_bytes(rendered, text.ready.max_model_len, "messages")
     return text.tokenizer.encode(rendered, add_special_tokens=bool(body.add_special_tokens))
 
@@ -225,9 +252,23 @@ def _params(
         bad_words=_bad_words(body.bad_words, text.tokenizer),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        grammar=_grammar(body, text.grammars),
     )
     check_params(params, text.limits)
     return params
+
+
+def _grammar(body: GenerateBody, grammars: Grammars) -> Grammar | None:
+    """Compiled here too, so that one that is wrong is refused before the engine hears of it. Raises 400."""
+    asked = body.grammar
+    if asked is None:
+        return None
+    grammar, field = asked
+    try:
+        grammars.begin(grammar)
+    except RequestError as error:
+        raise errors.invalid(f"`{field}`: {error}.", field) from None
+    return grammar
 
 
 def _logit_bias(given: Mapping[str, float] | None) -> dict[int, float]:
@@ -250,12 +291,19 @@ def _bad_words(words: list[str] | None, tokenizer: Tokenizer) -> tuple[tuple[int
     return tuple(spelled)
 
 
-def _request(body: GenerateBody, prompts: list[Prompt], order: Order) -> GenerateRequest:
+def _request(
+    body: GenerateBody,
+    prompts: list[Prompt],
+    order: Order,
+    format: AnswerFormat | None = None,
+    markup: Markup | None = None,
+) -> GenerateRequest:
     options = TextOptions(
         stop=body.stops,
         include_stop_str_in_output=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,
         spaces_between_special_tokens=body.spaces_between_special_tokens is not False,
+        markup_ids=frozenset(markup.special_ids.values()) if markup else frozenset(),
     )
     check_stop(options.stop)
     return GenerateRequest(
@@ -265,7 +313,9 @@ def _request(body: GenerateBody, prompts: list[Prompt], order: Order) -> Generat
         priority=order.priority,
         cache_salt=order.cache_salt,
         tenant=order.tenant,
+        weight=order.weight,
         slo=order.slo,
         timeout=order.timeout,
         speculative=body.speculation,
+        format=format or AnswerFormat(),
     )

@@ -31,7 +31,7 @@ async def completions(body: CompletionBody, request: Request) -> Response:
     body.check_together(state.text.limits)
     order = state.order_of(request, body)
     generation = await state.open_generation(
-        completion_size(body, state.text.limits), order.tenant, lambda: completion_request(body, state.text, order)
+        completion_size(body, state.text.limits), order, lambda: completion_request(body, state.text, order)
     )
     wire = CompletionWire(generation, body, state.text.tokenizer, model, body.request_id or request.state.request_id)
     return await respond(request, state, body, generation, wire)

@@ -4,7 +4,7 @@
                                 └────────▶ or, while a tape records, written down (tape.py)
 
 A kernel's arguments are integers, floats and addresses, in the order of its struct in src/. It runs on as many threads
-as torch would (torch.set_num_threads).
+as torch would (torch.set_num_threads), unless it is told otherwise (set_num_threads).
 """
 
 from __future__ import annotations
@@ -83,6 +83,19 @@ class _Recording(threading.local):
 
 recording = _Recording()
 
+_num_threads = 0
+
+
+def set_num_threads(count: int) -> None:
+    """Run kernels on so many threads from now on; 0 = on as many as torch uses."""
+    global _num_threads
+    _num_threads = count
+
+
+def num_threads() -> int:
+    """Of kernels from now on."""
+    return _num_threads or torch.get_num_threads()
+
 
 class Kernel:
     """A kernel of the library: called with the fields of its struct, the rows first, it runs and returns a status."""
@@ -101,20 +114,20 @@ class Kernel:
             raise RuntimeError(f"the C++ library was built from other sources (kernel {name}): install quire again")
 
     def __call__(self, *values: float, threads: int | None = None) -> int:
-        """threads: as many as torch would use, or 1 for work that is done before another thread has woken up."""
+        """threads: as many as `num_threads` says, or 1 for work that is done before another thread has woken up."""
         slots = self._pack(*values)
         if recording.note is not None:
             return recording.note(self.number, slots)
         if _library is None:
             raise RuntimeError(str(problem))
-        return _library.quire_call(self.number, slots, threads or torch.get_num_threads())
+        return _library.quire_call(self.number, slots, threads or num_threads())
 
 
 def run(calls: int, count: int, rows: int) -> int:
     """`count` calls, by the address of the first of src/pool.h's structures, with so many rows. Returns a status."""
     if _library is None:
         raise RuntimeError(str(problem))
-    return _library.quire_run(calls, count, torch.get_num_threads(), rows)
+    return _library.quire_run(calls, count, num_threads(), rows)
 
 
 def address(tensor: Tensor | None) -> int:

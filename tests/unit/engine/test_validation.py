@@ -210,6 +210,8 @@ def test_the_engine_checks_the_whole_message() -> None:
         (AddRequest("r", [1], params(), priority=2**70), "priority"),
         (AddRequest("r", [1], params(), priority=1), "priority"),
         (AddRequest("r", [1], params(), tenant="x" * 65), "tenant"),
+        (AddRequest("r", [1], params(), weight=0.0), "weight"),
+        (AddRequest("r", [1], params(), weight=NAN), "weight"),
         (AddRequest("r", [1], params(), slo=Slo(ttft=-1.0)), "slo.ttft_ms"),
         (AddRequest("r", [1], params(), timeout=NAN), "timeout"),
         (AddRequest("r", [1], params(), cache_salt="x" * 1000), "cache_salt"),

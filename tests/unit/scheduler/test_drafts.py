@@ -68,13 +68,13 @@ def begin(s: Scheduler, *lengths: int, **more: object) -> None:
 
 def test_an_order_says_what_another_guess_must_be_worth():
     s = scheduler(adaptive_drafts=True)
-    s.speculation.cost._times["draft"] = 2
-    s.speculation.cost.of("draft").a = COST.base / 20
+    s.drafting.speculation.cost._times["draft"] = 2
+    s.drafting.speculation.cost.of("draft").a = COST.base / 20
     begin(s, 6)
     (row,) = s.schedule(0.0).rows
     assert row.draft is not None
     (request,) = s.running
-    assert row.draft.go_on == pytest.approx(s.speculation.go_on(Wish(request, row.draft), 1), rel=1e-3)
+    assert row.draft.go_on == pytest.approx(s.drafting.speculation.go_on(Wish(request, row.draft), 1), rel=1e-3)
     assert row.draft.go_on > 0.01
 
 
@@ -172,7 +172,7 @@ def test_blocks_that_streams_will_need_are_not_taken():
 def test_a_promised_gap_holds_with_guesses():
     s = scheduler(slo_itl=0.012)
     begin(s, 6, 6, 6)
-    s.speculation.cost.verifying.b = 2e-4
+    s.drafting.speculation.cost.verifying.b = 2e-4
     plan = s.schedule(0.0)
     nodes = sum(row.num_tokens - 1 for row in plan.rows)
     assert 0 < nodes < 12

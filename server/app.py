@@ -20,6 +20,7 @@ from ..engine.chat import load_chat_template
 from ..engine.client import EngineClient
 from ..engine.errors import QuireError
 from ..engine.messages import EngineReady, StepStats
+from ..engine.rendering import shared_workers
 from ..engine.tokenizer import generation_defaults, load_tokenizer
 from ..engine.validation import limits_of
 from . import errors, logs, routes_admin, routes_chat, routes_completions
@@ -76,9 +77,12 @@ async def _start(client: EngineClient, config: ServerConfig) -> State:
         ready = await dispatcher.start()
         folder = Path(ready.model_path)
         tokenizer = load_tokenizer(folder)
+        workers = shared_workers()
+        await asyncio.to_thread(workers.warm, config.text_threads)
         text = TextSide(
             tokenizer=tokenizer,
-            template=load_chat_template(tokenizer),
+            template=await asyncio.to_thread(load_chat_template, tokenizer, workers.compile),
+            compile=workers.compile if config.trust_request_chat_template else None,
             limits=limits_of(ready),
             ready=ready,
             defaults=_sampling_defaults(config, folder),

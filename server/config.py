@@ -24,7 +24,8 @@ class ServerConfig:
     write_timeout         seconds that one write to a client may take before its request is aborted: nobody reads there
     keep_alive_interval   seconds without a token after which a stream gets a comment, so that proxies keep it open
     hang_timeout          seconds without a sign of life from the engine's loop after which /health and /ready say 503
-    text_threads          threads that tokenize and render chat templates
+    text_threads          threads that tokenize, and processes that render chat templates for them
+    trust_request_chat_template   requests may bring a template of their own; it runs in the same sandbox
     generation_config     "auto" = the model's own sampling defaults, "none" = OpenAI's
     vllm_metrics          repeat the metrics that dashboards and gateways know under their `vllm:` names
     log_json              one JSON object a line
@@ -45,6 +46,7 @@ class ServerConfig:
     keep_alive_interval: float = 15.0
     hang_timeout: float = 10.0
     text_threads: int = 2
+    trust_request_chat_template: bool = False
     generation_config: str = "auto"
     vllm_metrics: bool = False
     log_json: bool = False

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..engine.chat import ChatTemplate, require_chat_template
+from jinja2.exceptions import TemplateError
+
+from ..engine.chat import ChatTemplate, Renderer, reason, require_chat_template
 from ..engine.messages import EngineReady
 from ..engine.outputs import TextOptions
 from ..engine.tokenizer import Tokenizer
@@ -39,6 +41,22 @@ class TextSide:
     limits: Limits
     ready: EngineReady
     defaults: Mapping[str, float | int]  # the model's own sampling defaults
+    compile: Callable[[str], Renderer] | None = None  # of templates that requests bring; None = they may not
+
+    def template_for(self, source: str | None) -> ChatTemplate:
+        """The request's own template, else the model's. Raises 400 where there is none, or none may be brought."""
+        if source is None:
+            return require_chat_template(self.template)
+        if self.compile is None:
+            raise errors.unsupported(
+                "chat_template",
+                "`chat_template` is not supported by this server; leave it out. (A server that trusts its callers' "
+                "templates is started with --trust-request-chat-template.)",
+            )
+        try:
+            return ChatTemplate(source, self.tokenizer.named_tokens, compile=self.compile)
+        except TemplateError as error:
+            raise errors.invalid(f"`chat_template` is not usable: {reason(error)}.", "chat_template") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +156,7 @@ def chat_request(body: ChatBody, text: TextSide, order: Order) -> GenerateReques
 def encode_chat(body: ChatBody | TokenizeBody, text: TextSide) -> list[int]:
     """The ids of the rendered conversation."""
     continue_final = bool(body.continue_final_message)
-    rendered = require_chat_template(text.template).render(
+    rendered = text.template_for(body.chat_template).render(
         body.messages,
         add_generation_prompt=not continue_final if body.add_generation_prompt is None else body.add_generation_prompt,
         continue_final_message=continue_final,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import statistics
@@ -22,6 +24,13 @@ START_SECONDS = 120  # a start takes 3 s; a machine that runs much else may take
 SETTLE_SECONDS = 60
 READY_SECONDS = 2.0  # a probe that takes longer is a server that hangs; what it takes is reported, not judged
 RSS_BYTES = 64 << 20  # allocators keep pages: only growth beyond this within one test is a leak for sure
+
+KEYS = ("canary-key-4c1f9a", "canary-key-of-another")  # both open; neither may be seen anywhere
+# What no answer may hold: addresses, tracebacks, paths, class and module names.
+LEAKS = re.compile(
+    r"0x[0-9a-fA-F]{6,}|Traceback|/(?:root|tmp|usr|home)/|site-packages|object at|<class|\.py\b|"
+    r"pydantic|msgspec|starlette|uvicorn|jinja2|[a-z]+Error\b"
+)
 
 GREEDY = {"prompt": "The greedy victim", "temperature": 0, "max_tokens": 160, "ignore_eos": True}
 SAMPLED = {"prompt": "The victim by lot", "temperature": 0.9, "top_p": 0.95, "seed": 11, "logprobs": 2} | {
@@ -41,21 +50,21 @@ def wait_for(condition: Callable[[], bool], seconds: float, what: str = "it") ->
 class House:
     """`quire serve` on a free port, in a process that can be looked into (`observed.py`)."""
 
-    def __init__(self, model: Path, folder: Path, *options: str, env: dict[str, str] | None = None) -> None:
+    def __init__(self, model: Path, folder: Path, *options: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.headers: dict[str, str] = {}
+        self.headers = {"Authorization": f"Bearer {KEYS[0]}"}
         self.log = folder / "server.log"
         self._window = folder / "window.json"
         script = Path(__file__).with_name("observed.py")
         command = [sys.executable, str(script), str(self._window), "serve", str(model), "--port", str(self.port)]
-        options = ("--dtype", "float32", "--threads", "1", "--log-json", *options)
+        keys = folder / "keys"
+        keys.write_text("\n".join(KEYS))
+        options = ("--dtype", "float32", "--threads", "1", "--log-json", "--api-key-file", str(keys), *options)
         with self.log.open("wb") as out:
-            self.process = subprocess.Popen(
-                [*command, *options], stdout=out, stderr=subprocess.STDOUT, env=os.environ | (env or {})
-            )
+            self.process = subprocess.Popen([*command, *options], stdout=out, stderr=subprocess.STDOUT)
 
     def wait_until_ready(self) -> House:
         wait_for(lambda: self.process.poll() is not None or self.status("/ready") == 200, START_SECONDS, "the start")
@@ -77,10 +86,23 @@ class House:
         except httpx.TransportError:
             return None
 
+    def client(self, **headers: str) -> httpx.Client:
+        """For many requests. Close it before what the server holds is looked at."""
+        return httpx.Client(base_url=self.url, headers=self.headers | headers, timeout=120)
+
     def post(self, path: str = "/v1/completions", **settings: Any) -> httpx.Response:
-        """`json=` or `content=`, and `headers=`."""
-        headers = {"Content-Type": "application/json", **self.headers, **settings.pop("headers", {})}
-        return httpx.post(self.url + path, headers=headers, timeout=120, **settings)
+        """One request on a connection of its own; `json=` or `content=`, and `headers=`."""
+        headers = settings.pop("headers", {})
+        with self.client(**{"Content-Type": "application/json"}) as client:
+            return client.post(path, headers=headers, **settings)
+
+    def crowd(self) -> None:
+        """Many at once, so that pools that grow with use have their full size before anything is counted."""
+        with self.client() as client, concurrent.futures.ThreadPoolExecutor(16) as pool:
+            message = {"role": "user", "content": "x" * 100}
+            body = {"messages": [message] * 3, "max_tokens": 2}
+            answers = pool.map(lambda i: client.post("/v1/chat/completions", json=body), range(48))
+            assert {answer.status_code for answer in answers} == {200}
 
     def raw(self, *pieces: bytes, timeout: float = 30) -> bytes:
         """Everything that comes back on a connection of its own until it closes or `timeout` passes."""
@@ -146,6 +168,22 @@ class House:
         return sum(map(int, pages)) * os.sysconf("SC_PAGE_SIZE")
 
 
+def check_refusal(response: httpx.Response, what: object = None) -> None:
+    """A typed 4xx in the one shape that all errors have, which tells nothing of the server's inside."""
+    assert 400 <= response.status_code < 500, (what, response.status_code, response.text[:300])
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}, what
+    assert error["message"], what
+    assert error["code"], what
+    check_tells_nothing(response, what)
+
+
+def check_tells_nothing(response: httpx.Response, what: object = None) -> None:
+    found = LEAKS.search(response.text)
+    assert not found, (what, found, response.text[:300])
+    assert not any(key in response.text for key in KEYS), what
+
+
 def descendants(pid: int) -> list[int]:
     """Process ids below `pid`, from /proc."""
     found: list[int] = []
@@ -166,6 +204,7 @@ class Victims:
 
     def __init__(self, house: House) -> None:
         self._house = house
+        house.crowd()
         self._alone = [house.stream(body) for body in (GREEDY, SAMPLED)]
         assert [house.stream(body) for body in (GREEDY, SAMPLED)] == self._alone, "not even alone are they the same"
         self.ready_p99: float | None = None

@@ -11,21 +11,28 @@ from . import errors
 
 MAX_HEADER_BYTES = 16 * 1024  # as nginx and Node; a long bearer token is 2 KiB
 MAX_HEADERS = 100
+LINGER_SECONDS = 5.0  # for the rest of a body whose request has been answered: closing at once would lose the answer
 HEADER_SECONDS = 10.0  # from the connection, or from a request's first byte: a person's client needs milliseconds
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """431 past the size, 400 for what is not HTTP, and silence for who takes longer than HEADER_SECONDS."""
+    """431 past the size, 400 for what is not HTTP, and silence for who takes longer than HEADER_SECONDS.
+
+    A request that was refused before its body was read is sent on for LINGER_SECONDS at most, and read by nobody.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._refusal: errors.ApiError | None = None
         self._header_bytes = 0
         self._header_timer: asyncio.TimerHandle | None = None
+        self._linger_timer: asyncio.TimerHandle | None = None
+        self._body_is_in = True
         self._expect_headers()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._headers_are_in()
+        self._stop_lingering()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -37,7 +44,19 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._body_is_in = False
         self._expect_headers()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._body_is_in = True
+        self._stop_lingering()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        begun_anew = self._header_timer is not None or not self.cycle.response_complete
+        if not self._body_is_in and not begun_anew:
+            self._linger_timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
     def on_headers_complete(self) -> None:
         self._headers_are_in()
@@ -60,6 +79,11 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
+
+    def _stop_lingering(self) -> None:
+        if self._linger_timer is not None:
+            self._linger_timer.cancel()
+            self._linger_timer = None
 
     def _refuse(self, error: errors.ApiError) -> None:
         self._headers_are_in()

@@ -105,13 +105,15 @@ class House:
             assert {answer.status_code for answer in answers} == {200}
 
     def raw(self, *pieces: bytes, timeout: float = 30) -> bytes:
-        """Everything that comes back on a connection of its own until it closes or `timeout` passes."""
+        """Everything that comes back on a connection of its own until it closes, or is silent for `timeout` seconds.
+
+        A connection of which one half is closed counts as one that its client has left, so this one stays whole.
+        """
         received = b""
         with socket.create_connection(("127.0.0.1", self.port), timeout=timeout) as connection:
             with contextlib.suppress(OSError):  # refused while still sending, or reset after the answer
                 for piece in pieces:
                     connection.sendall(piece)
-                connection.shutdown(socket.SHUT_WR)
             with contextlib.suppress(OSError):
                 while data := connection.recv(65536):
                     received += data
@@ -160,6 +162,14 @@ class House:
             seen[f"{name} fds"] = len(os.listdir(f"/proc/{pid}/fd"))
             seen[f"{name} threads"] = len(os.listdir(f"/proc/{pid}/task"))
         seen["children"] = len(descendants(self.process.pid))
+        return seen
+
+    def at_rest(self) -> dict[str, int]:
+        """`holdings`, when connections that were just closed are forgotten."""
+        seen = self.holdings()
+        end = time.monotonic() + SETTLE_SECONDS
+        while (again := self.holdings()) != seen and time.monotonic() < end:
+            seen = again
         return seen
 
     def rss(self) -> int:
@@ -218,7 +228,7 @@ class Victims:
         """
         house = self._house
         wait_for(house.is_idle, SETTLE_SECONDS, "idleness before")
-        before, rss, engine = house.holdings(), house.rss(), house.engine_pid()
+        before, rss, engine = house.at_rest(), house.rss(), house.engine_pid()
         over = threading.Event()
         troubles: list[str] = []
         probes: list[float] = []

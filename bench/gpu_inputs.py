@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -370,10 +370,13 @@ def _sampling(sizes: Sizes) -> Iterator[Case]:
 
     yield Case("verify", "trees", trees, fp32, mismatches=0.02)
 
-    def nodes() -> Inputs:
-        count, words = sizes.pick((24, 1000), (5, 50))
+    def nodes(words: int, children: int) -> Inputs:
+        count = sizes.pick(24, 5)
         q = torch.randn(count, words, generator=torch.Generator().manual_seed(6)).softmax(-1)
         numbers = torch.arange(count)
-        return Inputs((q, 3, numbers + 3, torch.zeros_like(numbers), numbers + 40, numbers % 7))
+        return Inputs((q, children, numbers + 3, torch.zeros_like(numbers), numbers + 40, numbers % 7))
 
-    yield Case("draw_children", "3 of each", nodes, fp32, mismatches=0.02)
+    # Of an odd vocabulary a node's noise begins within a quad of columns.
+    for words, children in ((sizes.pick(10_000, 50), 3), (sizes.pick(10_001, 51), 1)):
+        name = f"{children} of {words}"
+        yield Case("draw_children", name, partial(nodes, words, children), fp32, mismatches=0.02)

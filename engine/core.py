@@ -27,10 +27,12 @@ from ..scheduler.plan import Chunk, StepPlan
 from ..scheduler.roster import Refused
 from ..scheduler.scheduler import Scheduler
 from .calibrate import calibrate
+from .compiling import Compiling
 from .config import EngineConfig
 from .decoder import Decoder
 from .errors import EngineStartError, RequestError
 from .families import load_config
+from .grammar import Grammars, Vocabulary
 from .graphs import CudaCapture
 from .kv_cache import allocate, kv_spec
 from .kv_scales import load_kv_scales
@@ -45,12 +47,15 @@ from .runner import Launched, ModelRunner
 from .sampler import Sampler
 from .slots import SlotTable
 from .spec.build import Drafter, load_draft_config, load_drafter, make_proposers
+from .tokenizer import load_tokenizer
 from .validation import check_request, limits_of
 
 log = logging.getLogger(__name__)
 
 # An idle engine says this often that it turns: the API side's watchdog and gauges live on it.
 HEARTBEAT_SECONDS = 1.0
+# One that waits for nothing but a grammar looks this often whether anything else has come.
+COMPILING_SECONDS = 0.005
 
 
 class Step(NamedTuple):
@@ -71,7 +76,7 @@ class EngineCore:
         with self._phase("read configuration"):
             path = locate_model(config.model, config.revision)
             model = load_config(path)
-            draft = load_draft_config(config, path, model)
+            draft = load_draft_config(config, path)
             settings = resolve(config, model, look_at_machine(config.device), draft)
         torch.set_num_threads(settings.threads)
         with self._phase("load weights"):
@@ -131,6 +136,7 @@ class EngineCore:
         self._threads = settings.threads
         self._ahead = int(settings.overlap)  # steps launched before one is collected
         self._out: deque[Step] = deque()
+        self._compiling = Compiling(self.grammars)
         self._collected = 0.0  # when the last step was, on the clock of perf_counter
         self._update_seconds = 0.0
         self.stats = StepStats(kv_blocks_total=settings.num_blocks - 1)
@@ -189,7 +195,9 @@ class EngineCore:
     ) -> ModelRunner:
         cache = self._allocate(path, model, settings)
         slots = SlotTable(settings.max_num_seqs, settings.max_model_len, settings.block_size, settings.device)
-        sampler = Sampler(kernels, model.vocab_size, settings.max_num_seqs, tuple(model.eos_token_ids), settings.device)
+        self.grammars = Grammars(lambda: Vocabulary(load_tokenizer(path), model.vocab_size))
+        ends = tuple(model.eos_token_ids)
+        sampler = Sampler(kernels, model.vocab_size, settings.max_num_seqs, ends, settings.device, self.grammars)
         taped = recorded(decoder, kernels, cache, settings.max_num_batched_tokens, settings.most_drawn)
         proposers = make_proposers(settings, drafter, cache, sampler, model.eos_token_ids)
         return ModelRunner(taped, kernels, cache, slots, sampler, CudaCapture() if settings.graphs else None, proposers)
@@ -209,45 +217,70 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._out)
+        return self.scheduler.has_work or bool(self._out) or len(self._compiling) > 0
 
     def handle(self, message: AddRequest | Abort) -> list[Chunk]:
         """Take one message in; what it ends at once is answered by the chunks."""
         if isinstance(message, Abort):
-            ids, index = message.request_ids, message.index
-            return [chunk for request_id in ids for chunk in self.scheduler.abort(request_id, index)]
+            return [chunk for request_id in message.request_ids for chunk in self._abort(request_id, message.index)]
         self.stats.requests_total += 1
+        return [] if self._compiling.hold(message) else self._take(message)
+
+    def _take(self, message: AddRequest) -> list[Chunk]:
         try:
             # The API side has checked all this; here is the engine's own wall, whatever route the message took.
             check_request(message, self.limits)
-            self.scheduler.add(
-                message.request_id,
-                message.prompt_ids,
-                message.params,
-                priority=message.priority,
-                arrival=message.arrival,
-                cache_salt=message.cache_salt,
-                tenant=message.tenant,
-                slo=message.slo,
-                timeout=message.timeout,
-                speculative=message.speculative,
-            )
+            self._add(message)
             return []
         except (RequestError, Refused) as error:
             reason = str(error)
         except Exception as error:
             log.exception("request %s cannot be added", message.request_id)
             reason = f"the request cannot be run: {type(error).__name__}"
+        return self._refuse(message, reason)
+
+    def _refuse(self, message: AddRequest, reason: str) -> list[Chunk]:
         self.scheduler.counters.failed += 1
         return [
             Chunk(message.request_id, index, [], finish_reason="error", error=reason)
             for index in range(min(message.params.n, self.limits.max_n))
         ]
 
+    def _add(self, message: AddRequest) -> None:
+        self.scheduler.add(
+            message.request_id,
+            message.prompt_ids,
+            message.params,
+            priority=message.priority,
+            arrival=message.arrival,
+            cache_salt=message.cache_salt,
+            tenant=message.tenant,
+            slo=message.slo,
+            timeout=message.timeout,
+            speculative=message.speculative,
+        )
+
+    def _abort(self, request_id: str, index: int | None) -> list[Chunk]:
+        chunks = self._compiling.abort(request_id, index)
+        if chunks is None:
+            return self.scheduler.abort(request_id, index)
+        self.scheduler.counters.aborted += len(chunks)
+        return chunks
+
+    def _add_compiled(self) -> list[Chunk]:
+        """Take in the requests whose grammars are ready; what ends at once is answered by the chunks."""
+        chunks: list[Chunk] = []
+        for message, aborted, error in self._compiling.ready():
+            chunks += self._take(message) if error is None else self._refuse(message, error)
+            chunks += [chunk for index in aborted for chunk in self.scheduler.abort(message.request_id, index)]
+        return chunks
+
     def step(self) -> list[Chunk]:
         """Finish one step over all requests; nothing to do is an empty list."""
         share_threads(self.runner.decoder, self._threads)
-        expired = self.scheduler.expire(time.monotonic())
+        if not self.scheduler.has_work and not self._out:
+            self._compiling.wait(COMPILING_SECONDS)
+        expired = self._add_compiled() + self.scheduler.expire(time.monotonic())
         while len(self._out) <= self._ahead and (not self._out or self.scheduler.may_plan_ahead()):
             if not self._launch():
                 break

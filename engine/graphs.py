@@ -146,12 +146,13 @@ class Graphs:
         cu_q[:] = np.arange(shape.num_seqs + 1)
         sources[:] = KNOWN
         if rows:
-            layout, count = self._slots.lay_out(rows), len(rows)
-            for view, array in zip(batch, layout[:3], strict=True):
+            step, count = self._slots.lay_out(rows), len(rows)
+            layout = step.layout
+            for view, array in zip(batch, (step.input_ids, layout.positions, layout.slot_mapping), strict=True):
                 view[:count] = array
             seq_lens[:count] = layout.seq_lens
             table[:count, : layout.block_table.shape[1]] = layout.block_table
-            sources[:count] = layout.sources
+            sources[:count] = step.sources
         self._inputs[: len(stage)].copy_(stage, non_blocking=True)
 
     def _captured(self, shape: Shape) -> Callable[[], Tensor]:

@@ -25,6 +25,7 @@ from .chat import load_chat_template, require_chat_template
 from .client import EngineClient
 from .config import BUNDLED_MODEL, EngineConfig
 from .errors import EngineDeadError, RequestError
+from .grammar import Grammars, Vocabulary
 from .messages import Abort, AddRequest, EngineDead, StepOutputs
 from .outputs import RequestStream, SampleOutput, TextOptions
 from .tokenizer import load_tokenizer
@@ -118,6 +119,7 @@ class LLM:
             client.close()
             raise
         self._limits = limits_of(self.info)
+        self._grammars = Grammars(lambda: Vocabulary(self.tokenizer, self.info.vocab_size))
 
     def default_params(self) -> SamplingParams:
         """What is used where no parameters are given: the model's own recommendations, and seed 0."""
@@ -324,6 +326,8 @@ class LLM:
             with nullcontext() if param is None else _naming(f"{param}[{i}]"):
                 check_params(params, self._limits)
                 check_length(len(ids), params.max_tokens, self.info.max_model_len)
+                if params.grammar is not None:
+                    self._grammars.begin(params.grammar)
             stream = RequestStream(self.tokenizer, options, ids, n=params.n, min_tokens=params.min_tokens)
             requests[uuid.uuid4().hex] = _Request(prompt, ids, params, stream)
         return requests

@@ -1,6 +1,6 @@
 """How much of a GPU's memory the KV cache may have: measured on what else there is, not guessed.
 
-    loaded ──the largest step──▶ + every row drawn by every rule ──▶ + two graphs ──▶ the KV cache gets the rest
+    loaded ──the largest step──▶ + every row drawn, every guess judged ──▶ + two graphs ──▶ the KV cache gets the rest
 
 Each phase runs for real over a cache of two blocks, since no formula knows what libraries and compilers take. What is
 outside of torch (the driver's context, other processes) counts as taken.
@@ -13,11 +13,15 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from ..scheduler.params import SamplingParams
 from ..scheduler.plan import Row
 from .resolve import Resolved
 from .runner import ModelRunner
+from .sampler import Sampler
+from .spec.proposer import Draft, DraftTree
+from .spec.verification import judge
 
 GIB = 2**30
 
@@ -121,10 +125,23 @@ def _draw_for_everybody(runner: ModelRunner, settings: Resolved) -> None:
     sampler, slots = runner.sampler, range(settings.max_num_seqs)
     for slot in slots:
         sampler.add(slot, GREEDIEST, 0, [0], 1)
-    logits = torch.zeros(len(slots), sampler.vocab_size, device=settings.device)
-    sampler.sample(logits, slots, [1] * len(slots))
+    logits = torch.zeros(settings.most_drawn, sampler.vocab_size, device=settings.device)
+    sampler.sample(logits[: len(slots)], slots, [1] * len(slots))
+    if settings.draft_shape is not None:
+        _judge_for_everybody(sampler, logits, settings.draft_shape.nodes)
     for slot in slots:
         sampler.remove(slot)
+
+
+def _judge_for_everybody(sampler: Sampler, logits: Tensor, nodes: int) -> None:
+    """Drafts of the whole shape, for as many sequences as a step has rows for. What they
+    were drawn from is as large as the logits, and there at the same time."""
+    rows = 1 + nodes
+    q = torch.full_like(logits, 1 / sampler.vocab_size)
+    tree = DraftTree((0,) * nodes, tuple(range(-1, nodes - 1)))
+    count = len(logits) // rows
+    drafts = [Draft(tree, own) for own in q[: count * rows].split(rows)]
+    judge(sampler, logits[: count * rows], range(count), [1] * count, drafts)
 
 
 def _graph_bytes(runner: ModelRunner, meter: Meter) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,8 @@ from .weights import Checkpoint, Source
 
 log = logging.getLogger(__name__)
 
-Turn = Callable[[Tensor, int], Tensor]  # (rows [n, K], index of the first in the joined matrix) -> such rows, turned
+# (rows [n, K], a Tensor or a PackedWeight; index of the first in the joined matrix) -> such rows, turned
+Turn = Callable[[Any, int], Any]
 
 
 class Reader:
@@ -64,7 +66,7 @@ class Reader:
         return self._joined([self._part(source) for source in self.checkpoint.sources(weight)], None)
 
     def linear(self, weight: Weight, bias: Tensor | None, turn: Turn | None = None) -> Linear:
-        """turn: what is done to floats before anything else; only for weights that are `is_plain`."""
+        """turn: what is done to each part before anything else: to floats as they are stored, to others packed."""
         if self.rounding is None and self.is_plain(weight):
             values = self.floats(weight)
             return make_linear(self.kernels, values if turn is None else turn(values, 0).to(self.dtype), bias)
@@ -110,7 +112,8 @@ class Reader:
     def _rounded(self, source: Source, turn: Turn | None = None, first: int = 0) -> Tensor | PackedWeight:
         part, storage = source
         if storage is not None or self.rounding is None:
-            return self._part(source)
+            stored = self._part(source)
+            return stored if turn is None else turn(stored, first)
         why = self.rounding.refuses(*part.shape[-2:])
         if why is not None:
             raise EngineStartError(

@@ -30,6 +30,7 @@ class RecordedDecoder:
 
     def __init__(self, decoder: Decoder, cache: Sequence[LayerKV], max_tokens: int, max_seqs: int) -> None:
         """Unrecordable if the forward pass is not made of native kernels alone."""
+        self.config = decoder.config
         self._decoder, self._cache = decoder, cache
         self._block_size = cache[0].spec.block_size
         self._input_ids, self._positions, self._slots = torch.zeros(3, max_tokens, dtype=torch.int64)

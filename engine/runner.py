@@ -32,7 +32,7 @@ from .sampler import Drawn, Rated, Sampler
 from .slots import SlotTable
 from .spec.asking import ask
 from .spec.proposer import Draft, Proposer, View
-from .spec.verification import judge
+from .spec.verification import Verdict, judge
 from .transfer import upload
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,10 @@ class Placed(NamedTuple):
     def drawn(self) -> int:
         """Of its tokens, the last so many are drawn from."""
         return (1 if self.draft is None else 1 + len(self.draft.tree.tokens)) if self.row.samples else 0
+
+    def paths(self) -> list[tuple[int, ...]]:
+        """The guessed tokens that each of them stands behind."""
+        return [() if self.draft is None else self.draft.tree.path(row - 1) for row in range(self.drawn)]
 
 
 @dataclass(slots=True)
@@ -208,6 +212,8 @@ class ModelRunner:
 
     def _try(self, step: Launched, rows: list[Placed]) -> None:
         """The rows together; if that raises, each alone, to find the one at fault. Writing K/V twice does no harm."""
+        drawing = [one for one in rows if one.drawn]
+        self.sampler.fill_masks([one.row.slot for one in drawing], [one.paths() for one in drawing])
         try:
             hidden, drawing = self._forward(rows)
         except Exception as error:
@@ -261,17 +267,8 @@ class ModelRunner:
 
     def _judge(self, logits: Tensor, guessed: list[tuple[int, Placed]]) -> None:
         """Keep of the guesses what may stay, and move its K/V to where it belongs."""
-        numbers = [i for first, one in guessed for i in range(first, first + one.drawn)]
-        rows = [one.row for _, one in guessed]
-        verdicts = judge(
-            self.sampler,
-            self.sampler.select(logits, numbers),
-            [row.slot for row in rows],
-            [row.start + 1 for row in rows],
-            [one.draft for _, one in guessed if one.draft is not None],
-        )
         moves: list[tuple[int, int, int]] = []  # slot, node, where it belongs
-        for (_, one), verdict in zip(guessed, verdicts, strict=True):
+        for (_, one), verdict in zip(guessed, self._verdicts(logits, guessed), strict=True):
             result = one.result
             result.token_ids, result.logprobs = verdict.result.token_ids, verdict.result.logprobs
             result.drafted, result.draft_depth = verdict.result.drafted, verdict.result.draft_depth
@@ -286,6 +283,24 @@ class ModelRunner:
             )
             for layer in self.cache:
                 self.compact(layer, source, target)
+
+    def _verdicts(self, logits: Tensor, guessed: list[tuple[int, Placed]]) -> list[Verdict]:
+        """Of all together; if that raises, of each alone, to find the one at fault."""
+        numbers = [i for first, one in guessed for i in range(first, first + one.drawn)]
+        rows = [one.row for _, one in guessed]
+        try:
+            return judge(
+                self.sampler,
+                self.sampler.select(logits, numbers),
+                [row.slot for row in rows],
+                [row.start + 1 for row in rows],
+                [one.draft for _, one in guessed if one.draft is not None],
+            )
+        except Exception as error:
+            log.exception("the verification of %d sequences failed", len(guessed))
+            if len(guessed) > 1:
+                return [self._verdicts(logits, [one])[0] for one in guessed]
+            return [Verdict(RowResult(error=f"the request cannot be run: {type(error).__name__}"), [])]
 
     def _draw_kept(self, step: Launched, draws: Sequence[Draw]) -> None:
         """The first tokens of samples whose prompt was computed for another: by the same logits."""

@@ -19,10 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.reference.sampling import Bias, LogitEdits, Logprobs, Marks, Penalties
+from ..kernels.reference.sampling import Bias, LogitEdits, Logprobs, Marks, Masks, Penalties
 from ..kernels.registry import Kernels
 from ..scheduler.params import SamplingParams
 from ..scheduler.plan import RowResult, TokenLogprob
+from .errors import RequestError
+from .grammar import Grammars
 from .sequence_state import RowEdits, SequenceState
 from .transfer import Download, upload
 
@@ -30,7 +32,8 @@ log = logging.getLogger(__name__)
 
 NAN_LOGITS = "the model produced NaN logits; this is a fault of the model or its weights, not of the request"
 NO_TOKEN_LEFT = (
-    "no token may be drawn: allowed_token_ids, bad_words and min_tokens together forbid the whole vocabulary; relax one"
+    "no token may be drawn: the grammar, allowed_token_ids, bad_words and min_tokens together forbid the whole "
+    "vocabulary; relax one"
 )
 
 
@@ -93,28 +96,43 @@ class Sampler:
         max_num_seqs: int,
         eos_token_ids: tuple[int, ...],
         device: torch.device | str,
+        grammars: Grammars | None = None,
     ) -> None:
+        """grammars: for those who ask for one; None = nobody does."""
         self.kernels = kernels
         self.vocab_size = vocab_size
         # An end token past the logits' width can never be drawn; some model configs name one.
         self._eos_token_ids = tuple(token for token in eos_token_ids if token < vocab_size)
         self.device = torch.device(device)
         self._slots: list[SequenceState | None] = [None] * max_num_seqs
+        self._grammars = grammars
 
     def add(
         self, slot: int, params: SamplingParams, sample_index: int, token_ids: Sequence[int], num_prompt: int
     ) -> None:
         """Fill a slot. token_ids: the prompt, then what was drawn before a preemption.
 
-        Raises RequestError for a token id outside the vocabulary; the slot is then empty.
+        Raises RequestError for a token id outside the vocabulary or a grammar that is none; the slot is then empty.
         """
         self._slots[slot] = None
+        grammar = None
+        if params.grammar is not None and self._grammars is not None:
+            grammar = self._grammars.begin(params.grammar, token_ids[num_prompt:])
         self._slots[slot] = SequenceState(
-            params, sample_index, token_ids, num_prompt, self._eos_token_ids, self.vocab_size
+            params, sample_index, token_ids, num_prompt, self._eos_token_ids, self.vocab_size, grammar
         )
 
     def remove(self, slot: int) -> None:
         self._slots[slot] = None
+
+    def fill_masks(self, slots: Sequence[int], paths: Sequence[Sequence[tuple[int, ...]]]) -> None:
+        """Begin with what grammars allow behind each of these paths, of each slot: while the model computes logits."""
+        if self._grammars is None:
+            return
+        pairs = zip(self.states(slots), paths, strict=True)
+        wanted = [(state.grammar, some) for state, some in pairs if state.grammar is not None]
+        if wanted:
+            self._grammars.fill([state for state, _ in wanted], [some for _, some in wanted])
 
     def sample(self, logits: Tensor, slots: Sequence[int], positions: Sequence[int]) -> list[RowResult]:
         """`draw`, and wait for it."""
@@ -206,6 +224,9 @@ class Sampler:
         for row, (state, path) in enumerate(zip(states, paths, strict=True)):
             try:
                 edits.append(state.edits(path) if state.edited else RowEdits())
+            except RequestError as error:
+                errors[row] = str(error)
+                edits.append(RowEdits())
             except Exception as error:
                 log.exception("the logit edits of one sequence failed")
                 errors[row] = f"the request cannot be run: {type(error).__name__}"
@@ -259,7 +280,16 @@ class Sampler:
             bias=biased and Bias(*biased, self._values([e.bias for e in edits])),
             banned=banned and Marks(*banned),
             allowed=allowed and Marks(*allowed),
+            masks=self._masks([e.mask for e in edits]),
         )
+
+    def _masks(self, masks: Sequence[np.ndarray | None]) -> Masks | None:
+        """masks[i] belongs to row i."""
+        some = [(row, bits) for row, bits in enumerate(masks) if bits is not None]
+        if not some:
+            return None
+        rows, bits = upload([np.array([row for row, _ in some]), np.stack([bits for _, bits in some])], self.device)
+        return Masks(rows, bits)
 
     def _pairs(self, ids: Sequence[np.ndarray | None]) -> tuple[Tensor, Tensor] | None:
         """(rows, columns) of every id; ids[i] belongs to row i."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..scheduler.params import SamplingParams
 from .errors import RequestError
+from .grammar import GrammarState
 
 
 class RowEdits(NamedTuple):
@@ -24,6 +25,9 @@ class RowEdits(NamedTuple):
     bias: np.ndarray | None = None
     banned: np.ndarray | None = None  # ids
     allowed: np.ndarray | None = None  # ids
+    mask: np.ndarray | None = (
+        None  # of the whole vocabulary: [ceil(V / 32)] int32, bit i % 32 of word i // 32 = i stays
+    )
 
 
 class TokenCounts:
@@ -72,7 +76,10 @@ class SequenceState:
         num_prompt: int,
         eos_token_ids: Sequence[int],
         vocab_size: int,
+        grammar: GrammarState | None = None,
     ) -> None:
+        """grammar: how far these tokens have come in params.grammar."""
+
         def ids(values: Iterable[int], field: str) -> np.ndarray:
             return _checked(values, field, vocab_size)
 
@@ -97,21 +104,24 @@ class SequenceState:
         for word in p.bad_words:
             ids(word, "bad_words")
         self._tail = deque(token_ids, maxlen=max((len(word) for word in p.bad_words), default=1) - 1)
+        self.grammar = grammar
         self.edited = bool(
-            penalised or p.logit_bias or self._allowed is not None or self._ends is not None or p.bad_words
+            penalised or p.logit_bias or self._allowed is not None or self._ends is not None or p.bad_words or grammar
         )
 
     def edits(self, path: Sequence[int] = ()) -> RowEdits:
         """Of the logits behind all that is known and then `path`, guessed tokens that count as if they were drawn."""
         p = self.params
+        mask = None if self.grammar is None else self.grammar.mask(path)
         banned = self._completions(path)
-        if self._ends is not None and self.num_drawn + len(path) < p.min_tokens:
+        if self._ends is not None and self.num_drawn + len(path) < p.min_tokens and not _only(mask, self._ends):
             banned = np.concatenate([banned, self._ends])
         penalised = subtracted = None
         if self._counts is not None:
             penalised, counts = self._counts.after(path)
             subtracted = p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
-        return RowEdits(penalised, subtracted, self._biased, self._bias, banned if len(banned) else None, self._allowed)
+        banned = banned if len(banned) else None
+        return RowEdits(penalised, subtracted, self._biased, self._bias, banned, self._allowed, mask)
 
     def _completions(self, path: Sequence[int]) -> np.ndarray:
         """The tokens that would complete a bad word, wherever it began: in the prompt, the output or the path."""
@@ -126,6 +136,18 @@ class SequenceState:
         self._tail.append(token)
         if self._counts is not None:
             self._counts.add(token)
+        if self.grammar is not None:
+            self.grammar.append(token)
+
+
+def _only(mask: np.ndarray | None, ids: np.ndarray) -> bool:
+    """Whether a mask leaves none but these: a text that is complete has to end, however short it is."""
+    if mask is None:
+        return False
+    rest = mask.view(np.uint32).copy()
+    for token in ids.tolist():
+        rest[token // 32] &= ~np.uint32(1 << token % 32)
+    return not rest.any()
 
 
 def _checked(values: Iterable[int], field: str, vocab_size: int) -> np.ndarray:

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels.batch import SHORT_ROWS, RaggedBatch
+from ..kernels.batch import RaggedBatch
 from ..kernels.shared_prefix import find_shared_prefixes
 from ..scheduler.drafts import MAX_NODES
 from ..scheduler.plan import NewSeq, Row
+from .ragged import Layout, Parents, batch_of, lay_out, places
 from .spec.proposer import DraftTree
 from .transfer import upload
 
@@ -28,24 +29,17 @@ KNOWN = -1  # among the sources: the host has the row's tokens
 NO_TREES: Mapping[int, DraftTree] = {}
 
 
-class Layout(NamedTuple):
-    """The host's half of a RaggedBatch, and where tokens come from that the host does not have.
+class Rows(NamedTuple):
+    """Rows of a step laid end to end, and where tokens come from that the host does not have.
 
     A row that begins past what the host knows of its sequence is one token long: the last that was drawn for its slot.
     """
 
+    layout: Layout
     input_ids: np.ndarray  # [T] int64; of rows with a source anything
-    positions: np.ndarray  # [T] int64
-    slot_mapping: np.ndarray  # [T] int64
-    cu_q: np.ndarray  # [S + 1] int32
-    seq_lens: np.ndarray  # [S] int32
-    block_table: np.ndarray  # [S, B] int32
-    max_q: int  # of counts
-    longest: int  # of seq_lens
+    sources: np.ndarray  # [S] int64: the slot whose last token the row is, or KNOWN
     starts: np.ndarray  # [S]: tokens before those of this step
     counts: np.ndarray  # [S]: rows of each sequence
-    sources: np.ndarray  # [S] int64: the slot whose last token the row is, or KNOWN
-    tree_mask: np.ndarray | None  # [T] int64, see RaggedBatch
 
 
 class SlotTable:
@@ -89,65 +83,39 @@ class SlotTable:
 
     def places(self, slots: np.ndarray, indices: np.ndarray) -> np.ndarray:
         """Where in the cache the tokens of these indices in their sequences are, for [N] pairs."""
-        blocks, offsets = np.divmod(indices, self.block_size)
-        return self.block_table[slots, blocks] * np.int64(self.block_size) + offsets
+        return places(self.block_table, slots, indices, self.block_size)
 
-    def lay_out(self, rows: Sequence[Row], trees: Mapping[int, DraftTree] = NO_TREES) -> Layout:
+    def lay_out(self, rows: Sequence[Row], trees: Mapping[int, DraftTree] = NO_TREES) -> Rows:
         """These rows laid end to end in their order; trees: of rows by their number, what is guessed in them."""
         slots, starts, counts = np.array(
             [[row.slot for row in rows], [row.start for row in rows], [row.num_tokens for row in rows]]
         )
-        max_q = max([row.num_tokens for row in rows])
-        longest = max([row.start + row.num_tokens for row in rows])
-        sequence, indices = np.arange(len(rows)), starts
-        cu_q = np.arange(len(rows) + 1, dtype=np.int32)
-        if max_q > 1:
-            np.cumsum(counts, out=cu_q[1:])
-            sequence = np.repeat(sequence, counts)
-            indices = np.arange(cu_q[-1]) + np.repeat(starts - cu_q[:-1], counts)
-        input_ids, positions, tree_mask = self.token_ids[slots[sequence], indices], indices, None
+        branching = {i: rows_of(tree) for i, tree in trees.items() if not tree.is_chain}
+        layout = lay_out(self.block_table, slots, starts, counts, self.block_size, branching)
+        input_ids = self.token_ids[slots[layout.sequence], layout.indices]
         for i, tree in trees.items():
-            nodes = slice(cu_q[i] + 1, cu_q[i] + 1 + len(tree.tokens))
-            input_ids[nodes] = tree.tokens
-            if not tree.is_chain:
-                if tree_mask is None:
-                    positions, tree_mask = indices.copy(), np.zeros(len(indices), np.int64)
-                positions[nodes] = starts[i] + np.array(tree.depths())
-                tree_mask[nodes] = tree.masks()
-        return Layout(
-            input_ids,
-            positions,
-            self.places(slots[sequence], indices),
-            cu_q,
-            (starts + counts).astype(np.int32),
-            self.block_table[slots, : -(-longest // self.block_size)],
-            max_q,
-            longest,
-            starts,
-            counts,
-            np.where(starts >= self.num_tokens[slots], slots, KNOWN),
-            tree_mask,
-        )
+            first = layout.cu_q[i] + 1
+            input_ids[first : first + len(tree.tokens)] = tree.tokens
+        sources = np.where(starts >= self.num_tokens[slots], slots, KNOWN)
+        return Rows(layout, input_ids, sources, starts, counts)
 
     def gather(
         self, rows: Sequence[Row], logit_rows: Sequence[int], trees: Mapping[int, DraftTree] = NO_TREES
     ) -> RaggedBatch:
         """The batch of these rows, laid end to end in their order; see `lay_out`."""
-        layout = self.lay_out(rows, trees)
-        drawn = np.flatnonzero(layout.sources >= 0)
-        at, of = layout.cu_q[drawn].astype(np.int64), layout.sources[drawn]
-        *fields, logits_of, at, of = upload([*layout[:6], np.array(logit_rows, np.int64), at, of], self.device)
-        batch = RaggedBatch(
-            *fields,
-            tree_mask=None if layout.tree_mask is None else upload([layout.tree_mask], self.device)[0],
-            logit_rows=logits_of,
-            max_q=layout.max_q,
-            max_seq_len=layout.longest,
-            short_seqs=len(rows) if layout.max_q <= SHORT_ROWS else int((layout.counts > SHORT_ROWS).argmax()),
-            shared=find_shared_prefixes(layout.block_table, layout.counts, layout.starts, self.block_size),
-        )
+        layout, input_ids, sources, starts, counts = self.lay_out(rows, trees)
+        drawn = np.flatnonzero(sources >= 0)
+        at, of = layout.cu_q[drawn].astype(np.int64), sources[drawn]
+        *tensors, at, of = upload([input_ids, *layout.arrays, np.array(logit_rows, np.int64), at, of], self.device)
+        batch = batch_of(layout, tensors)
+        batch.shared = find_shared_prefixes(layout.block_table, counts, starts, self.block_size)
         if len(drawn) == batch.num_tokens:
             batch.input_ids = self.last_token.index_select(0, of)
         elif len(drawn):
             batch.input_ids.index_copy_(0, at, self.last_token.index_select(0, of))
         return batch
+
+
+def rows_of(tree: DraftTree) -> Parents:
+    """The rows that verify a tree, the last real token's first."""
+    return [-1, *(parent + 1 for parent in tree.parents)]

@@ -131,6 +131,8 @@ def check_params(params: SamplingParams, limits: Limits) -> None:
     _check_token_lists(params, limits.vocab_size)
     _check_logprobs(params.logprobs, "logprobs", limits)
     _check_logprobs(params.prompt_logprobs, "prompt_logprobs", limits)
+    if params.grammar is not None and params.ignore_eos:
+        raise RequestError("ignore_eos cannot be had with a grammar, whose text has an end; leave it out", "ignore_eos")
 
 
 def check_request(request: AddRequest, limits: Limits) -> None:

@@ -52,6 +52,7 @@ NATIVE = (
 TRITON: tuple[str, ...] = (
     "activation",
     "attention",
+    "draft",
     "edits",
     "greedy",
     "hadamard",

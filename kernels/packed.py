@@ -73,7 +73,8 @@ class WeightFormat:
     refuses     (N, K, group) -> why such a weight cannot be stored, with the nearest that can; None = it can
     group       the usual one; 0 = all inputs
     scale_bytes, zeros  of a scale, and whether there are zero points, in what `quantize` makes
-    output_dim  the dimension of `codes` that N is on, counted from the end: joins of rows are laid along it
+    output_dim  the dimension of `codes` that N is on, counted from the end, of two: joins of rows are laid along it
+    interleaved  group -> inputs whose codes lie among each other
     capability  the least GPU that multiplies it, as (9, 0); what it is called is in `gpu`
     """
 
@@ -83,6 +84,7 @@ class WeightFormat:
     refuses: Callable[[int, int, int], Refusal]
     bits: float  # of a code
     output_dim: int
+    interleaved: Callable[[int], int] = lambda group: 1
     rows: Callable[[PackedWeight], RowFormat | None] = lambda weight: None
     group: int = 0
     scale_bytes: int = 4
@@ -147,6 +149,41 @@ def join_rows(parts: Sequence[PackedWeight]) -> PackedWeight:
         scales=torch.cat([part.scales for part in parts], dim=-1),
         zeros=None if first.zeros is None else torch.cat([part.zeros for part in parts], dim=-1),  # type: ignore[misc]
         input_scale=torch.stack(input_scales).amax() if input_scales else None,
+    )
+
+
+def select_rows(weight: PackedWeight, outputs: Tensor) -> PackedWeight:
+    """The weight of these outputs [n] int64 alone."""
+    return replace(
+        weight,
+        outputs=len(outputs),
+        codes=weight.codes.index_select(weight_format(weight.format).output_dim, outputs),
+        scales=weight.scales.index_select(-1, outputs),
+        zeros=None if weight.zeros is None else weight.zeros.index_select(-1, outputs),
+    )
+
+
+def first_inputs(weight: PackedWeight, count: int) -> PackedWeight:
+    """The weight on its first `count` inputs alone. ValueError where codes or scales of these are those of others."""
+    form = weight_format(weight.format)
+    if weight.order is not None:
+        raise ValueError("its inputs are in an order of their own (act-order), so the first ones are in all groups")
+    group = weight.group
+    if group == weight.inputs and form.refuses(weight.outputs, count, group) is not None:
+        group = count  # the one scale of all inputs is that of the first
+    whole = form.interleaved(group) == form.interleaved(weight.group)
+    if not whole or form.refuses(weight.outputs, count, group) is not None:
+        raise ValueError(f"its first {count} inputs end in the middle of a group of {weight.group}")
+    groups = -(-count // group)
+    input_dim = -3 - form.output_dim
+    length = weight.codes.shape[input_dim] * count // weight.inputs
+    return replace(
+        weight,
+        inputs=count,
+        group=group,
+        codes=weight.codes.narrow(input_dim, 0, length).contiguous(),
+        scales=weight.scales[..., :groups, :].contiguous(),
+        zeros=None if weight.zeros is None else weight.zeros[..., :groups, :].contiguous(),
     )
 
 

@@ -3,29 +3,34 @@
     seconds of a step = what the step-time model says of its rows      step_time.py
                       + fixed + per_node · nodes        what that leaves out: masks, compaction, no overlap
                       + per_level · levels + per_row · rows      of each method that guessed, before the step's pass
+                      + per_missed · rows               of what its proposer had to catch up with
 
 The step-time model itself learns from steps without guesses only. What a step would take without them is then always
-known, and cannot be taken for larger because all steps have them.
+known, and cannot be taken for larger because all steps have them. When it learns, what was seen of steps with guesses
+is judged anew.
+
+All fits are to the relative error. A machine that is held up makes steps longer and never shorter, and one that took
+ten times as long weighs a hundredth: the first few steps may all be such ones, and must not be believed for long.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from functools import lru_cache
 
 from .drafts import DraftOrder
 from .plan import DraftPass
+from .step_time import StepCost, StepShape
 
 # The last 50 steps count: two or three seconds of a stream.
 MEMORY = 0.98
+REMEMBERED = 50
 
 # So much is added to the second term's moment: steps that cannot tell the two apart say that the first is all. More of
 # the second is then believed to be free, and the first step that has more of it corrects that, where the opposite error
 # would keep such steps from being taken.
 RIDGE = 1e-4
-
-# Whatever took longer than so many times what was predicted was held up by something else.
-OUTLIER = 4.0
 
 
 class TwoTerms:
@@ -37,7 +42,9 @@ class TwoTerms:
         self.a = self.b = 0.0
         self._moments: tuple[float, ...] = (0.0,) * 5
 
-    def observe(self, x: float, y: float, seconds: float) -> None:
+    def observe(self, x: float, y: float, seconds: float, whole: float) -> None:
+        """whole: seconds of all that was measured, of which these are a part; errors count relative to them."""
+        x, y, seconds = x / whole, y / whole, seconds / whole
         new = (x * x, x * y, y * y, x * seconds, y * seconds)
         xx, xy, yy, xs, ys = self._moments = tuple(
             MEMORY * old + add for old, add in zip(self._moments, new, strict=True)
@@ -57,26 +64,46 @@ class DraftCost:
     def __init__(self) -> None:
         self.verifying = TwoTerms()  # of one step, and of a node
         self.guessing: dict[str, TwoTerms] = {}  # method -> of a level, and of a row of the proposer
+        self.missed: dict[str, TwoTerms] = {}  # method -> of a row that its proposer catches up with; one term
         self._times: dict[str, int] = {}  # how often what was done
+        self._verified: deque[tuple[StepShape, int, float]] = deque(maxlen=REMEMBERED)
 
     def of(self, method: str) -> TwoTerms:
         """Of a level, and of a row; nothing is known to cost nothing until it has been seen."""
         return self.guessing.setdefault(method, TwoTerms())
 
-    def verified(self, nodes: int, predicted: float, seconds: float) -> None:
-        """A step with so many nodes took `seconds` besides guessing; by its rows alone it was predicted otherwise."""
-        if self._is_first("verify"):
+    def verified(self, shape: StepShape, nodes: int, seconds: float, cost: StepCost) -> None:
+        """A step of this shape with so many nodes took `seconds` besides guessing; `cost` knows of its rows alone."""
+        if self._is_first("verify") or seconds <= 0:
             return
-        self.verifying.observe(1.0, nodes, min(seconds, OUTLIER * predicted) - predicted)
+        self._verified.append((shape, nodes, seconds))
+        self._judge(shape, nodes, seconds, cost)
 
-    def guessed(self, done: DraftPass, streams: int) -> None:
-        """What a proposer did for so many streams."""
-        if self._is_first(done.method):
-            return
-        levels, rows = (done.levels, done.rows) if done.levels else (1, streams)
+    def judge_anew(self, cost: StepCost) -> None:
+        """The step-time model has learned: what it left out of the steps that were seen is something else now."""
+        self.verifying = TwoTerms()
+        for shape, nodes, seconds in self._verified:
+            self._judge(shape, nodes, seconds, cost)
+
+    def _judge(self, shape: StepShape, nodes: int, seconds: float, cost: StepCost) -> None:
+        predicted = cost.seconds(shape)
+        # A step that was faster than predicted by chance weighs no more than one that was slower.
+        self.verifying.observe(1.0, nodes, seconds - predicted, max(seconds, predicted))
+
+    def guessed(self, done: DraftPass, streams: int) -> float:
+        """What a proposer did for so many streams. Returns seconds of it that catching up is believed to have taken."""
+        if done.seconds <= 0:
+            return 0.0
+        levels, rows = (done.levels, done.rows - done.caught_up) if done.levels else (1, streams)
         terms = self.of(done.method)
-        predicted = terms.a * levels + terms.b * rows
-        terms.observe(levels, rows, min(done.seconds, OUTLIER * predicted) if predicted else done.seconds)
+        if done.caught_up <= rows:
+            # What was accepted of trees is missing in every step: a part of what a level costs.
+            if not self._is_first(done.method):
+                terms.observe(levels, rows, done.seconds, done.seconds)
+            return 0.0
+        missed = self.missed.setdefault(done.method, TwoTerms())
+        missed.observe(done.caught_up, 0.0, done.seconds - terms.a * levels - terms.b * rows, done.seconds)
+        return missed.a * done.caught_up
 
     def is_known(self, method: str) -> bool:
         return self._times.get(method, 0) > 1

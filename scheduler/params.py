@@ -32,6 +32,22 @@ class Speculative:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Grammar:
+    """What the text of a sample must be, from its first token to its end.
+
+    kind    "json_object"     any JSON object; no source
+            "json_schema"     a JSON Schema, as text
+            "regex"           a regular expression that the whole text matches
+            "choice"          one of several texts: a JSON list of them
+            "lark"            a grammar in llguidance's Lark, or in GBNF
+            "structural_tag"  free text with JSON between tags: {"structures": [...], "triggers": [...]}
+    """
+
+    kind: str
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the tokens of one request are drawn, and when drawing ends.
 
@@ -52,6 +68,7 @@ class SamplingParams:
     bad_words       token sequences that are never completed
     logprobs        None = off, k = the drawn token and the k most likely, -1 = the whole vocabulary
     prompt_logprobs as `logprobs`, for the prompt's own tokens
+    grammar         what the text must be; None = anything
     """
 
     max_tokens: int
@@ -72,6 +89,7 @@ class SamplingParams:
     bad_words: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
     @property
     def looks_back(self) -> bool:
@@ -81,4 +99,5 @@ class SamplingParams:
             or self.presence_penalty
             or self.frequency_penalty
             or any(len(word) > 1 for word in self.bad_words)
+            or self.grammar
         )

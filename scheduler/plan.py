@@ -100,6 +100,7 @@ class DraftPass(NamedTuple):
     levels: int  # passes of the proposer, one after another
     rows: int  # of all of them
     seconds: float
+    caught_up: int = 0  # of the rows, those of tokens before the last that its cache did not have
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ A step is filled in this order:
        (policy.py), packed (packing.py); one that enters is given blocks for all its known tokens, above a watermark.
        A further sample of a computed prompt needs a slot, a block or two, and one token of the budget;
     3. more such samples, while slots are free;
-    4. guesses behind the tokens of streams (speculation.py), in what tokens, blocks and promised gaps then remain.
+    4. guesses behind the tokens of streams (drafting.py), in what tokens, blocks and promised gaps then remain.
 Out of blocks, the running request that has computed least is preempted and recomputed later, never the first in order.
 
 A step may be planned while one is out (`may_plan_ahead`): tokens that are drawn but not known have their place already.
@@ -23,7 +23,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from copy import copy
 from operator import attrgetter
 from typing import NamedTuple
@@ -31,7 +31,7 @@ from typing import NamedTuple
 from .block_pool import BlockPool
 from .budget import UNPROMISED, Budget, equal_time_seconds
 from .config import Counters, SchedulerConfig
-from .drafts import MAX_NODES, DraftOrder
+from .drafting import Drafting, as_run, step_shape
 from .forecast import wait_seconds
 from .packing import Want, pack
 from .params import SamplingParams, Slo, Speculative
@@ -39,7 +39,7 @@ from .plan import Chunk, Draw, Row, RowResult, StepPlan, StepResult
 from .policy import PATIENCE, POLICIES, never
 from .request import Group, Request
 from .roster import Roster
-from .speculation import Speculation, Wish, most_for
+from .speculation import most_for
 from .step_time import StepCost, StepShape, StepTimeModel, shape_of
 
 # Requests looked at beyond those that fill the budget, for one that fits better into what is left.
@@ -63,19 +63,6 @@ def _want(request: Request) -> Want:
     return Want(start, request.num_tokens - start, request.passed_over)
 
 
-def _shape(rows: Iterable[Row]) -> StepShape:
-    shape = shape_of((row.start, 1 if row.draft else row.num_tokens) for row in rows)
-    for row in rows:
-        if row.draft:
-            shape = shape.guessing(row.start, row.num_tokens - 1)
-    return shape
-
-
-def _ran(row: Row, got: RowResult) -> Row:
-    """The row as it was run: often fewer tokens were guessed than there was room for."""
-    return row._replace(num_tokens=1 + got.drafted) if row.draft else row
-
-
 class _Out(NamedTuple):
     """A plan whose result is not known yet."""
 
@@ -91,18 +78,17 @@ class Scheduler:
         self.config = config
         self.policy = POLICIES[config.policy]
         self.steps = StepTimeModel(cost)
-        self.speculation = Speculation(config, self.steps)
         depth = config.draft_shape.depth if config.draft_shape is not None else 0
         self.counters = Counters(drafted_at=[0] * depth, accepted_at=[0] * depth, depths=[0] * (depth + 1))
         self.roster = Roster(config, self.policy, self.steps)
         self.residency, self.waiting, self.service = self.roster.residency, self.roster.waiting, self.roster.service
+        self.drafting = Drafting(config, self.steps, self.residency, self.counters)
         self.shape = StepShape()  # of the latest plan
         self._entered: set[Request] = set()  # in the plan that is being made
         self._rows: dict[Request, Row] = {}  # of the plan that is being made
         self._drawing: list[Request] = []  # beside its draws
         self._out: deque[_Out] = deque()
         self._held_up = False  # somebody was not let in because a step was out
-        self._drafts = False  # the latest plan has guesses, or would have if all its tokens were known
         self._taken: list[Request] = []  # out of the queue while a plan is made
         self._mean_output = 0.0  # tokens of a finished sample
         self._step_id = 0
@@ -207,7 +193,7 @@ class Scheduler:
         that is not known. Whether the step to plan would have guesses is taken from the latest one: when that changes,
         a stream misses its guesses in one step.
         """
-        if self._drafts:
+        if self.drafting.is_on:
             return False
         decoding = [request for request in self.running if request.remaining == 1]
         if self._held_up or any(request.num_pending and request.params.looks_back for request in decoding):
@@ -234,7 +220,7 @@ class Scheduler:
         plan.freed, self.residency.freed = self.residency.freed, []
         plan.forgotten, self.residency.forgotten = self.residency.forgotten, []
         plan.rows = list(rows.values())
-        self.shape = _shape(plan.rows)
+        self.shape = step_shape(plan.rows)
         self._out.append(_Out(plan, self.shape, list(rows), self._drawing))
         for request in self._drawing:
             request.num_pending += 1
@@ -253,9 +239,9 @@ class Scheduler:
         out = self._out.popleft()
         ran, shape = plan.rows, out.shape
         if any(row.draft for row in ran):
-            ran = [_ran(row, got) for row, got in zip(ran, result.rows, strict=True)]
-            shape = _shape(ran)
-        self._learn_costs(ran, shape, result, seconds)
+            ran = as_run(ran, result.rows)
+            shape = step_shape(ran)
+        self.drafting.observe(ran, shape, result, seconds)
         if self.policy.by_tenant:
             self._charge(out, ran, sum(done.seconds for done in result.drafting))
         chunks = []
@@ -284,7 +270,9 @@ class Scheduler:
         budget = self._budget(shape_of((row.start, row.num_tokens) for row in rows.values()), list(rows))
         # What was just freed by a preemption was freed for somebody else: nobody enters then.
         self._spend(plan, rows, budget, now, admit=self.counters.preemptions == preemptions)
-        self._draft(rows)
+        if self.config.draft_shape is not None:
+            streams = [request for request in rows if request.num_output]
+            self.drafting.add(rows, self._promised_seconds(streams), ahead=bool(self._out))
 
     def _budget(self, shape: StepShape, decoding: list[Request]) -> Budget:
         """What the step may still take in, beside the decodes that it has."""
@@ -308,50 +296,6 @@ class Scheduler:
         if self.config.slo_itl is not None:
             limits.append(self.config.slo_itl)
         return min(limits) / self.steps.margin if decoding and limits else math.inf
-
-    def _draft(self, rows: dict[Request, Row]) -> None:
-        """Guesses for streams whose row is their last token, as far as they pay and there is room for them.
-
-        While a step is out only whether there would be any is noted, for `may_plan_ahead`.
-        """
-        self._drafts = False
-        if self.config.draft_shape is None or self.speculation.rests():
-            return
-        wishes = [Wish(request, most) for request, row in rows.items() if (most := self._most(request, row))]
-        if not wishes:
-            return
-        shape = _shape(rows.values())
-        streams = [request for request in rows if request.num_output]
-        tokens = self.config.max_num_batched_tokens - shape.num_tokens
-        depths = self.speculation.choose(wishes, shape, tokens, self._promised_seconds(streams))
-        for (request, most), depth in zip(wishes, depths, strict=True):
-            while depth and not self.residency.has_room_ahead(request, most.shape.cut(depth).nodes):
-                depth -= 1
-            self._drafts = self._drafts or depth > 0
-            if depth and self._out:
-                continue
-            self.counters.depths[depth] += 1
-            if depth:
-                rows[request] = self._with_draft(request, rows[request], most, depth)
-
-    def _most(self, request: Request, row: Row) -> DraftOrder | None:
-        """What may be guessed behind this row at most: what is accepted, and one token more, may not pass its length,
-        and its blocks have to have room for all nodes."""
-        if request.draft is None or row.num_tokens > 1 or not request.num_output or not row.samples:
-            return None
-        method, shape = request.draft
-        left = request.group.max_len - request.num_tokens - 1
-        if left >= MAX_NODES:
-            return request.draft
-        shape = shape.cut(max(left, 0))
-        while request.num_tokens + shape.nodes > self.config.max_model_len:
-            shape = shape.cut(shape.depth - 1)
-        return DraftOrder(method, shape) if shape.depth else None
-
-    def _with_draft(self, request: Request, row: Row, most: DraftOrder, depth: int) -> Row:
-        shape = most.shape.cut(depth)
-        new = row.new_block_ids + self.residency.grow_ahead(request, shape.nodes)
-        return row._replace(num_tokens=1 + shape.nodes, new_block_ids=new, draft=DraftOrder(most.method, shape))
 
     def _owed_tokens(self, decoding: list[Request]) -> int:
         """Prompt tokens of the tenant that was served no more than any other whose streams run, if there is one.
@@ -576,7 +520,7 @@ class Scheduler:
 
     def _advance(self, request: Request, row: Row, got: RowResult) -> Chunk | None:
         if row.draft is not None and got.error is None:
-            self._learn_draft(request, row.draft, got)
+            self.drafting.learn(request, row.draft, got)
             request.num_computed = row.start + len(got.token_ids)
         end = request.num_computed if row.draft else row.start + row.num_tokens
         if got.error is None:
@@ -593,22 +537,6 @@ class Scheduler:
         elif row.keeps is not None:
             self._forget(request.group)
         return self._take(request, got, end)
-
-    def _learn_draft(self, request: Request, order: DraftOrder, got: RowResult) -> None:
-        self.speculation.learn(request, order.method, got)
-        if got.draft_error is not None:
-            request.draft = None
-            self.counters.draft_failures += 1
-
-    def _learn_costs(self, ran: list[Row], shape: StepShape, result: StepResult, seconds: float | None) -> None:
-        """What the step took: in all, and of that to guess."""
-        orders = [row.draft for row in ran if row.draft]
-        for done in result.drafting:
-            self.speculation.cost.guessed(done, sum(order.method == done.method for order in orders))
-        if seconds is not None:
-            nodes = sum(row.num_tokens - 1 for row in ran if row.draft)
-            seconds -= sum(done.seconds for done in result.drafting)
-            self.speculation.observe(shape, nodes, seconds)
 
     def _discard(self, request: Request, row: Row, got: RowResult, out: _Out) -> None:
         """The row of a sample that has ended; one that forked in this very step has been counted, or ended by it."""
@@ -640,12 +568,7 @@ class Scheduler:
                 break
         if not request.draws and num_computed == len(request.token_ids):
             finish = "length"
-        accepted = min(drawn, len(got.token_ids) - 1) if got.drafted else 0
-        for level in range(got.draft_depth):
-            self.counters.drafted_at[level] += 1
-            self.counters.accepted_at[level] += level < accepted
-        self.counters.drafted += got.drafted
-        self.counters.accepted += accepted
+        accepted = self.drafting.count(got, drawn)
         self.counters.generated_tokens += drawn
         known = min(num_computed, len(request.token_ids))  # an end among accepted tokens leaves the rest unsaid
         if known // self.config.block_size != request.num_published:

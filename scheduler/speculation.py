@@ -5,7 +5,10 @@
 With one stream the rows of a verification are nearly free, and it pays to guess far ahead. In a full batch every row
 costs what a prompt's token would, and guessing pays only for who is nearly always right. Nothing is always allowed, so
 to guess never costs more than it is believed to bring; what is believed is learned from every step (`acceptance.py`,
-`draft_cost.py`), and half a per cent of the time is spent on finding out whether it still holds.
+`draft_cost.py`).
+
+Probes find out whether it still holds: one level more for one stream than is believed to pay. What they lose, by what
+is known after them, is half a per cent of the time at most; those that win cost nothing, and go on.
 
 Choosing: levels of all streams in order of what they bring per second, each stream's own in their order, and of all
 beginnings of that list the best. Levels that are passes of a proposer cost everybody, so the list is also tried with
@@ -22,13 +25,21 @@ from .config import SchedulerConfig
 from .draft_cost import DraftCost, nodes_by_level, num_passes, rows_by_level
 from .drafts import DraftOrder, chain
 from .params import Speculative
-from .plan import RowResult
+from .plan import DraftPass, RowResult
 from .request import Request
 from .roster import Refused
 from .step_time import StepShape, StepTimeModel
 
-# Share of the time that is spent on guessing for who is believed not to be worth it: the bound on what that can lose.
+# Share of the time that probes may lose: the next one waits until the loss of the last has become so little.
 PROBES = 0.005
+
+# So many are made before that bound holds: what is believed at first comes of steps that paid for memory and
+# compilation, or of a machine that was busy with something else.
+FREE_PROBES = 8
+
+# Steps between probes at least, also between those that are free or win: what holds a machine up is over sooner or
+# later, and free ones are not to be spent on it all at once.
+PAUSE = 8
 
 # Of so many steps with guesses one is taken without, so that it stays known what that takes. At two tokens a step
 # more than without, it costs half a per cent.
@@ -37,8 +48,8 @@ BASELINE = 128
 # The list of levels is tried down to these, and to its end.
 DEPTHS = (1, 2, 4, 8, 16, 32)
 
-# Deciding takes 2 to 5 µs a stream with four levels. When it did not pay for anybody, it is asked again after so many
-# steps for each stream: the answer of a full house rarely changes.
+# Deciding takes 2 to 8 µs a stream with three to eight levels. When it did not pay for anybody, it is asked again after
+# so many steps for each stream: the answer of a full house rarely changes.
 REST = 0.25
 
 
@@ -66,6 +77,21 @@ class Wish(NamedTuple):
     most: DraftOrder
 
 
+class _Probe(NamedTuple):
+    """One level of guesses more for a stream than is believed to pay.
+
+    depth  levels that are believed to
+    shape  of the step with those of all streams
+    rate   tokens per second of it
+    """
+
+    request: Request
+    most: DraftOrder
+    depth: int
+    shape: StepShape
+    rate: float
+
+
 class _Room(NamedTuple):
     """What all guesses of a step may add, and seconds that it may take with them."""
 
@@ -79,6 +105,11 @@ class _Room(NamedTuple):
 _Level = tuple[float, int, int, float, int, float]
 
 
+# A level of all streams with one order: depth, nodes, how often guesses of such requests are right times its weight,
+# seconds without context, seconds for each token of context, and seconds as a share of tiles.
+_Row = tuple[int, int, float, float, float, float]
+
+
 class Speculation:
     def __init__(self, config: SchedulerConfig, steps: StepTimeModel) -> None:
         self.cost = DraftCost()
@@ -86,9 +117,10 @@ class Speculation:
         self._adaptive = config.adaptive_drafts
         self._depth = config.draft_shape.depth if config.draft_shape is not None else 0
         self._methods: dict[str, Trials] = {}
-        self._credit = 0.0  # seconds that may be spent on probes
-        self._probe_seconds = 0.0  # what the probe that is under way may cost
+        self._debt = 0.0  # seconds lost by probes that have yet to be made up for
+        self._probe: _Probe | None = None  # in the latest plan, or the one before: it may have to wait
         self._probes = 0
+        self._since_probe = 0  # steps
         self._guessed = 0  # steps with guesses since the last one without
         self._rest = 0  # steps for which it was decided that nothing is guessed
 
@@ -96,20 +128,45 @@ class Speculation:
 
     def learn(self, request: Request, method: str, got: RowResult) -> None:
         """How one row's guesses fared."""
-        if self._probe_seconds:
-            self._credit -= self._probe_seconds
-            self._probe_seconds = 0.0
-            self._probes += 1
+        if self._probe is not None and self._probe.request is request:
+            self._settle(self._probe, len(got.token_ids) - 1)
         if got.draft_depth:
             for trials in (self._own(request), self._method(method)):
                 trials.learn(len(got.token_ids) - 1, got.draft_depth)
 
     def observe(self, shape: StepShape, nodes: int, seconds: float) -> None:
         """A step of this shape, `nodes` guesses among its rows, took so long besides guessing."""
+        known = self._steps.cost
         if nodes:
-            self.cost.verified(nodes, self._steps.cost.seconds(shape), seconds)
+            self.cost.verified(shape, nodes, seconds, known)
         else:
             self._steps.observe(shape, seconds)
+            if self._steps.cost is not known:
+                self.cost.judge_anew(self._steps.cost)
+
+    def guessed(self, done: DraftPass, streams: int) -> None:
+        """What a proposer did for so many streams. What it had to catch up with is lost with a probe."""
+        seconds = self.cost.guessed(done, streams)
+        probe = self._probe
+        if probe is not None and probe.most.method == done.method and self._probes >= FREE_PROBES:
+            self._debt += seconds
+
+    def _settle(self, probe: _Probe, accepted: int) -> None:
+        """Lost is what a probe cost, as is known now that it was made, less what its tokens would have taken without.
+
+        What it won is not saved up: good times are not to pay for bad ones.
+        """
+        self._probe = None
+        self._probes += 1
+        self._since_probe = 0
+        if self._probes > FREE_PROBES:
+            cost, (method, most) = self._steps.cost, probe.most
+            before, after = most.cut(probe.depth), most.cut(probe.depth + 1)
+            more = probe.shape.guessing(probe.request.num_tokens - 1, after.nodes - before.nodes)
+            seconds = cost.seconds(more) - cost.seconds(probe.shape) + self.cost.seconds([DraftOrder(method, after)])
+            if probe.depth:
+                seconds -= self.cost.seconds([DraftOrder(method, before)])
+            self._debt = max(self._debt + seconds - max(accepted - probe.depth, 0) / probe.rate, 0.0)
 
     def _own(self, request: Request) -> Trials:
         if request.trials is None:
@@ -134,6 +191,7 @@ class Speculation:
         tokens: that guesses may add to it; seconds: that it may take in all, inf = no matter.
         """
         room = _Room(tokens, seconds)
+        self._probe = None
         if not self._adaptive:
             return self._best(self._levels(wishes, 0.0), wishes, shape, room, self._depth, 0.0)[1]
         plain = self._steps.cost.seconds(shape)
@@ -153,15 +211,16 @@ class Speculation:
                 return [0] * len(chosen)
         else:
             self._guessed = 0
-        if all(chosen):
-            return chosen
         self._rest = 0 if any(chosen) else 1 + int(REST * len(wishes))
-        self._credit += PROBES * plain * max(self._rest, 1)
-        probe = self._probe(chosen, wishes, shape, room)
-        if probe is None:
+        steps = max(self._rest, 1)
+        due = not self._debt and self._since_probe >= PAUSE
+        self._debt = max(self._debt - PROBES * plain * steps, 0.0)
+        self._since_probe += steps
+        probing = self._with_probe(chosen, wishes, shape, room, rate) if due else None
+        if probing is None:
             return chosen
         self._rest = 0
-        return probe
+        return probing
 
     def _forbear(self, chosen: list[int], wishes: Sequence[Wish]) -> bool:
         """Of a method whose cost is not known leave only one stream: it may be large. Whether any had to go."""
@@ -177,32 +236,35 @@ class Speculation:
     def _levels(self, wishes: Sequence[Wish], rate: float) -> list[_Level]:
         """What may be added, the best first. Left out is what brings fewer tokens per second than `rate`, even if no
         tile and no pass were counted."""
-        per_pair, per_node = self._steps.cost.per_pair, self.cost.verifying.b
-        per_token = self._steps.cost.per_tile / self._steps.cost.tile + 1e-12
-        tables: dict[int, list[tuple[int, int, int, float]]] = {}
+        tables: dict[DraftOrder, list[_Row]] = {}
         levels: list[_Level] = []
         for i, (request, most) in enumerate(wishes):
-            table = tables.get(id(most))  # of most streams it is the engine's own
+            table = tables.get(most)
             if table is None:
-                table = tables[id(most)] = self._table(most)
+                table = tables[most] = self._table(most)
             own, context, chance = self._own(request), request.num_tokens, 1.0
-            per_row = self.cost.of(most.method).b
-            for (depth, nodes, rows, belief), accepted, tried in zip(table, own.accepted, own.tried, strict=False):
+            for row, accepted, tried in zip(table, own.accepted, own.tried, strict=False):
+                depth, nodes, belief, fixed, per_context, tiles = row
                 chance *= (accepted + belief) / (tried + BELIEF_WEIGHT)
-                seconds = nodes * (per_node + per_pair * (context + nodes / 2)) + rows * per_row
+                seconds = fixed + per_context * context
                 if chance < rate * seconds:
                     break
-                context += nodes
-                levels.append((-chance / (seconds + nodes * per_token), depth, i, chance, nodes, seconds))
+                levels.append((-chance / (seconds + tiles), depth, i, chance, nodes, seconds))
         levels.sort()
         return levels
 
-    def _table(self, most: DraftOrder) -> list[tuple[int, int, int, float]]:
-        """By level: its depth, nodes, rows of the proposer, and how often guesses of such requests are right, times its
-        weight."""
-        rates = [BELIEF_WEIGHT * rate for rate in method_rates(self._method(most.method))]
-        depths = range(1, most.shape.depth + 1)
-        return list(zip(depths, nodes_by_level(most), rows_by_level(most), rates, strict=False))
+    def _table(self, most: DraftOrder) -> list[_Row]:
+        """By level, what does not depend on the stream."""
+        cost, per_node, per_row = self._steps.cost, self.cost.verifying.b, self.cost.of(most.method).b
+        table: list[_Row] = []
+        above = 0  # nodes
+        for i, rate in enumerate(method_rates(self._method(most.method))[: most.shape.depth]):
+            nodes, rows = nodes_by_level(most)[i], rows_by_level(most)[i]
+            fixed = nodes * (per_node + cost.per_pair * (above + nodes / 2)) + rows * per_row
+            tiles = nodes * (cost.per_tile / cost.tile + 1e-12)
+            table.append((i + 1, nodes, BELIEF_WEIGHT * rate, fixed, nodes * cost.per_pair, tiles))
+            above += nodes
+        return table
 
     def _best(
         self,
@@ -255,28 +317,34 @@ class Speculation:
             depths[i] -= 1
         return rate, depths
 
-    def _probe(self, chosen: Sequence[int], wishes: Sequence[Wish], shape: StepShape, room: _Room) -> list[int] | None:
-        """With guesses for one of those for whom they are believed not to pay, if what that may cost has been saved."""
-        idle = [i for i, depth in enumerate(chosen) if not depth]
-        i = idle[self._probes % len(idle)]
+    def _with_probe(
+        self, chosen: Sequence[int], wishes: Sequence[Wish], shape: StepShape, room: _Room, rate: float
+    ) -> list[int] | None:
+        """With one level more for one stream than is believed to pay, if there is room. rate: without it."""
+        open_ones = [i for i, (_, most) in enumerate(wishes) if chosen[i] < most.shape.depth]
+        if not open_ones:
+            return None
+        i = open_ones[self._probes % len(open_ones)]
         request, most = wishes[i]
-        rows, cost = StepShape().guessing(request.num_tokens - 1, most.shape.nodes), self._steps.cost
-        alone = cost.seconds(rows) - cost.base + self.cost.seconds([most])  # beside others it costs no more
-        if alone > self._credit:
+        probing = list(chosen)
+        probing[i] += 1
+        nodes = sum(most.shape.cut(depth).nodes for depth, (_, most) in zip(probing, wishes, strict=True))
+        if nodes > room.tokens or self._seconds(probing, wishes, shape) > room.seconds:
             return None
-        probe = list(chosen)
-        probe[i] = 1 + self._probes % most.shape.depth  # of all depths, so that it shows what each row takes
-        nodes = sum(most.shape.cut(depth).nodes for depth, (_, most) in zip(probe, wishes, strict=True))
-        if nodes > room.tokens or self._seconds(probe, wishes, shape) > room.seconds:
-            return None
-        self._probe_seconds = alone  # paid when it was made: a plan may have to wait with its guesses
-        return probe
+        self._probe = _Probe(request, most, chosen[i], self._with_guesses(chosen, wishes, shape), rate)
+        return probing
 
     def _seconds(self, chosen: Sequence[int], wishes: Sequence[Wish], shape: StepShape) -> float:
         """Of the step with these levels."""
-        orders = []
+        orders = [
+            DraftOrder(most.method, most.shape.cut(depth))
+            for depth, (_, most) in zip(chosen, wishes, strict=True)
+            if depth
+        ]
+        return self._steps.cost.seconds(self._with_guesses(chosen, wishes, shape)) + self.cost.seconds(orders)
+
+    def _with_guesses(self, chosen: Sequence[int], wishes: Sequence[Wish], shape: StepShape) -> StepShape:
         for depth, (request, most) in zip(chosen, wishes, strict=True):
             if depth:
-                orders.append(DraftOrder(most.method, most.shape.cut(depth)))
-                shape = shape.guessing(request.num_tokens - 1, orders[-1].shape.nodes)
-        return self._steps.cost.seconds(shape) + self.cost.seconds(orders)
+                shape = shape.guessing(request.num_tokens - 1, most.shape.cut(depth).nodes)
+        return shape

@@ -19,6 +19,7 @@ from .. import __version__
 from ..engine.chat import load_chat_template
 from ..engine.client import EngineClient
 from ..engine.errors import QuireError
+from ..engine.grammar import Grammars, Vocabulary
 from ..engine.messages import EngineReady, StepStats
 from ..engine.rendering import shared_workers
 from ..engine.tokenizer import generation_defaults, load_tokenizer
@@ -86,6 +87,7 @@ async def _start(client: EngineClient, config: ServerConfig) -> State:
             limits=limits_of(ready),
             ready=ready,
             defaults=_sampling_defaults(config, folder),
+            grammars=Grammars(lambda: Vocabulary(tokenizer, ready.vocab_size)),
         )
     except BaseException:
         await dispatcher.stop()

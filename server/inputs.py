@@ -10,6 +10,8 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 from ..engine.chat import ChatTemplate, Renderer, reason, require_chat_template
+from ..engine.errors import RequestError
+from ..engine.grammar import Grammars
 from ..engine.messages import EngineReady
 from ..engine.outputs import TextOptions
 from ..engine.tokenizer import Tokenizer
@@ -22,7 +24,7 @@ from ..engine.validation import (
     clamp_logit_bias,
     valid_token_ids,
 )
-from ..scheduler.params import SamplingParams, Slo
+from ..scheduler.params import Grammar, SamplingParams, Slo
 from . import errors
 from .cost import Asked
 from .generate import GenerateRequest, Prompt
@@ -41,6 +43,7 @@ class TextSide:
     limits: Limits
     ready: EngineReady
     defaults: Mapping[str, float | int]  # the model's own sampling defaults
+    grammars: Grammars
     compile: Callable[[str], Renderer] | None = None  # of templates that requests bring; None = they may not
 
     def template_for(self, source: str | None) -> ChatTemplate:
@@ -243,9 +246,23 @@ def _params(
         bad_words=_bad_words(body.bad_words, text.tokenizer),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        grammar=_grammar(body, text.grammars),
     )
     check_params(params, text.limits)
     return params
+
+
+def _grammar(body: GenerateBody, grammars: Grammars) -> Grammar | None:
+    """Compiled here too, so that one that is wrong is refused before the engine hears of it. Raises 400."""
+    asked = body.grammar
+    if asked is None:
+        return None
+    grammar, field = asked
+    try:
+        grammars.begin(grammar)
+    except RequestError as error:
+        raise errors.invalid(f"`{field}`: {error}.", field) from None
+    return grammar
 
 
 def _logit_bias(given: Mapping[str, float] | None) -> dict[int, float]:

@@ -16,8 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..engine.messages import Slo, Speculative
 from ..engine.validation import MAX_TENANT_BYTES, Limits, check_promises, check_speculative
+from ..scheduler.params import Grammar
 from . import errors
 from .logs import logger
+from .structured import GUIDED, grammar_of
 
 Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # what the wire to the engine can carry
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions only
@@ -25,8 +27,9 @@ DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions only
 # Accepted and without effect here.
 NO_EFFECT = frozenset(
     {
-        "metadata", "moderation", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
-        "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user", "verbosity",
+        "guided_decoding_backend", "metadata", "moderation", "parallel_tool_calls", "prediction", "prompt_cache_key",
+        "prompt_cache_options", "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user",
+        "verbosity",
     }
 )  # fmt: skip
 
@@ -38,10 +41,6 @@ NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "documents": (),
     "function_call": ("none",),
     "functions": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "kv_transfer_params": (),
     "logits_processors": (),
     "logprob_token_ids": (),
@@ -49,11 +48,9 @@ NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "prompt_embeds": (),
     "repetition_detection": (),
-    "response_format": ({"type": "text"},),
     "return_tokens_as_token_ids": (False,),
     "stop_regex": (),
     "stream_interval": (1,),
-    "structured_outputs": (),
     "suffix": ("",),
     "thinking_token_budget": (),
     "tool_choice": ("none",),
@@ -165,6 +162,20 @@ class GenerateBody(_Body):
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: Integer | None = None
     return_token_ids: bool | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_json_object: bool | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
+
+    @property
+    def grammar(self) -> tuple[Grammar, str] | None:
+        """What the text must be, and the field that says so. Raises 400."""
+        guided = {name: getattr(self, name) for name in GUIDED}
+        return grammar_of(self.response_format, self.structured_outputs, guided)
 
     @property
     def stops(self) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,25 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Qwen2-shaped, 3 layers, 300 logits, fp32; a tokenizer of bytes."""
     folder = make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
     write_byte_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def narrow_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model without its last 60 tokens and their logits: 240 are left, of the same values."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("models") / "narrow"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"vocab_size": 240, "bos_token_id": 238, "eos_token_id": 239})
+    )
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {
+        name: tensors[name][:240].contiguous() for name in tensors if len(tensors[name]) == config["vocab_size"]
+    }
+    save_file(tensors, folder / "model.safetensors")
     return folder
 
 

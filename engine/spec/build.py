@@ -24,7 +24,7 @@ from .model import ModelProposer
 from .ngram import NgramProposer
 from .proposer import Proposer
 from .slices import layers_decoder, nested_decoder
-from .vocabulary import check_same_tokenizer, check_vocabulary
+from .vocabulary import check_same_tokenizer
 
 BUNDLED_DRAFT = BUNDLED_FOLDER.parent / "quire-py-1m"
 
@@ -38,8 +38,8 @@ class Drafter(NamedTuple):
     head: AcceptanceHead | None = None
 
 
-def load_draft_config(config: EngineConfig, folder: Path, target: DecoderConfig) -> DecoderConfig | None:
-    """The configuration of an independent draft model; None where there is none.
+def load_draft_config(config: EngineConfig, folder: Path) -> DecoderConfig | None:
+    """The configuration of an independent draft model; None where there is none. folder: the target's.
 
     Raises EngineStartError for one that speaks another language than the target.
     """
@@ -48,7 +48,6 @@ def load_draft_config(config: EngineConfig, folder: Path, target: DecoderConfig)
     path = _folder(config.speculative_model)
     draft = load_config(path)
     check_same_tokenizer(folder, path)
-    check_vocabulary(target, draft)
     return draft
 
 

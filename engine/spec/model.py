@@ -13,12 +13,14 @@ holds all its nodes again, as only rows of one batch can be hidden from each oth
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ...kernels.batch import LayerKV
 from ...scheduler.plan import DraftPass
@@ -29,7 +31,7 @@ from .acceptance import AcceptanceHead
 from .children import Parent, choose_children
 from .contents import CacheContents
 from .proposer import Draft, View
-from .segments import Segment, lay_out
+from .segments import Segment, gather
 from .tree import Growth
 
 
@@ -58,8 +60,7 @@ class _Guess:
         if self.is_chain:
             (node,) = growth.frontier
             return Segment(table, self.length + node, growth.tokens[node:], [0])
-        positions = [self.length - 1 + depth for depth in growth.depths]
-        return Segment(table, self.length, growth.tokens, growth.frontier, positions, growth.masks())
+        return Segment(table, self.length, growth.tokens, growth.frontier, growth.parents)
 
     def parents(self) -> list[Parent]:
         growth, state = self.growth, self.view.state
@@ -93,7 +94,8 @@ class ModelProposer:
     ) -> None:
         """
         decoder     takes max_tokens rows at once, and gives as many logits as the frontiers of a step have nodes
-        sampler     the target's; logits that are wider than its vocabulary are cut
+        sampler     the target's, whose tokens are guessed: logits beyond them are padding, and are cut. Tokens that the
+                    model does not know are never guessed, and read as its last one
         max_tokens  rows of the first pass of a step: what is missing more takes further steps
         contents    of the cache, if it is the proposer's own; None = the target fills it
         head        says how likely guesses are accepted; chains end where it doubts
@@ -102,6 +104,7 @@ class ModelProposer:
         self._decoder, self._cache, self._sampler = decoder, cache, sampler
         self._max_tokens, self._eos_token_ids = max_tokens, frozenset(eos_token_ids)
         self._contents, self.head = contents, head
+        self._missing = sampler.vocab_size - decoder.config.vocab_size  # tokens that the model does not know
         self._block_size, self._device = cache[0].spec.block_size, cache[0].k.device
 
     def enter(self, slot: int) -> None:
@@ -114,6 +117,7 @@ class ModelProposer:
         started = time.perf_counter()
         guesses = [self._begin(view) for view in views]
         passes = self._first_pass(guesses)
+        caught_up = sum(len(segment.tokens) - len(segment.wanted) for _, segment in passes)
         levels = rows = 0
         while passes:
             rows += self._run(passes)
@@ -122,7 +126,7 @@ class ModelProposer:
             # In the order of a batch: few rows first.
             passes = sorted(((guess, guess.next()) for guess in growing), key=lambda one: len(one[1].tokens))
         drafts = [guess.draft() for guess in guesses]
-        return drafts, DraftPass(self.method, levels, rows, time.perf_counter() - started)
+        return drafts, DraftPass(self.method, levels, rows, time.perf_counter() - started, caught_up)
 
     def _begin(self, view: View) -> _Guess:
         params = view.state.params
@@ -144,7 +148,9 @@ class ModelProposer:
 
     def _run(self, passes: Sequence[tuple[_Guess, Segment]]) -> int:
         """One pass of the model, and the children that come of it. Returns its rows."""
-        batch = lay_out([segment for _, segment in passes], self._block_size, self._device)
+        batch = gather([segment for _, segment in passes], self._block_size, self._device)
+        if self._missing > 0:
+            batch.input_ids.clamp_(max=self._decoder.config.vocab_size - 1)
         hidden = self._decoder.forward(batch, self._cache)
         if self._contents is not None:
             for guess, segment in passes:
@@ -152,6 +158,8 @@ class ModelProposer:
         wanting = [(guess, segment) for guess, segment in passes if segment.wanted]
         if wanting:
             logits = self._decoder.logits_at(hidden, batch.logit_rows)[:, : self._sampler.vocab_size]
+            if self._missing > 0:
+                logits = pad(logits, (0, self._missing), value=-math.inf)
             self._extend([guess for guess, _ in wanting], logits)
             if self.head is not None:
                 self._doubt(self.head, wanting, hidden, batch.logit_rows)

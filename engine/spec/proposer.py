@@ -41,13 +41,6 @@ class DraftTree(NamedTuple):
     def is_chain(self) -> bool:
         return all(parent == node - 1 for node, parent in enumerate(self.parents))
 
-    def masks(self) -> list[int]:
-        """Of each node, the rows that it sees, as 64 bits in two's complement: the root is bit 0, node i bit i + 1."""
-        seen: list[int] = []
-        for node, parent in enumerate(self.parents):
-            seen.append((1 if parent < 0 else seen[parent]) | 1 << (node + 1))
-        return [bits - (bits >> 63 << 64) for bits in seen]
-
     def depths(self) -> list[int]:
         """Of each node; children of the root have 1."""
         depths: list[int] = []

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import Kernels
+from ...kernels.packed import PackedWeight, first_inputs, select_rows
 from ..decoder import Block, Decoder, FeedForward
 from ..errors import EngineStartError
 from ..layout import FeedForwardWeights, MoeWeights, model_weights
@@ -36,11 +37,6 @@ def check_width(config: DecoderConfig, width: int, rounding: Packing | None = No
     asked = f"a nested draft of width {width}"
     if config.moe is not None:
         raise EngineStartError(f"{asked} cannot be cut out of a mixture of experts; draft with layers or another model")
-    if config.quantization is not None:
-        raise EngineStartError(
-            f"{asked} is cut out of float weights, and this checkpoint is quantized ({config.quantization.method}); "
-            "give the unquantized model (--quantization rounds it while it is loaded), or draft with layers"
-        )
     if config.nested_widths and width not in config.nested_widths:
         widths = ", ".join(map(str, config.nested_widths))
         raise EngineStartError(f"{asked} was not trained: the checkpoint's matformer_widths are {widths}; choose one")
@@ -121,13 +117,24 @@ def _reader(target: Decoder, checkpoint: Checkpoint, kernels: Kernels, rounding:
 def _narrow(
     config: DecoderConfig, kernels: Kernels, reader: Reader, weights: FeedForwardWeights, width: int
 ) -> FeedForward:
-    def units(rows: Tensor, first: int) -> Tensor:
+    def units(rows: Tensor | PackedWeight, first: int) -> Tensor | PackedWeight:
         """Of the joined gate and up, and of their bias."""
-        index = torch.arange(first, first + len(rows), device=rows.device)
-        return rows[index % config.ffn < width]
+        packed = isinstance(rows, PackedWeight)
+        index = torch.arange(rows.outputs if packed else len(rows), device=reader.device)
+        kept = index[(first + index) % config.ffn < width]
+        return select_rows(rows, kept) if packed else rows[kept]
 
-    def inputs(rows: Tensor, first: int) -> Tensor:
-        return rows[:, :width].contiguous()
+    def inputs(rows: Tensor | PackedWeight, first: int) -> Tensor | PackedWeight:
+        if isinstance(rows, Tensor):
+            return rows[:, :width].contiguous()
+        try:
+            return first_inputs(rows, width)
+        except ValueError as error:
+            name = weights.down.layouts[-1][0].name
+            raise EngineStartError(
+                f"a nested draft of width {width} cannot be cut out of the quantized {name}: {error}; choose another "
+                "width, give the unquantized model (--quantization rounds it while it is loaded), or draft with layers"
+            ) from None
 
     bias = reader.optional(weights.gate_up_bias)
     return FeedForward(

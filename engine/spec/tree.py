@@ -79,13 +79,6 @@ class Growth:
     def path(self, node: int) -> tuple[int, ...]:
         return () if node < 0 else self.paths[node]
 
-    def masks(self) -> list[int]:
-        """Per node: bit j = node j is above it, or itself."""
-        masks: list[int] = []
-        for node, parent in enumerate(self.parents):
-            masks.append(1 << node | (masks[parent] if parent >= 0 else 0))
-        return masks
-
     def extend(self, best: Sequence[Best]) -> None:
         """The next level. best: beside the frontier."""
         if self.shape.kind == "rsd-s":

@@ -9,6 +9,7 @@ the very tokens of a run without guesses, and `verify` tokens of the same distri
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,11 +18,13 @@ import torch
 from torch import Tensor
 
 from ...kernels.reference.verify import match
-from ...scheduler.plan import RowResult
+from ...scheduler.plan import RowResult, TokenLogprob
 from ..sampler import Sampler, faults, rows_by_logprobs
 from ..sequence_state import SequenceState
 from ..transfer import Download, upload
 from .proposer import Draft
+
+log = logging.getLogger(__name__)
 
 
 class Verdict(NamedTuple):
@@ -55,8 +58,8 @@ class _Walk(NamedTuple):
     """How far a case came."""
 
     path: list[int]  # accepted nodes
-    last: int  # the token behind them
-    error: str | None  # of the first row on the way that no token can be drawn from
+    tokens: list[int]  # theirs, and the one behind them
+    error: str | None  # why no token can be drawn from the first row
 
     @property
     def rows(self) -> list[int]:
@@ -71,7 +74,8 @@ def judge(
 
     logits     [R, V] float32: 1 + nodes rows for each sequence, one sequence after another, its root first
     positions  of each sequence, the index in it of the token after the root
-    A row that no token can be drawn from ends its sequence if the path leads there; nobody else notices.
+    A row that no token can be drawn from ends its sequence if it is the first, and else the path; nobody else notices.
+    Whatever it raises, no state knows of anything new by then, and the sequences can be judged again, each alone.
     Raises ValueError for a q beside temperature 0: what is guessed then has no distribution, and the draft must say so.
     """
     cases: list[_Case] = []
@@ -90,9 +94,8 @@ def judge(
             rows = [row for case in mine for row in range(case.first, case.first + case.rows)]
             walks |= zip(indices, rule(sampler, sampler.select(logits, rows), mine), strict=True)
     in_order = [walks[i] for i in range(len(cases))]
-    verdicts = [_conclude(case, walk) for case, walk in zip(cases, in_order, strict=True)]
-    _add_logprobs(sampler, logits, cases, in_order, verdicts)
-    return verdicts
+    logprobs = _logprobs(sampler, logits, cases, in_order)
+    return [_conclude(*one) for one in zip(cases, in_order, logprobs, strict=True)]
 
 
 def _match(sampler: Sampler, logits: Tensor, cases: Sequence[_Case]) -> list[_Walk]:
@@ -108,7 +111,7 @@ def _match(sampler: Sampler, logits: Tensor, cases: Sequence[_Case]) -> list[_Wa
     for case in cases:
         drawn = draws[first : first + case.rows]
         path = match(drawn, *case.draft.tree)
-        walks.append(_walk(path, drawn[path[-1] + 1 if path else 0], why[first : first + case.rows]))
+        walks.append(_walk(case, path, drawn[path[-1] + 1 if path else 0], why[first : first + case.rows]))
         first += case.rows
     return walks
 
@@ -135,7 +138,7 @@ def _verify(sampler: Sampler, logits: Tensor, cases: Sequence[_Case]) -> list[_W
     walks, first = [], 0
     for case, taken, token in zip(cases, accepted.tolist(), last.tolist(), strict=True):
         path = [row - 1 for row, kept in enumerate(taken) if kept]
-        walks.append(_walk(path, token, why[first : first + case.rows]))
+        walks.append(_walk(case, path, token, why[first : first + case.rows]))
         first += case.rows
     return walks
 
@@ -155,32 +158,44 @@ def _padded(rows: Tensor, counts: np.ndarray) -> Tensor:
     return rows.index_select(0, index).view(trees, width, -1)
 
 
-def _walk(path: list[int], last: int, why: Sequence[str | None]) -> _Walk:
-    """why: the faults of the case's rows."""
-    on_the_way = [why[0], *(why[node + 1] for node in path)]
-    return _Walk(path, last, next((fault for fault in on_the_way if fault is not None), None))
+def _walk(case: _Case, path: list[int], last: int, why: Sequence[str | None]) -> _Walk:
+    """The walk as far as there is no fault on the way; why: the faults of the case's rows.
+
+    Behind accepted guesses a fault is left to the step that begins there: by then the sequence may have ended.
+    """
+    guessed = [case.draft.tree.tokens[node] for node in path]
+    for i, node in enumerate(path):
+        if why[0] is None and why[node + 1] is not None:
+            return _Walk(path[:i], guessed[: i + 1], None)
+    return _Walk(path, [*guessed, last], why[0])
 
 
-def _conclude(case: _Case, walk: _Walk) -> Verdict:
-    """The verdict; the tokens that come out become known to the sequence."""
-    result = RowResult(drafted=case.rows - 1, draft_depth=max(case.depths), error=walk.error)
-    if walk.error is None:
-        result.token_ids = [*(case.draft.tree.tokens[node] for node in walk.path), walk.last]
-        case.state.num_drawn += len(result.token_ids)
-        for token in result.token_ids:
-            case.state.append(token)
-    return Verdict(result, walk.path)
-
-
-def _add_logprobs(
-    sampler: Sampler, logits: Tensor, cases: Sequence[_Case], walks: Sequence[_Walk], verdicts: Sequence[Verdict]
-) -> None:
-    """Of the tokens that came out, by the model's own logits in the rows that they were drawn from."""
+def _logprobs(
+    sampler: Sampler, logits: Tensor, cases: Sequence[_Case], walks: Sequence[_Walk]
+) -> list[list[TokenLogprob] | None]:
+    """Of the tokens that come out of each case, by the model's own logits in the rows that they were drawn from."""
+    found: list[list[TokenLogprob] | None] = [None] * len(cases)
     for k, wanting in rows_by_logprobs([case.state for case in cases]).items():
         sound = [i for i in wanting if walks[i].error is None]
         rows = [cases[i].first + row for i in sound for row in walks[i].rows]
-        ids = [token for i in sound for token in verdicts[i].result.token_ids]
+        ids = [token for i in sound for token in walks[i].tokens]
         if rows:
-            found = iter(sampler.logprobs(sampler.select(logits, rows), ids, k))
+            listed = iter(sampler.logprobs(sampler.select(logits, rows), ids, k))
             for i in sound:
-                verdicts[i].result.logprobs = [next(found) for _ in walks[i].rows]
+                found[i] = [next(listed) for _ in walks[i].tokens]
+    return found
+
+
+def _conclude(case: _Case, walk: _Walk, logprobs: list[TokenLogprob] | None) -> Verdict:
+    """The verdict; the tokens that come out become known to the sequence."""
+    result = RowResult(drafted=case.rows - 1, draft_depth=max(case.depths), error=walk.error)
+    if walk.error is None:
+        try:
+            case.state.num_drawn += len(walk.tokens)
+            for token in walk.tokens:
+                case.state.append(token)
+            result.token_ids, result.logprobs = walk.tokens, logprobs
+        except Exception as error:
+            log.exception("what one sequence drew cannot be added to its state")
+            result.error = f"the request cannot be run: {type(error).__name__}"
+    return Verdict(result, walk.path)

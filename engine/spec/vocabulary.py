@@ -7,7 +7,6 @@ from pathlib import Path
 import tokenizers
 
 from ..errors import EngineStartError
-from ..model_config import DecoderConfig
 
 
 def check_same_tokenizer(target: Path, draft: Path) -> None:
@@ -25,15 +24,6 @@ def check_same_tokenizer(target: Path, draft: Path) -> None:
                 f"the draft model {draft} has another tokenizer than {target}: token {token} is "
                 f"{_shown(theirs, token)} there and {_shown(ours, token)} here; give a draft model of the same family"
             )
-
-
-def check_vocabulary(target: DecoderConfig, draft: DecoderConfig) -> None:
-    """Raises EngineStartError for a draft model that lacks logits; surplus ones are padding, and are cut."""
-    if draft.vocab_size < target.vocab_size:
-        raise EngineStartError(
-            f"the draft model's vocab_size is {draft.vocab_size} and the target's {target.vocab_size}; a draft model "
-            "must know every token of the target: give one of the same family"
-        )
 
 
 def _pieces(path: Path) -> dict[int, str]:

@@ -120,6 +120,7 @@ FORMAT = register(
         refuses=_refuses,
         bits=4,
         output_dim=-1,
+        interleaved=split_block,
         group=128,
         scale_bytes=2,
         zeros=True,

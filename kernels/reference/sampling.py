@@ -43,13 +43,21 @@ class Marks(NamedTuple):
     columns: Tensor  # [N] int64
 
 
+class Masks(NamedTuple):
+    """Which columns of some rows stay, a bit for each: column c of row rows[i] is bit c % 32 of bits[i, c // 32]."""
+
+    rows: Tensor  # [M] int64, distinct
+    bits: Tensor  # [M, ceil(V / 32)] int32
+
+
 class LogitEdits(NamedTuple):
-    """Sparse changes to logits [L, V]; None where no row asks for a kind."""
+    """Changes to logits [L, V]; None where no row asks for a kind."""
 
     penalties: Penalties | None = None
     bias: Bias | None = None
     banned: Marks | None = None  # set to -inf
     allowed: Marks | None = None  # a row named here keeps only its own columns
+    masks: Masks | None = None  # likewise, of what is left
 
 
 @op
@@ -57,7 +65,7 @@ def process_logits(logits: Tensor, edits: LogitEdits) -> Tensor:
     """Apply a step's edits to logits [L, V] float32; returns a new tensor.
 
     In this order: repetition penalty (Keskar et al. 2019, section 4.1), presence and frequency penalties, bias, bans,
-    allow lists. The sign test of the repetition penalty thus sees the model's own logit.
+    allow lists, masks. The sign test of the repetition penalty thus sees the model's own logit.
     """
     logits = logits.clone()
     if edits.penalties is not None:
@@ -74,6 +82,10 @@ def process_logits(logits: Tensor, edits: LogitEdits) -> Tensor:
         kept = logits[rows, columns]
         logits[rows.unique()] = -torch.inf
         logits[rows, columns] = kept
+    if edits.masks is not None:
+        rows, bits = edits.masks
+        stays = (bits[:, :, None] >> torch.arange(32, dtype=torch.int32, device=bits.device)) & 1
+        logits[rows] = logits[rows].masked_fill(stays.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf)
     return logits
 
 

@@ -1,4 +1,5 @@
-"""Sparse changes to logits: one lane per (row, column) pair, one kernel per kind, in the reference's order.
+"""Changes to logits: one lane per (row, column) pair, or per column of a mask; one kernel per kind, in the reference's
+order.
 
 Pairs of one kind are distinct or say the same thing, so the scatters need no atomics. A pair of one kind may meet a
 pair of another at the same logit: the kinds are launches of their own, one after the other.
@@ -74,9 +75,20 @@ def put_allowed(logits, rows, columns, kept, count, V, BLOCK: tl.constexpr):
     tl.store(logits + place, tl.load(kept + pair, mask=inside, other=0.0), mask=inside)
 
 
+@triton.jit
+def keep_masked(logits, rows, bits, V, words, CHUNK: tl.constexpr):
+    """Set to -inf what has no bit. Grid (masks, chunks); a chunk is a multiple of 32 columns."""
+    mask = tl.program_id(0).to(tl.int64)
+    ids = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    word = tl.load(bits + mask * words + ids // 32, mask=ids < V, other=0)
+    out = (ids < V) & (((word >> (ids % 32)) & 1) == 0)
+    row = tl.load(rows + mask)
+    tl.store(logits + row * V + ids, tl.full((CHUNK,), -float("inf"), tl.float32), mask=out)
+
+
 @implements("process_logits", "triton", when=on_gpu)
 def process_logits(logits: Tensor, edits: LogitEdits) -> Tensor:
-    """See the reference. One copy of the logits; what follows touches the pairs, and the rows with allow lists."""
+    """See the reference. One copy of the logits; what follows touches the pairs, and rows with allow lists or masks."""
     logits = logits.clone(memory_format=torch.contiguous_format)
     vocab = logits.shape[-1]
 
@@ -98,6 +110,11 @@ def process_logits(logits: Tensor, edits: LogitEdits) -> Tensor:
         each_pair(take_allowed, edits.allowed, kept, named)
         empty_rows[(len(logits), triton.cdiv(vocab, chunk))](logits, named, vocab, CHUNK=chunk, num_warps=8)
         each_pair(put_allowed, edits.allowed, kept)
+    if edits.masks is not None and len(edits.masks.rows) > 0:
+        rows, bits = edits.masks
+        chunk = chunk_of(vocab)
+        grid = (len(rows), triton.cdiv(vocab, chunk))
+        keep_masked[grid](logits, rows, bits.contiguous(), vocab, bits.shape[1], CHUNK=chunk, num_warps=8)
     return logits
 
 
@@ -122,5 +139,12 @@ def specializations() -> list[Specialization]:
             {"logits": "*fp32:16", "named": "*i32:16", "V": "i32:16"},
             {"CHUNK": chunk_of(128_256)},
             num_warps=8,
-        )
+        ),
+        Specialization(
+            "keep_masked",
+            keep_masked,
+            {"logits": "*fp32:16", "rows": "*i64:16", "bits": "*i32:16", "V": "i32:16", "words": "i32"},
+            {"CHUNK": chunk_of(128_256)},
+            num_warps=8,
+        ),
     ]

@@ -12,6 +12,7 @@ import triton.language as tl
 from ..reference.noise import Purpose
 
 SAMPLE = tl.constexpr(int(Purpose.SAMPLE))
+DRAFT = tl.constexpr(int(Purpose.DRAFT))
 ACCEPT = tl.constexpr(int(Purpose.ACCEPT))
 BONUS = tl.constexpr(int(Purpose.BONUS))
 

@@ -162,17 +162,34 @@ ROWS = [
         None,
         "cannot both be set",
     ),
+    *(
+        (path, fields, 400, param, "invalid_value", says)
+        for path in (COMPLETION, CONVERSATION)
+        for fields, param, says in (
+            ({"response_format": {"type": "xml"}}, "response_format.type", "json_schema or structural_tag"),
+            ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "field must be provided"),
+            (
+                {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "odd"}}}},
+                "response_format",
+                "is refused",
+            ),
+            ({"structured_outputs": {}}, "structured_outputs", "Exactly one"),
+            ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "Exactly one"),
+            ({"structured_outputs": {"poem": "a"}}, "structured_outputs.poem", "is unknown"),
+            ({"structured_outputs": {"regex": "("}}, "structured_outputs.regex", "is refused"),
+            ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "none of them empty"),
+            ({"guided_regex": "["}, "guided_regex", "is refused"),
+            ({"guided_json": "{"}, "guided_json", "not valid JSON"),
+            ({"guided_choice": ["a"], "response_format": {"type": "json_object"}}, "guided_choice", "both constrain"),
+            ({"guided_whitespace_pattern": " "}, "structured_outputs", "Exactly one"),
+            ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos", "whose text has an end"),
+        )
+    ),
     # not built: refused by name, never ignored
     *(
         (path, {name: value}, 400, name, "unsupported_parameter", f"`{name}`")
         for path in (COMPLETION, CONVERSATION)
         for name, value in {
-            "response_format": {"type": "json_object"},
-            "structured_outputs": {"regex": "a"},
-            "guided_json": {},
-            "guided_regex": "a",
-            "guided_choice": ["a"],
-            "guided_grammar": "a",
             "suffix": "x",
             "best_of": 3,
             "use_beam_search": True,

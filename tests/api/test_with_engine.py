@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -26,7 +28,7 @@ def running(tiny_model: Path) -> Running:
 
     @asynccontextmanager
     async def start(engine: dict[str, Any] | None = None, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
-        client = InprocClient(EngineConfig(model=str(tiny_model), **{**SMALL, **(engine or {})}))
+        client = InprocClient(EngineConfig(**{"model": str(tiny_model), **SMALL, **(engine or {})}))
         app = create_app(client, ServerConfig(**settings))
         async with app.router.lifespan_context(app):
             transport = httpx.ASGITransport(app=app)
@@ -135,3 +137,42 @@ async def test_what_the_engine_resolved_of_speculation_bounds_what_may_be_asked(
     assert facts["reasons"]["draft_shape"] == "given"
     assert [answer.status_code for answer in answers] == [200, 200, 200, 400, 400]
     assert len({answer.json()["choices"][0]["text"] for answer in answers[:3]}) == 1
+
+
+async def test_structured_output_whole_and_streamed_beside_free_requests(running):
+    """Each spelling, n samples, logprobs, stop strings; what is not constrained says what it says alone."""
+    schema = {
+        "type": "object",
+        "properties": {"name": {"enum": ["open", "close"]}, "count": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "required": ["name", "count"],
+        "additionalProperties": False,
+    }
+    strict = {"type": "json_schema", "json_schema": {"name": "call", "strict": True, "schema": schema}}
+    compact = {"json": schema, "disable_any_whitespace": True}
+    async with running(engine={"model": "bundled", "num_blocks": 256}) as http:
+        ask = {"prompt": "def main():", "ignore_eos": False, "max_tokens": 400, "seed": 1, "logprobs": 1}
+        free = (await post(http, **ask, temperature=0)).json()["choices"][0]["text"]
+        answers = await asyncio.gather(
+            post(http, **ask, response_format=strict, n=2),
+            post(http, **ask, structured_outputs=compact, n=2),
+            post(http, **ask, guided_regex="[a-f]{2}-[0-9]{3}", n=2),
+            post(http, **ask, guided_choice=["yes", "no"]),
+            post(http, **ask, temperature=0),
+            post(http, **ask, structured_outputs={"regex": "abc,def,.*"}, stop=[",d"]),
+        )
+        texts = [[choice["text"] for choice in answer.json()["choices"]] for answer in answers]
+        for text in texts[0] + texts[1]:
+            call = json.loads(text)
+            assert call["name"] in ("open", "close")
+            assert 0 <= call["count"] <= 99
+        assert all(" " not in text for text in texts[1])
+        assert all(re.fullmatch("[a-f]{2}-[0-9]{3}", text) for text in texts[2])
+        assert texts[3][0] in ("yes", "no")
+        assert texts[4] == [free]
+        assert texts[5] == ["abc"]
+        streamed = await post(http, **ask, structured_outputs=compact, n=2, stream=True)
+        pieces = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")]
+        for index in (0, 1):
+            choices = [choice for piece in pieces for choice in piece["choices"] if choice["index"] == index]
+            assert "".join(choice["text"] for choice in choices) == texts[1][index]
+            assert [choice["finish_reason"] for choice in choices if choice["finish_reason"]] == ["stop"]

@@ -48,7 +48,7 @@ def drive(core: EngineCore, arrivals: list[list[AddRequest | Abort]]) -> dict[tu
     while core.has_work or step < len(arrivals):
         chunks = [c for message in (arrivals[step] if step < len(arrivals) else []) for c in core.handle(message)]
         for chunk in chunks + core.step():
-            assert chunk.error is None
+            assert chunk.error is None, chunk.error
             tokens.setdefault((chunk.request_id, chunk.index), []).extend(chunk.token_ids)
             if chunk.finish_reason:
                 reasons[chunk.request_id, chunk.index] = chunk.finish_reason

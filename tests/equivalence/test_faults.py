@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from quire.engine import runner
 from quire.engine.config import EngineConfig
 from quire.engine.core import EngineCore
 from quire.engine.messages import AddRequest
+from quire.engine.sequence_state import SequenceState
 from quire.scheduler.params import SamplingParams
 
 CURSED = 250  # a token that only the bad request has
@@ -16,9 +18,9 @@ GOOD = [AddRequest(f"good{i}", [i + 1] * (5 + 9 * i), SamplingParams(max_tokens=
 BAD = AddRequest("bad", [7, 8, CURSED, 9], SamplingParams(max_tokens=6, seed=99, ignore_eos=True))
 
 
-def engine(model: Path, *, overlap: bool = False) -> EngineCore:
+def engine(model: Path, **settings: object) -> EngineCore:
     sizes = {"max_model_len": 96, "max_num_seqs": 8}
-    return EngineCore(EngineConfig(model=str(model), dtype="float32", threads=1, check=True, overlap=overlap, **sizes))
+    return EngineCore(EngineConfig(model=str(model), dtype="float32", threads=1, check=True, **sizes, **settings))
 
 
 def drive(core: EngineCore, requests: list[AddRequest]) -> tuple[dict[str, list[int]], dict[str, str]]:
@@ -92,6 +94,96 @@ def test_only_the_request_at_fault_ends(tiny_model: Path, fault, overlap):
     assert core.scheduler.counters.failed == 1
     again, errors = drive(core, [AddRequest("later", GOOD[2].prompt_ids, GOOD[2].params)])
     assert (again["later"], errors) == (expected["good2"], {})
+
+
+GUESSING = [
+    AddRequest(f"good{i}", [i + 1, 7, i + 2, 9] * (2 + i), SamplingParams(max_tokens=9, seed=i, **more))
+    for i, more in enumerate(
+        ({"temperature": 0.0}, {"frequency_penalty": -2.0, "logprobs": 1}, {"bad_words": ((9, 9),)})
+    )
+]
+BAD_GUESSING = AddRequest("bad", [7, 8, 9] * 3, SamplingParams(max_tokens=9, seed=99, logprobs=2, ignore_eos=True))
+
+
+def judge_raises(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the bad one among them, when everything has been computed."""
+    judge = runner.judge
+
+    def faulty(sampler, logits, slots, positions, drafts):
+        if any(state.seed == 99 for state in sampler.states(slots)):
+            raise MemoryError("cursed")
+        return judge(sampler, logits, slots, positions, drafts)
+
+    monkeypatch.setattr(runner, "judge", faulty)
+
+
+def logprobs_raise(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the bad one alone: so the verdict on the others has been reached by then, and must not be reached twice."""
+    logprobs = core.runner.sampler.logprobs
+
+    def faulty(logits, ids, k):
+        if k == 2:
+            raise MemoryError("cursed")
+        return logprobs(logits, ids, k)
+
+    monkeypatch.setattr(core.runner.sampler, "logprobs", faulty)
+
+
+def state_raises(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
+    append = SequenceState.append
+
+    def faulty(state, token):
+        if state.seed == 99 and state.num_drawn > 1:
+            raise MemoryError("cursed")
+        append(state, token)
+
+    monkeypatch.setattr(SequenceState, "append", faulty)
+
+
+@pytest.fixture
+def guessing(tiny_model: Path) -> EngineCore:
+    """Every decode comes with guesses, which the target's own layers make: of what is drawn some stay."""
+    guesses = {"speculative_method": "layers", "speculative_model": "0", "speculative_tree": "rsd-c:2,1"}
+    return engine(tiny_model, speculative_adaptive=False, **guesses)
+
+
+@pytest.mark.parametrize("fault", [judge_raises, logprobs_raise, state_raises])
+def test_a_verification_that_fails_ends_one_request(
+    guessing: EngineCore, monkeypatch: pytest.MonkeyPatch, fault
+) -> None:
+    expected, errors = drive(guessing, GUESSING)
+    assert errors == {}
+    drafted = guessing.scheduler.counters.drafted
+    assert drafted > 0
+    fault(guessing, monkeypatch)
+    tokens, errors = drive(guessing, [GUESSING[0], BAD_GUESSING, *GUESSING[1:]])
+    assert set(errors) == {"bad"}
+    assert "cursed" not in errors["bad"]
+    assert {name: tokens[name] for name in expected} == expected
+    assert guessing.scheduler.counters.drafted >= 2 * drafted
+    monkeypatch.undo()
+    assert drive(guessing, GUESSING) == (expected, {})
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_verdicts_that_are_reached_twice_are_caught(
+    guessing: EngineCore, monkeypatch: pytest.MonkeyPatch, learned: bool
+) -> None:
+    """Every sequence is judged again alone. States that had learned of the first verdict would count tokens twice."""
+    expected, _ = drive(guessing, GUESSING)
+    judge = runner.judge
+
+    def faulty(sampler, logits, slots, positions, drafts):
+        if learned or len(slots) == 1:
+            verdicts = judge(sampler, logits, slots, positions, drafts)
+        if len(slots) > 1:
+            raise MemoryError("cursed")
+        return verdicts
+
+    monkeypatch.setattr(runner, "judge", faulty)
+    tokens, errors = drive(guessing, GUESSING)
+    assert errors == {}
+    assert (tokens == expected) is not learned
 
 
 def test_what_the_api_side_forgot_to_check_is_refused_by_the_engine(tiny_model: Path):

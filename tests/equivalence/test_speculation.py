@@ -2,7 +2,7 @@
 
 Greedy requests, and those whose guesses are a function of the past, say with guesses what they say without, token by
 token, on every path of paths.py. What is drawn behind guesses that were drawn themselves has the same
-distribution, which tests/unit/engine/spec/test_verification.py shows; here it is held to its seed.
+distribution, which test_sampled_speculation.py shows; here it is held to its seed.
 """
 
 from __future__ import annotations
@@ -97,6 +97,14 @@ def test_a_draft_that_is_its_target_is_always_right(tiny_model):
     core = engine(tiny_model, speculative_tree="chain:3", **settings_of("draft", tiny_model))
     drive(core, [[AddRequest("a", MOTIF * 4, replace(GREEDY, max_tokens=13))]])
     assert core.scheduler.counters.accepted == core.scheduler.counters.drafted > 0
+
+
+def test_a_draft_model_may_know_fewer_tokens(tiny_model, narrow_model, plain):
+    settings = settings_of("draft", narrow_model)
+    core = engine(tiny_model, speculative_tree="rsd-c:2,2", **settings)
+    assert drive(core, [repeating(True)]) == plain[True]
+    assert core.scheduler.counters.accepted > 0
+    assert core.scheduler.counters.draft_failures == 0
 
 
 def test_every_request_has_its_own_method_and_length(tiny_model, plain):

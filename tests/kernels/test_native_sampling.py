@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quire.kernels.cpu.native import library
-from quire.kernels.reference.sampling import Bias, LogitEdits, Marks, Penalties
+from quire.kernels.reference.sampling import Bias, LogitEdits, Marks, Masks, Penalties
 from quire.kernels.testing import normal, pair
 
 pytestmark = pytest.mark.skipif(library.problem is not None, reason=str(library.problem))
@@ -99,6 +99,7 @@ class TestLevels:
             Bias(*pairs(300), torch.randn(300, generator=generator)),
             Marks(*pairs(200)),
             Marks(torch.tensor([4, 1, 4, 1]), torch.tensor([8199, 0, 3, 70])),
+            Masks(torch.tensor([5, 1, 0]), torch.randint(-(2**31), 2**31, (3, 257), generator=generator).int()),
         )
         logits = normal((rows, width), torch.float32)
         ours, oracle = pair("process_logits", "native")
@@ -238,8 +239,9 @@ class TestLimits:
             "bias": Bias(rows, columns, ones),
             "banned": Marks(rows, columns),
             "allowed": Marks(rows, columns),
+            "masks": Masks(rows, torch.zeros(2, 1 if column == 0 else 2, dtype=torch.int32)),
         }
-        with pytest.raises(IndexError, match="process_logits: a row or a token id"):
+        with pytest.raises(IndexError, match=r"process_logits: (a row or a token id|masks of 2 words)"):
             pair("process_logits", "native")[0].run(torch.zeros(2, 7), LogitEdits(**{kind: fields[kind]}))
 
     def test_no_rows(self) -> None:

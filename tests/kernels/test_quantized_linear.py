@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quire.kernels.packed import PackedWeight, join_rows, stack_experts, weight_format, weight_formats
+from quire.kernels.packed import (
+    PackedWeight,
+    first_inputs,
+    join_rows,
+    select_rows,
+    stack_experts,
+    weight_format,
+    weight_formats,
+)
 from quire.kernels.reference.int4 import pack_int4, split_block, unpack_int4
 from quire.kernels.reference.low_rank import LowRank
 from quire.kernels.reference.rows import dequantize_rows, quantize_rows
@@ -118,6 +126,37 @@ def test_joined_rows_are_the_parts(name: str) -> None:
         join_rows([scaled[0], parts[1]])
     equal = [make(name, 32, 256, seed=seed) for seed in range(3)]
     assert torch.equal(read(stack_experts(equal)), torch.stack([read(part) for part in equal]))
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "group", "count"),
+    [
+        ("int4", 384, 128, 256),
+        ("int4", 384, 32, 96),
+        ("int4", 512, 0, 256),
+        ("int8", 384, 64, 128),
+        ("int8", 384, 0, 100),
+        ("w8a8", 384, 0, 100),
+        ("fp8", 384, 0, 100),
+        ("fp8_block", 384, None, 200),
+        ("fp8_block", 128, None, 64),
+    ],
+)
+def test_slices_are_those_of_the_values(name: str, inputs: int, group: int | None, count: int) -> None:
+    weight, read = make(name, 48, inputs, group), weight_format(name).dequantize
+    assert torch.equal(read(first_inputs(weight, count)), read(weight)[:, :count])
+    outputs = torch.tensor([0, 5, 6, 47])
+    assert torch.equal(read(select_rows(weight, outputs)), read(weight)[outputs])
+
+
+@pytest.mark.parametrize(("name", "group", "count"), [("int4", 128, 192), ("int4", 0, 160), ("int8", 64, 96)])
+def test_slices_that_end_within_a_group_are_refused(name: str, group: int, count: int) -> None:
+    with pytest.raises(ValueError, match=f"its first {count} inputs end in the middle of a group of {group or 384}"):
+        first_inputs(make(name, 8, 384, group), count)
+    ordered = replace(make(name, 8, 384, group), order=torch.arange(384))
+    with pytest.raises(ValueError, match="act-order"):
+        first_inputs(ordered, 128)
+    assert select_rows(ordered, torch.tensor([3])).order is ordered.order
 
 
 def test_parts_that_differ_are_not_joined() -> None:

@@ -13,7 +13,7 @@ from scipy import stats
 from quire.kernels import implementations
 from quire.kernels.reference import noise
 from quire.kernels.reference.noise import Purpose
-from quire.kernels.reference.sampling import Bias, LogitEdits, Marks, Penalties
+from quire.kernels.reference.sampling import Bias, LogitEdits, Marks, Masks, Penalties
 from quire.kernels.testing import cases
 
 INF = math.inf
@@ -217,6 +217,22 @@ class TestProcessLogits:
         expected = torch.tensor([[-2.0, -4.25, 1.0, 0.5], [-INF, -2.0, 1.0, 2.0], [-INF, 2.0, -INF, -INF]])
         assert torch.equal(run(logits, edits), expected)
         assert torch.equal(logits, before)
+
+    def test_a_mask_keeps_what_has_a_bit_of_what_was_left(self, run):
+        logits = torch.randn(3, 70)
+        stays = torch.zeros(96, dtype=torch.bool)
+        stays[[0, 31, 32, 63, 64, 69, 80]] = True  # the last is behind the vocabulary
+        words = (stays.view(3, 32).long() << torch.arange(32)).sum(1)
+        bits = torch.stack([words, torch.zeros(3, dtype=torch.int64)]).to(torch.int32)
+        edits = LogitEdits(
+            banned=Marks(torch.tensor([2, 1]), torch.tensor([63, 5])), masks=Masks(torch.tensor([2, 0]), bits)
+        )
+        expected = logits.clone()
+        expected[1, 5] = -INF
+        expected[0] = -INF
+        expected[2, ~stays[:70]] = -INF
+        expected[2, 63] = -INF
+        assert torch.equal(run(logits, edits), expected)
 
     def test_no_edits_change_nothing(self, run):
         logits = torch.randn(3, 7)

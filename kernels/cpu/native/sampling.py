@@ -22,7 +22,7 @@ _greedy = Kernel("greedy", "ipiipp")
 _sample = Kernel("sample", "ipiipppppppp")
 _probabilities = Kernel("probabilities", "ipiippppp")
 _token_logprobs = Kernel("token_logprobs", "ipiipipppp")
-_process_logits = Kernel("process_logits", "ipiip" + "ipppp" + "ippp" + "ipp" + "ipp")
+_process_logits = Kernel("process_logits", "ipiip" + "ipppp" + "ippp" + "ipp" + "ipp" + "ipp")
 
 
 def usable(target: Target) -> str | None:
@@ -118,12 +118,14 @@ def token_logprobs(logits: Tensor, ids: Tensor, k: int) -> Logprobs:
 
 @implements("process_logits", "native", when=usable)
 def process_logits(logits: Tensor, edits: LogitEdits) -> Tensor:
-    """See the reference. IndexError for a row or a column outside of the logits."""
+    """See the reference. IndexError for a row or a column outside of the logits, or masks of another width."""
     logits = _aligned(logits)
+    if edits.masks is not None and edits.masks.bits.shape[1] != -(-logits.shape[1] // 32):
+        raise IndexError(f"process_logits: masks of {edits.masks.bits.shape[1]} words for {logits.shape[1]} columns")
     out = torch.empty(logits.shape, dtype=torch.float32)
     slots: list[int] = []
     kept = []  # what a copy owns outlives the call
-    for kind, fields in zip(edits, (4, 3, 2, 2), strict=True):
+    for kind, fields in zip(edits, (4, 3, 2, 2, 2), strict=True):
         tensors = [] if kind is None else [tensor.contiguous() for tensor in kind]
         kept += tensors
         slots.append(tensors[0].shape[0] if tensors else 0)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quire.engine import memory
 from quire.engine.config import EngineConfig
 from quire.engine.core import EngineCore
 from quire.engine.errors import EngineStartError
@@ -16,6 +17,7 @@ from quire.engine.families import load_config
 from quire.engine.graphs import Graphs
 from quire.engine.memory import Measured, Reading, describe, largest_step, measure
 from quire.engine.resolve import Machine, Resolved, resolve, with_kv_cache
+from quire.engine.spec.verification import judge
 from quire.kernels.batch import KVSpec
 
 sizes = st.integers(0, 2**36)
@@ -101,6 +103,30 @@ class TestMeasuring:
         measured = measure(runner, replace(settings, device=runner.slots.device), meter)
         assert measured.graphs == 50 + 2 * 2
         assert len(taken) == 2
+
+    @pytest.mark.parametrize(
+        ("tree", "tokens", "seqs"), [("chain:3", 400, 4), ("rsd-c:2,2", 400, 4), ("chain:3", 10, 2)]
+    )
+    def test_a_step_full_of_guesses_is_judged(self, tiny_model, monkeypatch, tree, tokens, seqs):
+        """As many whole drafts as a step has rows for, each with what it was drawn from."""
+        core = engine(tiny_model)
+        wishes = {"speculative_method": "ngram", "speculative_tree": tree, "max_num_batched_tokens": tokens}
+        settings = settings_of(tiny_model, max_num_seqs=4, max_model_len=96, num_blocks=20, **wishes)
+        settings = replace(settings, device=core.runner.slots.device)
+        rows = 1 + settings.draft_shape.nodes
+        judged = []
+
+        def judging(sampler, logits, slots, positions, drafts):
+            verdicts = judge(sampler, logits, slots, positions, drafts)
+            assert [verdict.result.error for verdict in verdicts] == [None] * seqs
+            assert all(draft.q.shape == (rows, sampler.vocab_size) for draft in drafts)
+            judged.append(len(logits))
+            return verdicts
+
+        monkeypatch.setattr(memory, "judge", judging)
+        measure(core.runner, settings, Meter((0, 0), (0, 0), (0, 0)))
+        assert judged == [seqs * rows] == [settings.most_drawn // rows * rows]
+        assert core.runner.sampler._slots == [None] * 4
 
     def test_it_leaves_nothing_behind(self, tiny_model):
         core = engine(tiny_model)

@@ -21,6 +21,7 @@ from quire.engine.families import load_config
 from quire.engine.kv_scales import load_kv_scales
 from quire.engine.layout import iter_weights, model_weights, weight_bytes
 from quire.engine.loader import load_decoder
+from quire.engine.spec.slices import nested_decoder
 from quire.kernels import Target, ops, resolve
 from quire.kernels.batch import KVSpec, RaggedBatch, allocate_layer
 from quire.kernels.packed import PackedWeight, weight_format
@@ -821,3 +822,53 @@ def test_a_changed_setting_is_read_or_refused(case: str, data: st.DataObject, tm
     (tmp_path / "config.json").write_text(json.dumps(LLAMA | {"quantization_config": quantization}))
     with suppress(EngineStartError):
         weight_bytes(load_config(tmp_path), torch.bfloat16)
+
+
+# Slices for drafts.
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("family", "layout"), [(LLAMA, -1), (PHI3, 0)], ids=["llama", "phi3"])
+def test_a_nested_draft_is_the_first_units_of_what_was_written(
+    case: str, family: dict[str, Any], layout: int, tmp_path: Path
+) -> None:
+    linears = write(tmp_path, case, family, layout)
+    decoder = load(tmp_path)
+    kernels = resolve(Target("cpu", torch.float32, decoder.config.head_dim, "fp32"), dict.fromkeys(ops(), "reference"))
+    if case in ACT_ORDER:
+        with pytest.raises(
+            EngineStartError, match=r"layers\.0\.mlp\.down_proj\.weight: .*\(act-order\).*draft with layers"
+        ):
+            nested_decoder(decoder, tmp_path, kernels, 32)
+        return
+    ffn = nested_decoder(decoder, tmp_path, kernels, 32).blocks[3][0]
+    names = ["gate_up"] if layout == 0 else ["gate", "up"]
+    joined = torch.cat([linears[f"layers.1.mlp.{name}_proj.weight"].dense for name in names])
+    wide = {"gate_up": joined.view(2, 160, 64)[:, :32].flatten(0, 1)}
+    wide["down"] = linears["layers.1.mlp.down_proj.weight"].dense[:, :32]
+    for name, dense in wide.items():
+        packed: PackedWeight = getattr(ffn, name).packed.weight
+        assert (packed.outputs, packed.inputs) == dense.shape
+        assert torch.equal(weight_format(packed.format).dequantize(packed), dense)
+
+
+@pytest.mark.parametrize("case", sorted(EXACT - ACT_ORDER))
+def test_a_nested_draft_answers_as_that_of_the_dense_model(case: str, tmp_path: Path) -> None:
+    """By the kernels that serve; one matrix of the pair that is joined stays floats where the format tells them."""
+    write(tmp_path, case, kept=() if case == "int-quantized-weights" else ("layers.1.mlp.up_proj",))
+    found = []
+    for folder in (tmp_path, tmp_path / "dense"):
+        config = load_config(folder)
+        kernels = resolve(Target("cpu", torch.float32, config.head_dim, "fp32"))
+        decoder = load_decoder(folder, config, kernels, torch.float32, CPU)
+        found.append(logits_of(nested_decoder(decoder, folder, kernels, 32), [3, 1, 4, 1, 5]))
+    torch.testing.assert_close(found[0], found[1], atol=1e-3, rtol=1e-3)
+    assert (found[0] - logits_of(decoder, [3, 1, 4, 1, 5])).abs().max() > 0.01
+
+
+def test_a_width_that_ends_within_a_group_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "gptq", LLAMA | {"matformer_widths": [160, 48]})
+    decoder = load(tmp_path)
+    kernels = resolve(Target("cpu", torch.float32, decoder.config.head_dim, "fp32"))
+    with pytest.raises(EngineStartError, match="its first 48 inputs end in the middle of a group of 32; choose"):
+        nested_decoder(decoder, tmp_path, kernels, 48)

@@ -159,7 +159,7 @@ def test_blocks_that_streams_will_need_are_not_taken():
 def test_a_promised_gap_holds_with_guesses():
     s = scheduler(slo_itl=0.012)
     begin(s, 6, 6, 6)
-    s.speculation.cost.verifying.b = 2e-4
+    s.drafting.speculation.cost.verifying.b = 2e-4
     plan = s.schedule(0.0)
     nodes = sum(row.num_tokens - 1 for row in plan.rows)
     assert 0 < nodes < 12

@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from quire.engine.spec.acceptance import AcceptanceHead, Dense
 from quire.engine.spec.contents import CacheContents
 from quire.engine.spec.model import ModelProposer
 from quire.engine.spec.proposer import Draft, View
-from quire.engine.spec.segments import Segment, lay_out
+from quire.engine.spec.segments import Segment, gather
 from quire.kernels import Kernels, Target, implementations, resolve
 from quire.kernels.batch import KVSpec, LayerKV, RaggedBatch
 from quire.kernels.reference import noise
@@ -59,9 +60,15 @@ class Bench:
     """A draft model with a cache of its own, and views of sequences in blocks of one's choice."""
 
     def __init__(
-        self, decoder: Decoder, kernels: Kernels, max_tokens: int = 256, head: AcceptanceHead | None = None
+        self,
+        decoder: Decoder,
+        kernels: Kernels,
+        max_tokens: int = 256,
+        head: AcceptanceHead | None = None,
+        vocab: int | None = None,
     ) -> None:
-        self.decoder, self.vocab = decoder, decoder.config.vocab_size
+        """vocab: of the target, if it is another than that of the model that guesses."""
+        self.decoder, self.vocab = decoder, vocab or decoder.config.vocab_size
         self.sampler = Sampler(kernels, self.vocab, 8, (), CPU)
         cache = empty_cache(decoder)
         contents = CacheContents(64, SIZE)
@@ -91,7 +98,7 @@ def hidden_after(decoder: Decoder, tokens: Sequence[int]) -> Tensor:
     """[n, d], by one pass over an empty cache."""
     table = np.arange(1, 1 + -(-len(tokens) // SIZE), dtype=np.int32)
     with torch.inference_mode():
-        batch = lay_out([Segment(table, 0, list(tokens), [])], SIZE, CPU)
+        batch = gather([Segment(table, 0, list(tokens), [])], SIZE, CPU)
         return decoder.forward(batch, empty_cache(decoder)).clone()
 
 
@@ -119,6 +126,24 @@ def test_a_tree_s_passes_are_those_of_its_paths(shape: str, decoder: Decoder, ke
     for seed in range(3):
         (draft,) = bench.draft(bench.view(PROMPT, shape, seed=seed))
         check(decoder, PROMPT, draft)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_a_model_does_not_know_it_never_guesses(
+    shape: str, known: bool, narrow_model: Path, kernels: Kernels
+) -> None:
+    """A token of the context that it does not know is read as its last one; edits may name any of the target's."""
+    narrow = load_decoder(narrow_model, load_config(narrow_model), kernels, torch.float32, CPU)
+    bench, prompt = Bench(narrow, kernels, vocab=300), [token % 200 for token in PROMPT] if known else PROMPT
+    (draft,) = bench.draft(bench.view(prompt, shape, logit_bias={299: 50.0}, presence_penalty=0.0001))
+    assert draft is not None
+    assert draft.q is not None
+    assert draft.q.shape[1] == 300
+    assert not draft.q[:, 240:].any()
+    read = [min(token, 239) for token in prompt]
+    check(narrow, read, Draft(draft.tree, draft.q[:, :240]))
+    assert (read == prompt) is known
 
 
 def test_a_greedy_chain_is_the_model_s_own_continuation(decoder: Decoder, kernels: Kernels) -> None:
@@ -239,6 +264,13 @@ def test_who_misses_least_goes_first(decoder: Decoder, kernels: Kernels) -> None
     assert bench.rows(long, short) == (5 + 1) + 2 * 3  # 6 of 11 were done; then three levels of one row each
 
 
+def test_rows_of_catching_up_are_told_from_those_of_levels(decoder: Decoder, kernels: Kernels) -> None:
+    bench = Bench(decoder, kernels, max_tokens=8)
+    for missed, levels, rows in ((8, 1, 8), (2, 4, 2 + 4), (0, 4, 4)):  # the last token and what follows are levels
+        _, took = bench.proposer.propose([bench.view(PROMPT)])
+        assert (took.caught_up, took.levels, took.rows) == (missed, levels, rows)
+
+
 def test_what_is_known_is_not_computed_again(decoder: Decoder, kernels: Kernels) -> None:
     bench = Bench(decoder, kernels)
     (draft,) = bench.draft(bench.view(PROMPT))
@@ -354,20 +386,25 @@ TARGET, DRAFT = torch.randn(V, V, generator=generator) * 1.5, torch.randn(V, V, 
 
 
 class TableDecoder:
-    """Its hidden states are its inputs."""
+    """Its hidden states are its inputs. known: so many tokens have logits."""
+
+    def __init__(self, known: int) -> None:
+        self.config = SimpleNamespace(vocab_size=known)
 
     def forward(self, batch: RaggedBatch, cache: Sequence[LayerKV]) -> Tensor:
         return batch.input_ids[:, None]
 
     def logits_at(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        return DRAFT[hidden[rows, 0]]
+        return DRAFT[hidden[rows, 0], : self.config.vocab_size]
 
 
-def verified(kernels: Kernels, shape: str, spoil: bool = False, **params: Any) -> float:
-    """The p-value of the first two tokens behind token 0. spoil: q is not what guesses were drawn from."""
+def verified(kernels: Kernels, shape: str, spoil: bool = False, known: int = V, **params: Any) -> float:
+    """The p-value of the first two tokens behind token 0. spoil: q is not what guesses were drawn from. known: to the
+    model that guesses."""
     sampler = Sampler(kernels, V, 1, (), CPU)
     cache = [LayerKV(KVSpec(SIZE, 1, 16, "fp32"), torch.zeros(1), torch.zeros(1))]
-    proposer = ModelProposer("nested", TableDecoder(), cache, sampler, max_tokens=COUNT, eos_token_ids=())  # type: ignore[arg-type]
+    decoder: Any = TableDecoder(known)
+    proposer = ModelProposer("nested", decoder, cache, sampler, max_tokens=COUNT, eos_token_ids=())
     states = [
         SequenceState(SamplingParams(**({"max_tokens": 9, "temperature": 1.0} | params)), i, [0], 1, (), V)
         for i in range(COUNT)
@@ -403,7 +440,7 @@ def verified(kernels: Kernels, shape: str, spoil: bool = False, **params: Any) -
     return float(stats.chisquare([seen[cell] for cell in cells], expected / expected.sum() * COUNT).pvalue)
 
 
-@pytest.mark.parametrize("params", [{}, {"temperature": 0.6, "top_k": 3}], ids=str)
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.6, "top_k": 3}, {"known": 3}], ids=str)
 @pytest.mark.parametrize("shape", ["chain:2", "rsd-c:2,2", "rsd-s:3x2"])
 def test_verified_guesses_are_distributed_as_the_target(shape: str, params: dict[str, Any], kernels: Kernels) -> None:
     assert verified(kernels, shape, **params) > ALPHA

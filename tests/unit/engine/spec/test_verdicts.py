@@ -262,11 +262,15 @@ class TestFaults:
     @pytest.mark.parametrize("rule", ["match", "verify"])
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     @pytest.mark.parametrize("row", [0, 2, 3])
-    def test_a_row_on_the_path_ends_its_sequence_alone(self, rule, value, row):
+    def test_a_row_on_the_path_ends_it_there(self, rule, value, row):
+        """The first one ends its sequence; behind guesses these are kept, and the last of them is the step's token."""
         clean, found = self.judged(rule=rule), self.judged({row: value}, rule)
-        assert found[1].result.error == NAN_LOGITS
-        assert found[1].result.token_ids == []
-        assert found[1].result.logprobs is None
+        right = clean[1].result
+        assert found[1].result.error == (NAN_LOGITS if row == 0 else None)
+        assert found[1].result.token_ids == right.token_ids[:row] == list(self.TREES[1].tokens[:row])
+        assert (found[1].result.logprobs or []) == right.logprobs[:row]
+        assert (found[1].result.drafted, found[1].result.draft_depth) == (right.drafted, right.draft_depth)
+        assert row == 0 or found[1].path == list(range(row - 1))
         assert [found[0], found[2]] == [clean[0], clean[2]]
 
     @pytest.mark.parametrize("rule", ["match", "verify"])
@@ -276,15 +280,16 @@ class TestFaults:
 
     @pytest.mark.parametrize("rule", ["match", "verify"])
     def test_no_token_left(self, rule):
-        """After 3 comes 5 or nothing, and 5 is a bad word behind 3."""
+        """After 3 comes 5 or nothing, and 5 is a bad word behind 3: that is found out when 3 is the last token."""
         p = SamplingParams(max_tokens=9, temperature=1.0, allowed_token_ids=(3, 5), bad_words=((3, 5), (3, 3), (7, 3)))
-        for first, error in ((3, NO_TOKEN_LEFT), (5, None)):
-            run, tree = Run(p, [7 if first == 5 else 0]), DraftTree((3, 5, 5), (-1, -1, 1))
+        for first, prompt, tokens, error in ((3, 0, [3], None), (5, 7, [5, 5], None), (3, 3, [], NO_TOKEN_LEFT)):
+            run, tree = Run(p, [prompt]), DraftTree((3, 5, 5), (-1, -1, 1))
             logits = torch.zeros(4, V)
             logits[:, first] = 50.0
             q = torch.full((4, V), 1e-6) if rule == "verify" else None
             (verdict,) = judged([run], [Draft(tree, q)], [logits])
             assert verdict.result.error == error
+            assert verdict.result.token_ids[: len(tokens)] == tokens
             assert bool(verdict.result.token_ids) == (error is None)
 
     @pytest.mark.parametrize("rule", ["match", "verify"])
@@ -301,10 +306,14 @@ class TestFaults:
         monkeypatch.setattr(SequenceState, "edits", edits)
         found = self.judged(rule=rule)
         assert [found[0], found[2]] == [clean[0], clean[2]]
-        if depth == 9:
-            assert found[1] == clean[1]
-        else:
+        if depth == 0:
             assert "ZeroDivisionError" in found[1].result.error
+            assert found[1].result.token_ids == []
+        elif depth == 2:
+            assert found[1].result.error is None
+            assert found[1].result.token_ids == clean[1].result.token_ids[:2]
+        else:
+            assert found[1] == clean[1]
 
     def test_a_q_beside_temperature_0(self):
         run = Run(SamplingParams(max_tokens=9, temperature=0.0), [1])

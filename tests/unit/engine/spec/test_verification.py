@@ -16,7 +16,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from scipy import stats
+from equivalence.enumeration import fit, next_token
 from torch import Tensor
 
 from quire.engine.sampler import Sampler
@@ -64,31 +64,7 @@ def row_of(drawn: Sequence[int]) -> int:
 
 
 def naive(table: Tensor, p: SamplingParams, drawn: tuple[int, ...]) -> list[float]:
-    """The next token's distribution behind the prompt and `drawn`, read off the parameters one by one."""
-    x, known = table[row_of(drawn)].tolist(), (*PROMPT, *drawn)
-    for t in set(known):
-        x[t] = x[t] / p.repetition_penalty if x[t] > 0 else x[t] * p.repetition_penalty
-    for t in set(drawn):
-        x[t] -= p.presence_penalty + p.frequency_penalty * drawn.count(t)
-    for t, bias in p.logit_bias.items():
-        x[t] += bias
-    for word in p.bad_words:
-        if known[len(known) - len(word) + 1 :] == word[:-1]:
-            x[word[-1]] = -math.inf
-    if len(drawn) < p.min_tokens:
-        x[EOS] = -math.inf
-    if p.allowed_token_ids is not None:
-        x = [value if t in p.allowed_token_ids else -math.inf for t, value in enumerate(x)]
-    order = sorted(range(V), key=lambda t: (-x[t], t))
-    weight = [math.exp((x[t] - x[order[0]]) / p.temperature) for t in range(V)]
-    if p.top_k:
-        weight = [w if t in order[: p.top_k] else 0.0 for t, w in enumerate(weight)]
-    total, before, kept = sum(weight), 0.0, [0.0] * V
-    for t in order:
-        if before < p.top_p * total and weight[t] >= p.min_p * weight[order[0]]:
-            kept[t] = weight[t]
-        before += weight[t]
-    return [w / sum(kept) for w in kept]
+    return next_token(table[row_of(drawn)].tolist(), p, PROMPT, drawn, (EOS,))
 
 
 def joint(p: SamplingParams) -> np.ndarray:
@@ -220,14 +196,8 @@ def three_tokens(sampler: Sampler, drafts: Sequence[Draft], places: Sequence[int
 
 
 def p_value(cells: np.ndarray, p: SamplingParams) -> float:
-    """Of the hypothesis that the cells were drawn from the target's joint; rare cells are pooled."""
-    expected, seen = joint(p) * len(cells), np.bincount(cells, minlength=V**3)
-    if seen[expected == 0].any():
-        return 0.0
-    rare = expected < 10
-    expected, seen = np.append(expected[~rare], expected[rare].sum()), np.append(seen[~rare], seen[rare].sum())
-    possible = expected > 0
-    return float(stats.chisquare(seen[possible], expected[possible]).pvalue)
+    """Of the hypothesis that the cells were drawn from the target's joint."""
+    return fit(np.bincount(cells, minlength=V**3), joint(p))
 
 
 def drawn_drafts(name: str, drawer: Drawer, count: int = COUNT, kernels=TUNED) -> float:

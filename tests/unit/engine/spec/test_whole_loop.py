@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +14,16 @@ from quire.engine.families import load_config
 from quire.engine.kv_cache import allocate
 from quire.engine.loader import BUNDLED_FOLDER, load_decoder
 from quire.engine.sampler import Sampler
+from quire.engine.spec import model
 from quire.engine.spec.contents import CacheContents
 from quire.engine.spec.model import ModelProposer
 from quire.engine.spec.proposer import Draft, DraftTree, View
-from quire.engine.spec.segments import Segment, lay_out
+from quire.engine.spec.segments import Segment, gather
 from quire.engine.spec.slices import layers_decoder, nested_decoder
-from quire.engine.spec.tree import Growth
 from quire.engine.spec.verification import judge
 from quire.engine.tokenizer import load_tokenizer
 from quire.kernels import Kernels, Target, resolve
-from quire.kernels.batch import KVSpec, LayerKV
+from quire.kernels.batch import KVSpec, LayerKV, RaggedBatch
 from quire.scheduler.drafts import DraftShape, chain, parse_shape
 from quire.scheduler.params import SamplingParams
 
@@ -80,15 +80,11 @@ class Loop:
     def run(self, tokens: list[int], tree: DraftTree | None = None) -> torch.Tensor:
         """Logits of the target behind the tokens, of which the first follows what it has computed, and of the nodes."""
         start = 0 if tree is None else len(self.tokens) - 1
-        positions = masks = None
+        parents = None
         if tree is not None:
-            positions = [start, *(start + depth for depth in tree.depths())]
-            masks = [1]
-            for node, parent in enumerate(tree.parents):
-                masks.append(masks[parent + 1] | 2 << node)
-            tokens = [*tokens, *tree.tokens]
-        segment = Segment(self.table, start, tokens, range(len(tokens)), positions, masks)
-        batch = lay_out([segment], SIZE, CPU)
+            parents, tokens = [-1, *(parent + 1 for parent in tree.parents)], [*tokens, *tree.tokens]
+        segment = Segment(self.table, start, tokens, range(len(tokens)), parents)
+        batch = gather([segment], SIZE, CPU)
         return self.decoder.logits_at(self.decoder.forward(batch, self.cache), batch.logit_rows)
 
     def step(self, shape: DraftShape) -> int:
@@ -150,12 +146,13 @@ def test_positions_that_ignore_depth_are_caught(target: Loaded, monkeypatch: pyt
     """A draft whose siblings stand one behind the other is no longer the target's equal."""
     loop = Loop(target, "nested", 0.9)
     loop.proposer._decoder = loop.decoder
-    add = Growth._add
 
-    def wrong(self: Growth, child: object) -> None:
-        add(self, child)
-        self.depths[-1] = len(self.depths)
+    def wrong(segments: Sequence[Segment], block_size: int, device: torch.device) -> RaggedBatch:
+        batch = gather(segments, block_size, device)
+        (segment,) = segments
+        batch.positions = segment.start + torch.arange(len(segment.tokens))
+        return batch
 
-    monkeypatch.setattr(Growth, "_add", wrong)
+    monkeypatch.setattr(model, "gather", wrong)
     order = parse_shape("rsd-c:2,2,1", 4)
     assert not all(count == order.depth + 1 for count in loop.steps(order))

@@ -100,7 +100,7 @@ class House:
         """Many at once, so that pools that grow with use have their full size before anything is counted."""
         with self.client() as client, concurrent.futures.ThreadPoolExecutor(16) as pool:
             message = {"role": "user", "content": "x" * 100}
-            body = {"messages": [message] * 3, "max_tokens": 2}
+            body = {"messages": [message] * 3, "max_tokens": 2, "structured_outputs": {"regex": "[a-z]{2}"}}
             answers = pool.map(lambda i: client.post("/v1/chat/completions", json=body), range(48))
             assert {answer.status_code for answer in answers} == {200}
 

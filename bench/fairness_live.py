@@ -1,6 +1,7 @@
 """The visitor and the flood of `fairness.py` at a running server, over HTTP.
 
-Tenants are told by the request field `tenant`; the policy is the server's own. A first text stands for a first token.
+Tenants are told by the request field `tenant` (a key needs the scope of that name); the policy is the server's own. A
+first text stands for a first token.
 """
 
 from __future__ import annotations

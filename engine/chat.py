@@ -19,6 +19,7 @@ from .config_fields import ConfigFields, read_json
 from .errors import EngineStartError, RequestError
 from .template import MAX_SOURCE_CHARS, Complaint, Template
 from .tokenizer import Tokenizer, check_encodable
+from .tool_prompt import with_tools
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 10_000  # a day of an agent's turns; each costs the template some microseconds
@@ -35,6 +36,8 @@ RESERVED_VARIABLES = frozenset(
 )
 # Marks where the last message ends. The space tells whether the template strips what it is given.
 CONTINUE_MARK = "\ue000continue here\ue000"
+# A call whose arguments tell, in what a template makes of them, whether it wants them as an object or as JSON text.
+PROBE = '{"probe": 1}'
 
 
 # What every chat template has to be able to write, or to refuse in its own words.
@@ -56,7 +59,11 @@ class Renderer(Protocol):
 class ChatTemplate:
     """A model's way of writing conversations.
 
-    Some folders name a second template for requests with tools; it is used for those.
+    Some folders name a second template for requests with tools; it is used for those. One that reads no tools at all is
+    told of them in the system message (tool_prompt.py).
+
+    tool_source  the text of the template that writes tools
+    reads_tools  whether it does
     """
 
     def __init__(
@@ -74,6 +81,14 @@ class ChatTemplate:
         self._plain = compile(source)
         self._with_tools = compile(tool_source) if tool_source is not None else self._plain
         self._named_tokens = dict(named_tokens)
+        self.tool_source = self._with_tools.source
+        self.reads_tools = "tools" in self._with_tools.variables
+        self._arguments_as_text = self.reads_tools and self._wants_text()
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """What `chat_template_kwargs` may set, and what a caller sets for it."""
+        return self._plain.variables
 
     @property
     def source(self) -> str:
@@ -101,7 +116,9 @@ class ChatTemplate:
         """The prompt text.
 
         messages                a list of {"role", "content", ...}; content is text, or a list of text parts, which are
-                                joined by line breaks
+                                joined by line breaks. An assistant's may have `tool_calls`, and its thinking as
+                                `reasoning` or `reasoning_content`; role "tool" is a call's result
+        tools                   the functions that may be called, in the form of OpenAI's API
         add_generation_prompt   end where the assistant's answer begins
         continue_final_message  end inside the last message, which the model goes on writing
         variables               `chat_template_kwargs`: only names that this template reads
@@ -122,13 +139,18 @@ class ChatTemplate:
                     "continue_final_message: the last message has no text to continue", "continue_final_message"
                 )
             conversation[-1]["content"] = final + CONTINUE_MARK + " "
+        functions = _tools(tools) if tools else None
+        if not self.reads_tools:
+            conversation, functions = with_tools(conversation, functions or ()), None
+        elif self._arguments_as_text:
+            _write_arguments(conversation)
         try:
             text = template.render(
                 {
                     **self._named_tokens,
                     **_variables(variables or {}, template.variables),
                     "messages": conversation,
-                    "tools": _tools(tools) if tools else None,
+                    "tools": functions,
                     "add_generation_prompt": add_generation_prompt,
                 }
             )
@@ -139,6 +161,24 @@ class ChatTemplate:
                 "messages",
             ) from error
         return _cut_at_mark(text) if continue_final_message else text
+
+    def _wants_text(self) -> bool:
+        """Whether a call's arguments have to be JSON text: the template joins them to other text as they are."""
+        as_object, as_text = (self._probe(arguments) for arguments in (json.loads(PROBE), PROBE))
+        return as_text is not None and PROBE in as_text and (as_object is None or str(json.loads(PROBE)) in as_object)
+
+    def _probe(self, arguments: object) -> str | None:
+        """A conversation with a call, as the template writes it; None if it cannot."""
+        call = {"id": "probe0000", "type": "function", "function": {"name": "probe", "arguments": arguments}}
+        messages = [
+            {"role": "user", "content": "probe"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "probe", "tool_call_id": "probe0000", "name": "probe"},
+        ]
+        try:
+            return self._with_tools.render({**self._named_tokens, "messages": messages, "add_generation_prompt": True})
+        except TemplateError:
+            return None
 
 
 def load_chat_template(tokenizer: Tokenizer, compile: Callable[[str], Renderer] = Template) -> ChatTemplate | None:
@@ -211,8 +251,12 @@ def _message(message: object, where: str) -> dict[str, Any]:
     plain = {key: value for key, value in _plain(message, where, "messages").items() if value is not None}
     if "content" in plain:
         plain["content"] = _text(plain["content"], f"{where}.content")
+    thoughts = plain.get("reasoning", plain.get("reasoning_content"))
+    if thoughts is not None:
+        plain["reasoning"] = plain["reasoning_content"] = _text(thoughts, f"{where}.reasoning")
     if plain.get("tool_calls"):
         plain["tool_calls"] = _tool_calls(plain["tool_calls"], f"{where}.tool_calls")
+        plain.setdefault("content", "")  # templates join it to other text
     elif "content" not in plain:
         raise RequestError(f"{where}.content is missing", "messages")
     return plain
@@ -244,10 +288,19 @@ def _tool_calls(calls: object, where: str) -> list[dict[str, Any]]:
             raise RequestError(f"{where}[{i}].function.name must be text", "messages")
         if isinstance(function.get("arguments"), str):
             try:
-                function["arguments"] = json.loads(function["arguments"] or "{}")
+                parsed = json.loads(function["arguments"] or "{}")
             except (ValueError, RecursionError):
                 raise RequestError(f"{where}[{i}].function.arguments is not JSON", "messages") from None
+            function["arguments"] = _plain(parsed, f"{where}[{i}].function.arguments", "messages")
     return calls
+
+
+def _write_arguments(conversation: Iterable[dict[str, Any]]) -> None:
+    """The arguments of all calls as JSON text again."""
+    for message in conversation:
+        for call in message.get("tool_calls", ()):
+            arguments = call["function"].get("arguments", {})
+            call["function"]["arguments"] = json.dumps(arguments, ensure_ascii=False)
 
 
 def _tools(tools: object) -> list[dict[str, Any]]:

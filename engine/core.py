@@ -255,6 +255,7 @@ class EngineCore:
             arrival=message.arrival,
             cache_salt=message.cache_salt,
             tenant=message.tenant,
+            weight=message.weight,
             slo=message.slo,
             timeout=message.timeout,
             speculative=message.speculative,

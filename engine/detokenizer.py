@@ -21,6 +21,7 @@ class Detokenizer:
 
     opens_document        nothing but special tokens came before (`Tokenizer.opens_document`)
     skip_special_tokens   special tokens have no text
+    markup_ids            but for these
     spaces_between_special_tokens  False: where a special token follows another, its own leading spaces are dropped
     """
 
@@ -30,20 +31,23 @@ class Detokenizer:
         *,
         opens_document: bool = False,
         skip_special_tokens: bool = True,
+        markup_ids: frozenset[int] = frozenset(),
         spaces_between_special_tokens: bool = True,
     ) -> None:
         self._tokenizer = tokenizer
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._at_start = opens_document
-        self._skip_special = skip_special_tokens
+        self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset()
+        if markup_ids:
+            self._hidden -= markup_ids
         self._spaces_between_special = spaces_between_special_tokens
         self._last_was_special = False
 
     def push(self, token_id: int) -> str:
         """The characters that `token_id` completes."""
-        special = token_id in self._tokenizer.special_ids
-        if special and self._skip_special:
+        if token_id in self._hidden:
             return ""
+        special = token_id in self._tokenizer.special_ids
         data = self._tokenizer.token_bytes(token_id)
         if self._at_start and data:
             data, self._at_start = self._tokenizer.at_start(data), False

@@ -20,6 +20,7 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add", omit_defaults=True):
     arrival: float = 0.0  # time.monotonic(); on Linux one clock for all processes of a machine
     cache_salt: str = ""  # prefix blocks are shared only between requests with equal salts
     tenant: str = ""  # who pays: the `fair` policy shares the engine out between tenants
+    weight: float | None = None  # that tenant's share from now on; None = as the engine was started
     slo: Slo = Slo()
     speculative: Speculative = Speculative()
     timeout: float | None = None  # seconds from arrival after which the request ends, whatever it was doing

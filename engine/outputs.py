@@ -6,6 +6,7 @@ Chunk ──RequestStream.fold──▶ Delta ──▶ an event of a stream, or
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..scheduler.plan import Chunk, TokenLogprob
 from .detokenizer import Detokenizer, StopChecker
@@ -19,12 +20,14 @@ class TextOptions:
     stop                           end a sample where its text comes to contain one of these; the text ends before it
     include_stop_str_in_output     the text ends after it instead; a stop token's own text is shown as well
     skip_special_tokens            special tokens have no text
+    markup_ids                     but for these, which a parser reads and takes out of the text again
     spaces_between_special_tokens  False: leading spaces of a special token that follows another are dropped
     """
 
     stop: tuple[str, ...] = ()
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    markup_ids: frozenset[int] = frozenset()
     spaces_between_special_tokens: bool = True
 
 
@@ -39,7 +42,7 @@ class Delta:
     num_drafted    tokens guessed since the last delta, for the model to verify
     num_accepted   of these, those that were drawn
     offsets        per token the character of the sample's text at which it starts
-    finish_reason  None = goes on; "stop", "length", "abort", "error", "expired"
+    finish_reason  None = goes on; "stop", "length", "repetition", "abort", "error", "expired"
     stop_reason    the stop string, or the stop token id; None for EOS
     error          why "error", or which promise "expired": "timeout", "deadline", "unreachable"
     """
@@ -60,6 +63,13 @@ class Delta:
     def is_empty(self) -> bool:
         """Nothing that a reader of a stream would see."""
         return not self.text and not self.token_ids and self.finish_reason is None
+
+
+class _Token(NamedTuple):
+    token_id: int
+    start: int  # characters of the sample's text before it
+    end: int
+    logprob: TokenLogprob | None
 
 
 class SampleStream:
@@ -83,6 +93,7 @@ class SampleStream:
             tokenizer,
             opens_document=opens_document,
             skip_special_tokens=options.skip_special_tokens,
+            markup_ids=options.markup_ids,
             spaces_between_special_tokens=options.spaces_between_special_tokens,
         )
         self._stops = StopChecker(options.stop, options.include_stop_str_in_output)
@@ -96,9 +107,9 @@ class SampleStream:
         if self.finish_reason is not None:
             return delta
         logprobs = chunk.logprobs
+        hides_last = chunk.finish_reason == "stop" and not self._options.include_stop_str_in_output
         for i, token_id in enumerate(chunk.token_ids):
-            ends_sample = chunk.finish_reason == "stop" and i == len(chunk.token_ids) - 1
-            hidden = ends_sample and not self._options.include_stop_str_in_output
+            hidden = hides_last and i == len(chunk.token_ids) - 1
             self._push(delta, token_id, logprobs[i] if logprobs is not None else None, hidden)
             if delta.finish_reason is not None:
                 break
@@ -122,6 +133,9 @@ class SampleStream:
         self._show(delta, text)
 
     def _show(self, delta: Delta, text: str) -> None:
+        if not self._options.stop:
+            delta.text += text
+            return
         released = self._stops.push(text, may_stop=self.num_tokens >= self._min_tokens)
         delta.text += released.text
         if released.stop is not None:
@@ -138,25 +152,18 @@ class SampleStream:
 
     def _release(self, delta: Delta) -> None:
         """Move the tokens whose text is out, all of them at the end, from waiting into the delta."""
+        shown = self._num_shown
         ready = 0
-        for token in self._waiting:
-            if token.end > self._num_shown and self.finish_reason is None:
+        for token_id, start, end, logprob in self._waiting:
+            if end > shown and self.finish_reason is None:
                 break
-            delta.token_ids.append(token.token_id)
-            delta.offsets.append(min(token.start, self._num_shown))
-            if token.logprob is not None:
+            delta.token_ids.append(token_id)
+            delta.offsets.append(min(start, shown))
+            if logprob is not None:
                 delta.logprobs = delta.logprobs or []
-                delta.logprobs.append(token.logprob)
+                delta.logprobs.append(logprob)
             ready += 1
         del self._waiting[:ready]
-
-
-@dataclass(frozen=True, slots=True)
-class _Token:
-    token_id: int
-    start: int  # characters of the sample's text before it
-    end: int
-    logprob: TokenLogprob | None
 
 
 class RequestStream:

@@ -22,7 +22,7 @@ from .model_config import DecoderConfig
 from .quant.rounding import choose_rounding, refuses_gpu
 from .quant.scheme import Packing
 from .spec.settings import choose_drafts
-from .validation import MAX_N, MAX_TENANT_BYTES
+from .validation import MAX_N, MAX_TENANT_BYTES, MAX_WEIGHT
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +35,6 @@ KV_SHARE = 0.4
 # Share of a GPU that is used when nobody says how much. The rest is for what cannot be measured at the start: memory
 # that torch holds in pieces of the wrong size, logits kept for samples to come.
 GPU_SHARE = 0.9
-
-
-MAX_WEIGHT = 1e6  # of a tenant: shares beyond that starve everybody else
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,9 @@ ABSENT = 4096
 
 class Service:
     def __init__(self, weights: Mapping[str, float], max_num_seqs: int) -> None:
-        """weights: tenant -> share; 1 for who is not named."""
+        """weights: tenant -> share; 1 for who is not named, until a request says otherwise."""
         self._weights = dict(weights)
+        self._told: dict[str, float] = {}  # by requests; kept as long as the tenant's counter
         self._max_num_seqs = max_num_seqs
         self._seconds: dict[str, float] = {}
         self._floor = 0.0  # counter of the last tenant that left an empty house
@@ -30,14 +31,16 @@ class Service:
         self._held: dict[str, int] = {}  # tenant -> its running samples
 
     def weight(self, tenant: str) -> float:
-        return self._weights.get(tenant, 1.0)
+        return self._told.get(tenant) or self._weights.get(tenant, 1.0)
 
     def seconds(self, tenant: str) -> float:
         """Weighted seconds that `tenant` was served."""
         return self._seconds.get(tenant, 0.0)
 
-    def arrives(self, tenant: str) -> None:
-        """A request of `tenant` came in."""
+    def arrives(self, tenant: str, weight: float | None = None) -> None:
+        """A request of `tenant` came in. `weight`: its share from now on; None = as it was."""
+        if weight is not None:
+            self._told[tenant] = weight
         if tenant not in self._present:
             self._seconds[tenant] = max(self.seconds(tenant), self._least())
         self._present[tenant] = self._present.get(tenant, 0) + 1
@@ -96,3 +99,4 @@ class Service:
         for i, (seconds, tenant) in enumerate(absent):
             if seconds <= least or len(absent) - i > ABSENT:
                 del self._seconds[tenant]
+                self._told.pop(tenant, None)

@@ -47,6 +47,7 @@ class Roster:
         arrival: float,
         cache_salt: str,
         tenant: str,
+        weight: float | None,
         slo: Slo,
         timeout: float | None,
         draft: DraftOrder | None,
@@ -74,7 +75,7 @@ class Roster:
         )
         self.groups[request_id] = group
         self.num_unborn += params.n
-        self.service.arrives(tenant)
+        self.service.arrives(tenant, weight)
         self._promise_by_time(group, timeout)
         self.offer(group, arrival)
 

@@ -105,12 +105,14 @@ class Scheduler:
         arrival: float = 0.0,
         cache_salt: str = "",
         tenant: str = "",
+        weight: float | None = None,
         slo: Slo | None = None,
         timeout: float | None = None,
         speculative: Speculative | None = None,
     ) -> None:
         """Queue params.n samples of a prompt. Raises Refused for what could never run; nothing is queued then.
 
+        weight: the tenant's share from now on; None = as configured.
         timeout: seconds from arrival after which it ends, whatever it was doing.
         """
         self.roster.add(
@@ -121,6 +123,7 @@ class Scheduler:
             arrival=arrival,
             cache_salt=cache_salt,
             tenant=tenant,
+            weight=weight,
             slo=slo or Slo(),
             timeout=timeout,
             draft=most_for(self.config, speculative or Speculative()),
@@ -589,11 +592,15 @@ class Scheduler:
 
     def _stop(self, request: Request, token: int) -> tuple[str | None, int | None]:
         params, num_tokens = request.params, len(request.token_ids)
-        if num_tokens - request.num_prompt >= params.min_tokens:
+        num_output = num_tokens - request.num_prompt
+        is_loop = request.loops is not None and request.loops.push(request.token_ids, num_output)
+        if num_output >= params.min_tokens:
             if token in self.config.eos_token_ids and not params.ignore_eos:
                 return "stop", None
             if token in params.stop_token_ids:
                 return "stop", token
+            if is_loop:
+                return "repetition", None
         if num_tokens >= request.group.max_len:
             return "length", None
         return None, None

@@ -122,6 +122,10 @@ class Admission:
         self._idle.clear()
         return slot
 
+    def set_weights(self, weights: Mapping[str, float]) -> None:
+        """In place of those there were."""
+        self._weights = weights
+
     def predicted_wait(self) -> float:
         """Seconds that a request let in now would wait for its first step."""
         return self._stats.queue_seconds + sum(self._unseen.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -26,14 +26,19 @@ from ..engine.tokenizer import generation_defaults, load_tokenizer
 from ..engine.validation import limits_of
 from . import errors, logs, routes_admin, routes_chat, routes_completions
 from .admission import Admission
-from .auth import Keys
+from .auth import Door
 from .config import ServerConfig
 from .cost import Experience
 from .dispatcher import Dispatcher
 from .inputs import TextSide
+from .keys import Key, KeyRing
+from .keys_file import Stamp, follow, load_keys, stamp_of
 from .logs import logger
+from .messages import routes as messages
 from .metrics import Metrics
 from .middleware import LOOPBACK_HOSTS, Outermost
+from .parsing.markup import markup_of
+from .responses import routes as responses
 from .state import State, state_of
 from .throughput import report_throughput
 
@@ -44,19 +49,33 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
     Start-up raises EngineStartError before any port is open: an orchestrator sees a failed start, not a sick server.
     """
 
+    door = Door(KeyRing(config.api_key))
+
+    def use_keys(named: Sequence[Key]) -> None:
+        door.use_keys(named)
+        app.state.quire.name_tenants()
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        path = config.api_keys_file
+        seen: Stamp = ()
         try:
-            state = await _start(client, config)
+            if path is not None:
+                seen = stamp_of(path)
+                door.use_keys(load_keys(path))
+            state = await _start(client, config, door)
         except Exception as error:
             logger.error("cannot start: %s", error if isinstance(error, QuireError) else logs.where(error))
             raise
         app.state.quire = state
-        reporter = asyncio.create_task(report_throughput(state.metrics))
+        chores = [asyncio.create_task(report_throughput(state.metrics))]
+        if path is not None:
+            chores.append(asyncio.create_task(follow(path, seen, use_keys)))
         try:
             yield
         finally:
-            reporter.cancel()
+            for chore in chores:
+                chore.cancel()
             state.dispatcher.fail_all(errors.draining())
             await state.dispatcher.stop()
             state.pool.shutdown(wait=False, cancel_futures=True)
@@ -64,15 +83,16 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
     app = FastAPI(
         title="Quire", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
     )
-    for module in (routes_completions, routes_chat, routes_admin):
+    for module in (routes_completions, routes_chat, responses, messages, routes_admin):
         app.include_router(module.router)
+    app.state.door = door
     app.add_middleware(Outermost, allowed_hosts=_allowed_hosts(config))
     for kind in (errors.ApiError, QuireError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _answer)
     return app
 
 
-async def _start(client: EngineClient, config: ServerConfig) -> State:
+async def _start(client: EngineClient, config: ServerConfig, door: Door) -> State:
     dispatcher = Dispatcher(client, config.hang_timeout)
     try:
         ready = await dispatcher.start()
@@ -80,26 +100,27 @@ async def _start(client: EngineClient, config: ServerConfig) -> State:
         tokenizer = load_tokenizer(folder)
         workers = shared_workers()
         await asyncio.to_thread(workers.warm, config.text_threads)
+        template = await asyncio.to_thread(load_chat_template, tokenizer, workers.compile)
         text = TextSide(
             tokenizer=tokenizer,
-            template=await asyncio.to_thread(load_chat_template, tokenizer, workers.compile),
+            template=template,
             compile=workers.compile if config.trust_request_chat_template else None,
             limits=limits_of(ready),
             ready=ready,
             defaults=_sampling_defaults(config, folder),
+            markup=markup_of(config.tool_call_parser, config.reasoning_parser, template, tokenizer),
             grammars=Grammars(lambda: Vocabulary(tokenizer, ready.vocab_size)),
         )
     except BaseException:
         await dispatcher.stop()
         raise
     names = config.served_model_name or (folder.name,)
-    metrics = Metrics(ready, names[0], vllm_aliases=config.vllm_metrics)
+    metrics = Metrics(ready, names[0], tenants={*ready.tenants, *door.ring.named}, vllm_aliases=config.vllm_metrics)
     experience = Experience(ready)
     admission = Admission(
         ready.max_num_seqs + config.max_queued_requests,
         places=ready.max_num_seqs,
         max_queue_seconds=config.max_queue_seconds,
-        weights=ready.tenant_weights,
     )
 
     def saw_step(stats: StepStats) -> None:
@@ -109,12 +130,19 @@ async def _start(client: EngineClient, config: ServerConfig) -> State:
 
     dispatcher.on_stats = saw_step
     _log_facts(ready, names)
-    return State(
+    if template is not None:
+        markup = text.markup
+        logger.info(
+            "calls of tools are read as %s, thinking as %s",
+            markup.syntax.name if markup.syntax else "nothing known",
+            f"{markup.tags.start}…{markup.tags.end}" if markup.tags else "nothing apart",
+        )
+    state = State(
         config=config,
         ready=ready,
         model_names=names,
         created=int(time.time()),
-        keys=Keys(config.api_key),
+        door=door,
         admission=admission,
         dispatcher=dispatcher,
         metrics=metrics,
@@ -122,6 +150,8 @@ async def _start(client: EngineClient, config: ServerConfig) -> State:
         text=text,
         pool=ThreadPoolExecutor(config.text_threads, thread_name_prefix="text"),
     )
+    state.name_tenants()
+    return state
 
 
 def _sampling_defaults(config: ServerConfig, folder: Path) -> dict[str, float | int]:
@@ -175,6 +205,6 @@ async def _answer(request: Request, error: Exception) -> Response:
     else:
         answer = error if isinstance(error, errors.ApiError) else errors.from_engine(error)
     state_of(request).metrics.error(answer.status, answer.code)
-    response = answer.response()
+    response = answer.response(request.scope["path"])
     response.headers.update(headers)
     return response

@@ -1,71 +1,93 @@
-"""Who may call what: an explicit table of all routes, and keys that are compared in constant time.
+"""Who may call what: an explicit table of all routes, and the door at which keys are checked.
 
 A route that is not in the table cannot be registered (`routing.py`), so nothing is open by accident.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from . import errors
-
-TENANT_DIGITS = 12  # 48 bits tell the keys of one server apart
+from .attempts import Attempts
+from .keys import EVERYBODY, INFER, METRICS, NOBODY, Key, KeyRing
+from .quotas import Quotas
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    needs_key: bool
-    has_body: bool = False  # a JSON object, within max_body_bytes
-    probe: bool = False  # polled by machines: no access line
+    """What a route asks for.
+
+    scope     that the caller's key must have, where keys are set; None = open to everybody
+    has_body  a JSON object, within max_body_bytes
+    counted   it counts as a request of its key's minute
+    probe     polled by machines: no access line
+    """
+
+    scope: str | None = INFER
+    has_body: bool = False
+    counted: bool = True
+    probe: bool = False
 
 
 POLICIES = {
-    "/v1/completions": Policy(needs_key=True, has_body=True),
-    "/v1/chat/completions": Policy(needs_key=True, has_body=True),
-    "/v1/models": Policy(needs_key=True),
-    "/v1/models/{model:path}": Policy(needs_key=True),
-    "/tokenize": Policy(needs_key=True, has_body=True),
-    "/detokenize": Policy(needs_key=True, has_body=True),
-    "/openapi.json": Policy(needs_key=True),
-    "/health": Policy(needs_key=False, probe=True),
-    "/ready": Policy(needs_key=False, probe=True),
-    "/metrics": Policy(needs_key=False, probe=True),
-    "/version": Policy(needs_key=False),
+    "/v1/completions": Policy(has_body=True),
+    "/v1/chat/completions": Policy(has_body=True),
+    "/v1/responses": Policy(has_body=True),
+    "/v1/messages": Policy(has_body=True),
+    "/v1/messages/count_tokens": Policy(has_body=True),
+    "/v1/models": Policy(counted=False),
+    "/v1/models/{model:path}": Policy(counted=False),
+    "/tokenize": Policy(has_body=True),
+    "/detokenize": Policy(has_body=True),
+    "/openapi.json": Policy(counted=False),
+    "/health": Policy(scope=None, counted=False, probe=True),
+    "/ready": Policy(scope=None, counted=False, probe=True),
+    "/metrics": Policy(scope=METRICS, counted=False, probe=True),
+    "/version": Policy(scope=None, counted=False),
 }
 
 
-class Keys:
-    """The accepted keys, kept as digests only."""
+class Door:
+    """Lets callers in by their key, and counts the wrong ones by address. It is there before the engine is."""
 
-    def __init__(self, keys: tuple[str, ...]) -> None:
-        self._digests = [_digest(key) for key in keys]
-        self._secret = secrets.token_bytes(32)
+    def __init__(self, ring: KeyRing) -> None:
+        self.ring = ring
+        self.quotas = Quotas()
+        self._attempts = Attempts()
 
-    def check(self, authorization: str | None) -> bytes:
-        """The digest of the caller's key, b"" where no keys are set. Raises 401."""
-        if not self._digests:
-            return b""
-        scheme, _, key = (authorization or "").partition(" ")
-        offered = _digest(key.strip())
-        matches = [hmac.compare_digest(offered, digest) for digest in self._digests]  # all of them: no early exit
-        if scheme.lower() != "bearer" or not any(matches):
+    def use_keys(self, named: Sequence[Key]) -> None:
+        """The keys file has been read: its keys in place of those that it held before."""
+        self.ring.replace(named)
+        self.quotas.keep(self.ring.names)
+
+    def check(self, policy: Policy, headers: Mapping[str, str], address: str) -> Key:
+        """The caller, as its key says. Raises 401, 403, or 429 after too many wrong keys from `address`."""
+        if policy.scope is None or not self.ring.guards(policy.scope):
+            return NOBODY if self.ring.guards(INFER) else EVERYBODY
+        key = self.ring.find(_offered(headers))
+        wait = self._attempts.wait(address, None if key is None else key.name)
+        if wait > 0:
+            raise errors.too_many_attempts(wait)
+        if key is None:
+            self._attempts.failed(address)
             raise errors.unauthorized()
-        return offered
+        self._attempts.opened(address, key.name)
+        if self.ring.expired(key):
+            raise errors.expired_key()
+        if policy.scope not in key.scopes:
+            raise errors.missing_scope(policy.scope)
+        return key
 
-    def cache_salt(self, tenant: bytes, client_salt: str) -> str:
-        """Prefix blocks are shared inside one key and one salt only, and nobody can compute another's salt."""
-        if not tenant and not client_salt:
-            return ""
-        return hmac.new(self._secret, tenant + b"\0" + client_salt.encode(), hashlib.sha256).hexdigest()
+    def count(self, policy: Policy, caller: Key) -> None:
+        """One request. Raises 429 where the caller's minute has no room for it."""
+        if policy.counted:
+            self.quotas.count(caller)
 
 
-def tenant_of(key_digest: bytes) -> str:
-    """The name under which a key's requests are counted: the beginning of its SHA-256, which opens nothing."""
-    return key_digest.hex()[:TENANT_DIGITS]
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+def _offered(headers: Mapping[str, str]) -> str:
+    """The key as OpenAI's clients send it, or as Anthropic's do."""
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return key.strip()
+    return headers.get("x-api-key", "").strip()

@@ -15,6 +15,7 @@ from ..engine.errors import QuireError
 from .cli_bench import bench_app
 from .cli_chat import chat
 from .cli_doctor import doctor
+from .cli_keys import keys
 from .cli_options import err, out
 from .cli_plan import plan
 from .cli_quantize import quantize
@@ -45,6 +46,7 @@ def quire(
 
 
 app.command(context_settings=CONTEXT)(serve)
+app.command()(keys)
 app.command()(chat)
 app.add_typer(bench_app, name="bench")
 app.command()(plan)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -81,6 +81,18 @@ def serve(
     generation_config: Annotated[
         str, option(MODEL, "Sampling defaults: auto = the model's own, none = OpenAI's.")
     ] = SERVER.generation_config,
+    tool_call_parser: Annotated[
+        str,
+        option(
+            MODEL,
+            "How it spells calls of tools: auto (as its chat template says), none, hermes, qwen3_coder, mistral, "
+            "mistral_v11, llama3_json, pythonic, deepseek_v3 or deepseek_v31.",
+        ),
+    ] = SERVER.tool_call_parser,
+    reasoning_parser: Annotated[
+        str,
+        option(MODEL, "How it marks its thinking: auto, none, qwen3, deepseek_r1, magistral or seed_oss."),
+    ] = SERVER.reasoning_parser,
     kv_cache_bytes: Annotated[
         Any,
         option(
@@ -235,6 +247,15 @@ def serve(
     api_key_file: Annotated[
         Path | None, option(ACCESS, "File with one key a line.", exists=True, dir_okay=False)
     ] = None,
+    api_keys_file: Annotated[
+        Path | None,
+        option(
+            ACCESS,
+            "YAML or JSON list of named keys with weights, quotas and scopes (quire keys), read again when it changes.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
     insecure_no_auth: Annotated[
         bool, option(ACCESS, "Listen beyond this machine without any key.", "--insecure-no-auth")
     ] = False,
@@ -309,11 +330,12 @@ def read_settings(ctx: typer.Context) -> tuple[EngineConfig, ServerConfig]:
     values["api_key"] = (*(values["api_key"] or ()), *_keys_of(values["api_key_file"]))
     for name in ("served_model_name", "allowed_hosts"):
         values[name] = tuple(values[name] or ())
-    if not is_loopback(values["host"]) and not values["api_key"] and not values["insecure_no_auth"]:
-        raise typer.BadParameter(
-            f"--host {values['host']} can be reached from other machines and no API key is set. Set QUIRE_API_KEY or "
-            "--api-key-file, or say --insecure-no-auth",
-            param_hint="--host",
+    if values["api_keys_file"] is not None:
+        _check_keys_file(values["api_keys_file"], values["tenant_weights"])
+    elif not is_loopback(values["host"]) and not values["api_key"] and not values["insecure_no_auth"]:
+        _refuse(
+            f"--host {values['host']} can be reached from other machines and no API key is set: set QUIRE_API_KEY, "
+            "--api-key-file or --api-keys-file, or say --insecure-no-auth"
         )
     engine = EngineConfig(**{field.name: values[field.name] for field in fields(EngineConfig)})
     try:
@@ -322,6 +344,24 @@ def read_settings(ctx: typer.Context) -> tuple[EngineConfig, ServerConfig]:
         name, _, what = str(error).partition(" ")
         raise typer.BadParameter(what, param_hint="--" + name.replace("_", "-")) from None
     return engine, server
+
+
+def _check_keys_file(path: Path, tenant_weights: dict[str, float]) -> None:
+    """Now, while whoever starts the server looks on; it is read again when it is used."""
+    from .keys_file import KeysFileError, load_keys
+
+    if tenant_weights:
+        _refuse("--tenant-weight and --api-keys-file exclude each other: write `weight` into the file's entries")
+    try:
+        load_keys(path)
+    except KeysFileError as error:
+        _refuse(str(error))
+
+
+def _refuse(why: str) -> NoReturn:
+    """One line, and the exit code of a wrong option."""
+    err.print(f"quire: {why}", markup=False)
+    raise typer.Exit(2)
 
 
 def is_loopback(host: str) -> bool:

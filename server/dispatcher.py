@@ -41,6 +41,8 @@ class Mailbox:
         self._news: dict[SampleKey, Chunk] = {}
         self._failure: errors.ApiError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+        self._give_up = 0.0  # when whoever waits wants to be told that nothing came, on the loop's clock
 
     @property
     def open_clocks(self) -> Iterable[SampleClock]:
@@ -92,12 +94,14 @@ class Mailbox:
         """All news since the last call; empty if none came within `timeout` seconds. Raises what `fail` was given."""
         if not self._news and self._failure is None:
             loop = asyncio.get_running_loop()
+            self._give_up = loop.time() + timeout
+            # One alarm for as long as this waits again and again: news come far more often than it would ring.
+            if self._alarm is None or self._alarm.when() > self._give_up:
+                self._set_alarm(loop)
             self._waiter = loop.create_future()
-            timer = loop.call_later(timeout, self._wake)
             try:
                 await self._waiter
             finally:
-                timer.cancel()
                 self._waiter = None
         if self._news:  # what came before a failure is still delivered
             news = list(self._news.values())
@@ -106,6 +110,23 @@ class Mailbox:
         if self._failure is not None:
             raise self._failure
         return []
+
+    def close(self) -> None:
+        """Nobody will wait here any more."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+
+    def _set_alarm(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm = loop.call_at(self._give_up, self._ring, loop)
+
+    def _ring(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._alarm = None
+        if self._waiter is not None and loop.time() < self._give_up:
+            self._set_alarm(loop)
+        else:
+            self._wake()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

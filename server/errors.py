@@ -1,4 +1,4 @@
-"""One shape for everything that is refused: OpenAI's nested error body, from a fixed catalogue.
+"""One shape for everything that is refused: OpenAI's nested error body, or Anthropic's, from a fixed catalogue.
 
 The caller learns the field, the value and the remedy; never a path, an address, a traceback or a class name.
 A validation error is 400, never 422: that is what OpenAI's clients branch on.
@@ -17,6 +17,7 @@ from starlette.responses import Response
 from ..engine.errors import EngineDeadError, RequestError, TooLongError
 
 JSON = "application/json"
+ANTHROPIC = "/v1/messages"  # where paths of Anthropic's API begin
 MAX_RETRY_SECONDS = 3600
 SHOWN_CHARS = 60  # of a refused value: enough to recognise it, too little to fill a log or echo a prompt
 
@@ -43,18 +44,24 @@ class ApiError(Exception):
     def type(self) -> str:
         return _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
 
-    def body(self) -> dict[str, Any]:
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+    def body(self, path: str = "") -> dict[str, Any]:
+        """In the shape of the API that `path` belongs to: OpenAI's, unless it is Anthropic's."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        if path.startswith(ANTHROPIC):
+            return {"type": "error", "error": {**error, "type": _ANTHROPIC_TYPES.get(self.status, self.type)}}
+        return {"error": error}
 
     def headers(self) -> dict[str, str]:
         if self.retry_after is not None:
             return {"Retry-After": str(_whole_seconds(self.retry_after)), "x-should-retry": "true"}
         if self.status == 401:
             return {"WWW-Authenticate": "Bearer"}
+        if self.status == 429:  # for good: clients would come back by themselves
+            return {"x-should-retry": "false"}
         return {}
 
-    def response(self) -> Response:
-        return Response(msgspec.json.encode(self.body()), self.status, self.headers(), JSON)
+    def response(self, path: str = "") -> Response:
+        return Response(msgspec.json.encode(self.body(path)), self.status, self.headers(), JSON)
 
 
 _TYPES = {
@@ -66,6 +73,12 @@ _TYPES = {
     504: "timeout_error",
 }
 
+_ANTHROPIC_TYPES = {
+    413: "request_too_large",
+    500: "api_error",
+    503: "overloaded_error",
+}
+
 
 def invalid(message: str, param: str | None = None) -> ApiError:
     return ApiError(400, message, code="invalid_value", param=param)
@@ -75,9 +88,58 @@ def unsupported(param: str, message: str) -> ApiError:
     return ApiError(400, message, code="unsupported_parameter", param=param)
 
 
+def too_many_connections(limit: int) -> ApiError:
+    message = (
+        f"This server holds as many connections as it may: {limit}. Close those that you do not use, and try again."
+    )
+    return ApiError(503, message, code="too_many_connections", retry_after=random.uniform(1, 4))
+
+
 def unauthorized() -> ApiError:
     message = "Missing or wrong API key. Send it as `Authorization: Bearer KEY`."
     return ApiError(401, message, code="invalid_api_key")
+
+
+def expired_key() -> ApiError:
+    return ApiError(401, "This API key has expired; ask the server's owner for a new one.", code="expired_api_key")
+
+
+def too_many_attempts(wait: float) -> ApiError:
+    message = "Too many requests with a wrong API key came from this address. Wait before you send another."
+    return ApiError(429, message, code="too_many_attempts", retry_after=wait)
+
+
+def missing_scope(scope: str) -> ApiError:
+    message = f"This API key lacks the scope `{scope}`. Use one whose entry in the server's keys file has it."
+    return ApiError(403, message, code="missing_scope")
+
+
+def foreign_tenant(name: str) -> ApiError:
+    message = (
+        f"`tenant` is {shown(name)}, which is not the tenant of this API key: leave it out, or use a key with the "
+        "scope `tenant`."
+    )
+    return ApiError(403, message, code="tenant_not_allowed", param="tenant")
+
+
+def too_urgent(priority: int, least: int) -> ApiError:
+    message = f"`priority` is {priority}, and this API key may have {least} or more (lower numbers run first)."
+    return ApiError(403, message, code="priority_not_allowed", param="priority")
+
+
+def rate_limited(limit: str, retry_after: float) -> ApiError:
+    """`limit`: what the key may have, in words."""
+    message = f"This API key may have {limit}. Try again in {max(retry_after, 1.0):.0f} s."
+    return ApiError(429, message, code="rate_limit_exceeded", retry_after=retry_after)
+
+
+def larger_than_quota(tokens: int, limit: int) -> ApiError:
+    """A request that no waiting lets in."""
+    message = (
+        f"This request may come to {tokens} tokens, prompt and answers together, and this API key has {limit} a "
+        "minute: lower `max_tokens` or `n`, or send a shorter prompt."
+    )
+    return ApiError(429, message, code="rate_limit_exceeded")
 
 
 def model_not_found(name: str) -> ApiError:
@@ -201,6 +263,9 @@ def _whole_seconds(seconds: float) -> int:
 
 def shown(value: Any) -> str:
     """A caller's value, short enough to be read and free of control characters."""
-    text = value if isinstance(value, str) else msgspec.json.encode(value, enc_hook=str).decode()
+    try:
+        text = value if isinstance(value, str) else msgspec.json.encode(value, enc_hook=str).decode()
+    except RecursionError:  # encoding begins deeper in the stack than decoding did
+        return "something nested deeply"
     text = "".join(c if c.isprintable() else "\ufffd" for c in text[: SHOWN_CHARS + 1])
     return text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + "…"

@@ -24,7 +24,10 @@ from .cost import Experience
 from .dispatcher import Dispatcher, Mailbox
 from .logs import logger
 from .metrics import Metrics
+from .pacing import paced
+from .parsing.reading import AnswerFormat
 from .promises import SampleClock, verdict
+from .quotas import Lease
 
 # The engine ends what is out of time. One that does not answer is given this much longer before its caller is told.
 WALL_SECONDS = 5.0
@@ -43,6 +46,8 @@ class Prompt:
 class GenerateRequest:
     """What is generated, without a trace of the API that asked for it. Choice i*n + j is sample j of prompt i.
 
+    format   how the text of an answer is to be read
+    interval tokens of a sample that come together in a stream
     timeout  the request's own limit in seconds from arrival; the server's holds where that is shorter
     """
 
@@ -52,15 +57,19 @@ class GenerateRequest:
     priority: int = 0
     cache_salt: str = ""
     tenant: str = ""
+    weight: float | None = None  # of the tenant; None = as the engine was started
     slo: Slo = field(default_factory=Slo)
     timeout: float | None = None
     speculative: Speculative = field(default_factory=Speculative)
+    format: AnswerFormat = field(default_factory=AnswerFormat)
+    interval: int = 1
 
 
 @dataclass(slots=True)
 class Usage:
     """Tokens so far; a prompt counts once, however many samples are drawn from it.
 
+    reasoning_tokens of the completion tokens, those of thinking; told by who reads it, None = nobody does
     drafted_tokens   guessed ahead and verified. How many is a matter of the moment, unlike which tokens are drawn
     accepted_tokens  of these, those among the completion tokens
     """
@@ -70,6 +79,7 @@ class Usage:
     cached_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    reasoning_tokens: int | None = None
 
 
 class _Part:
@@ -96,6 +106,7 @@ class Generation:
         experience: Experience,
         config: ServerConfig,
         slot: Slot,
+        lease: Lease,
     ) -> None:
         self.request = request
         self.usage = Usage(prompt_tokens=sum(len(prompt.token_ids) for prompt in request.prompts))
@@ -104,6 +115,7 @@ class Generation:
         self._experience = experience
         self._config = config
         self._slot = slot
+        self._lease = lease
         self._timeout = min(config.request_timeout, request.timeout or config.request_timeout)
         self._mailbox = Mailbox(request.arrival, metrics, keep_gaps=request.slo.itl is not None)
         self._parts: dict[str, _Part] = {}
@@ -132,6 +144,7 @@ class Generation:
                     arrival=request.arrival,
                     cache_salt=request.cache_salt,
                     tenant=request.tenant,
+                    weight=request.weight,
                     slo=request.slo,
                     timeout=self._timeout,
                     speculative=request.speculative,
@@ -147,7 +160,12 @@ class Generation:
         part = self._ordered[choice // self.request.prompts[0].params.n]
         return part.prompt, part.stream
 
-    async def deltas(self) -> AsyncGenerator[list[Delta]]:
+    def deltas(self) -> AsyncGenerator[list[Delta]]:
+        """As `news`, at the pace that was asked for."""
+        interval = self.request.interval
+        return self.news() if interval == 1 else paced(self.news(), interval)
+
+    async def news(self) -> AsyncGenerator[list[Delta]]:
         """All news as they come, until every sample has ended; `Delta.index` is the choice's.
 
         An empty batch means that nothing came for `keep_alive_interval` seconds.
@@ -255,7 +273,13 @@ class Generation:
 
     def close(self) -> None:
         """Idempotent."""
+        self._mailbox.close()
         self._slot.release()
+        prompt_tokens = sum(len(part.prompt.token_ids) for part in self._ordered if part.computed)
+        if self._lease.settle(prompt_tokens + self.usage.completion_tokens):
+            self._metrics.tenant_used(
+                self.request.tenant, prompt_tokens, self.usage.cached_tokens, self.usage.completion_tokens
+            )
         unfinished = self._dispatcher.forget(self._parts, abort=True)
         if unfinished and self._failure is None:
             self._metrics.aborted("running" if self._mailbox.has_begun else "waiting")

@@ -9,7 +9,7 @@ all usages, those of aborted requests included, equals the counters.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import accumulate
 
 from prometheus_client import (
@@ -25,10 +25,14 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from ..engine.messages import EngineReady, StepStats
+from .keys import OTHER_TENANTS
+from .tally import TallyCounter, TallyHistogram
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a series per series that says when it began: nobody reads it
+
+MAX_TENANT_SERIES = 2000  # names: a full keys file, and another one in its place while the server runs
 
 # vLLM's bucket sets, so that recorded queries keep their meaning, extended downwards: a small model's first token takes
 # less than their first bucket, and 1 to 8 ms is where its inter-token latency lives.
@@ -64,7 +68,12 @@ ALIASED = frozenset(
 class Metrics:
     """The instruments, as attributes; a method where one event moves several."""
 
-    def __init__(self, ready: EngineReady, model_name: str, *, vllm_aliases: bool) -> None:
+    def __init__(
+        self, ready: EngineReady, model_name: str, *, tenants: Collection[str] = (), vllm_aliases: bool = False
+    ) -> None:
+        """`tenants`: those with a name. Without any there are no series by tenant: the names are the callers' then, and
+        series are not theirs to make.
+        """
         self._registry = CollectorRegistry()
         self._vllm_aliases = vllm_aliases
         self._model = model_name
@@ -74,8 +83,11 @@ class Metrics:
         self.time_to_first_token = self._histogram(
             "time_to_first_token_seconds", "From arrival to a sample's first token.", TTFT_BUCKETS
         )
-        self.inter_token_latency = self._histogram(
-            "inter_token_latency_seconds", "Between two deliveries of tokens of one sample.", ITL_BUCKETS
+        self.inter_token_latency = TallyHistogram(
+            "quire_inter_token_latency_seconds",
+            "Between two deliveries of tokens of one sample.",
+            *("model_name", model_name),
+            ITL_BUCKETS,
         )
         self.time_per_output_token = self._histogram(
             "request_time_per_output_token_seconds", "A sample's mean time per token after its first.", ITL_BUCKETS
@@ -99,7 +111,9 @@ class Metrics:
 
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens, as in the responses' usage.")
         self.cached_tokens = self._counter("prompt_tokens_cached", "Prompt tokens that the prefix cache held.")
-        self.generation_tokens = self._counter("generation_tokens", "Tokens drawn, as in the responses' usage.")
+        self.generation_tokens = TallyCounter(
+            "quire_generation_tokens", "Tokens drawn, as in the responses' usage.", "model_name", model_name
+        )
         self.useful_tokens = self._counter("step_tokens_useful", "Tokens of the engine's steps.")
         self.launched_tokens = self._counter("step_tokens_launched", "The same, filled up to whole tiles.")
         self.predicted_seconds = self._counter("step_seconds_predicted", "Time of the steps as predicted before each.")
@@ -109,7 +123,8 @@ class Metrics:
         self._finished = self._family("request_success", "Samples that ended, by finish reason.", "finished_reason")
         self._aborted = self._family("requests_aborted", "Requests whose client left, by stage.", "stage")
         self._expired = self._family("requests_expired", "Requests that ran out of time, by the limit.", "reason")
-        self._by_tenant = bool(ready.tenants)  # else the names are the callers', and series are not theirs to make
+        self._tenants = set(tenants)
+        self._by_tenant = bool(tenants)
         self._promises = self._family(
             "slo",
             "Samples with a promise, by whether it was kept; itl: the 99th percentile of its gaps, or the longest of "
@@ -117,6 +132,14 @@ class Metrics:
             *("slo", "met"),
             *(("tenant",) if self._by_tenant else ()),
         )
+        if self._by_tenant:
+            self._tenant_requests = self._family("tenant_requests", "Requests that were let in and ended.", "tenant")
+            self._tenant_tokens = self._family(
+                "tenant_tokens", "Tokens of those: prompt (with cached ones), cached, generation.", "tenant", "kind"
+            )
+            self._tenant_refusals = self._family(
+                "tenant_refusals", "Requests that quotas or admission refused.", "tenant", "reason"
+            )
         self._errors = self._family("request_errors", "Answers that are errors.", "code", "reason")
         self._rejected = self._family("admission_rejections", "Requests that were not let in.", "reason")
         self._steps = self._family("step_seconds", "Time in the engine's steps, by part.", "part")
@@ -132,7 +155,8 @@ class Metrics:
             buckets=REQUEST_BUCKETS,
             registry=self._registry,
         )
-        self._registry.register(_EngineCollector(self, ready, model_name))
+        for collector in (self.inter_token_latency, self.generation_tokens, _EngineCollector(self, ready, model_name)):
+            self._registry.register(collector)
         ProcessCollector(registry=self._registry)
 
     def saw_step(self, stats: StepStats) -> None:
@@ -164,8 +188,30 @@ class Metrics:
 
     def promise(self, slo: str, met: bool, tenant: str, count: int) -> None:
         """`count` samples were promised `slo`: "ttft", "itl", "deadline"."""
-        whose = (tenant,) if self._by_tenant else ()
+        whose = (self._label(tenant),) if self._by_tenant else ()
         self._promises.labels(self._model, slo, str(met).lower(), *whose).inc(count)
+
+    def name_tenants(self, tenants: Iterable[str]) -> None:
+        """These have names from now on; more than so many in the life of a server count as others."""
+        for tenant in tenants:
+            if len(self._tenants) < MAX_TENANT_SERIES:
+                self._tenants.add(tenant)
+
+    def tenant_used(self, tenant: str, prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> None:
+        """A request has ended, after so many tokens."""
+        if self._by_tenant:
+            whose = self._label(tenant)
+            self._tenant_requests.labels(self._model, whose).inc()
+            counts = {"prompt": prompt_tokens, "cached": cached_tokens, "generation": completion_tokens}
+            for kind, count in counts.items():
+                self._tenant_tokens.labels(self._model, whose, kind).inc(count)
+
+    def tenant_refused(self, tenant: str, reason: str) -> None:
+        if self._by_tenant:
+            self._tenant_refusals.labels(self._model, self._label(tenant), reason).inc()
+
+    def _label(self, tenant: str) -> str:
+        return tenant if tenant in self._tenants else OTHER_TENANTS
 
     def aborted(self, stage: str) -> None:
         """`stage`: "waiting" (no token yet) or "running"."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -48,12 +49,16 @@ class Outermost:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = request_id
+                if scope["path"].startswith(errors.ANTHROPIC):
+                    headers["Request-Id"] = request_id
+                headers.update(_quota_headers(scope))
             await send(message)
 
         try:
             if self._allowed_hosts and _host_name(headers.get("host", "")) not in self._allowed_hosts:
-                await _refuse_host().response()(scope, receive, tagged_send)
+                await _refuse_host().response(scope["path"])(scope, receive, tagged_send)
             else:
                 await self._app(scope, receive, tagged_send)
         except (ClientGone, ClientDisconnect):
@@ -61,7 +66,7 @@ class Outermost:
         except Exception as error:
             logger.error("request %s failed: %s", request_id, logs.where(error))
             if status == 0:
-                await errors.internal().response()(scope, receive, tagged_send)
+                await errors.internal().response(scope["path"])(scope, receive, tagged_send)
             status = 500
         finally:
             self._account(scope, status or CLIENT_GONE, time.monotonic() - arrival)
@@ -75,6 +80,12 @@ class Outermost:
             state.metrics.http(method, handler, status, seconds)
         if not (handler in POLICIES and POLICIES[handler].probe):
             logger.info("%s %s %d %.3fs id=%s", method, scope["path"], status, seconds, scope["state"]["request_id"])
+
+
+def _quota_headers(scope: Scope) -> Mapping[str, str]:
+    """What is left of the caller's minute, where a route has found out who it is."""
+    caller = scope["state"].get("caller")
+    return {} if caller is None else scope["app"].state.door.quotas.headers(caller)
 
 
 def _refuse_host() -> errors.ApiError:

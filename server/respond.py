@@ -45,6 +45,7 @@ class Wire(Protocol):
 
 
 def usage_dict(usage: Usage) -> dict[str, Any]:
+    thinking = {} if usage.reasoning_tokens is None else {"reasoning_tokens": usage.reasoning_tokens}
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -53,6 +54,7 @@ def usage_dict(usage: Usage) -> dict[str, Any]:
         "completion_tokens_details": {
             "accepted_prediction_tokens": usage.accepted_tokens,
             "rejected_prediction_tokens": usage.drafted_tokens - usage.accepted_tokens,
+            **thinking,
         },
     }
 
@@ -73,7 +75,7 @@ async def respond(request: Request, state: State, body: GenerateBody, generation
             usage_at_end=bool(options and options.include_usage),
             usage_always=bool(options and options.continuous_usage_stats),
         )
-        return sse.EventStream(frames, generation, state.config.write_timeout)
+        return sse.EventStream(frames, generation)
     with generation:
         generation.start()
         choices = await while_connected(request.receive, _collect(generation, wire))

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from .. import __version__
 from ..engine.validation import valid_token_ids
 from . import errors
-from .inputs import encode_chat
+from .inputs import encode_chat, render_chat
 from .metrics import CONTENT_TYPE
 from .protocol import DetokenizeBody, TokenizeBody
 from .routing import GuardedRoute
@@ -78,7 +78,7 @@ async def tokenize(body: TokenizeBody, request: Request) -> Response:
 
     def encode() -> list[int]:
         if body.prompt is None:
-            return encode_chat(body, state.text)
+            return encode_chat(render_chat(body, state.text, body.tools), body, state.text)
         tokenizer.check_bytes(body.prompt, state.ready.max_model_len)
         return tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
 

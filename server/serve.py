@@ -17,7 +17,7 @@ from ..engine.client import EngineClient
 from . import errors, logs
 from .app import create_app
 from .config import ServerConfig
-from .http_protocol import BoundedProtocol
+from .http_protocol import bounded_protocol
 from .logs import logger
 
 CLOSE_SECONDS = 5  # for the last error events to reach their readers, once everything has been aborted
@@ -51,7 +51,7 @@ class _Server(uvicorn.Server):
                 self._app,
                 host=config.host,
                 port=config.port,
-                http=BoundedProtocol,
+                http=bounded_protocol(config),
                 ws="none",
                 lifespan="on",
                 log_config=None,

@@ -13,15 +13,17 @@ from starlette.requests import Request
 from ..engine.messages import EngineReady
 from ..engine.validation import check_order
 from . import errors
-from .admission import Admission
-from .auth import Keys, tenant_of
+from .admission import Admission, Slot
+from .auth import Door
 from .config import ServerConfig
 from .cost import Asked, Experience
 from .dispatcher import Dispatcher
 from .generate import GenerateRequest, Generation
 from .inputs import Order, TextSide
+from .keys import TENANT, Key
 from .metrics import Metrics
-from .protocol import GenerateBody
+from .protocol import OrderBody
+from .quotas import Lease
 
 T = TypeVar("T")
 
@@ -32,7 +34,7 @@ class State:
     ready: EngineReady
     model_names: tuple[str, ...]
     created: int  # Unix seconds
-    keys: Keys
+    door: Door
     admission: Admission
     dispatcher: Dispatcher
     metrics: Metrics
@@ -46,14 +48,28 @@ class State:
             raise errors.model_not_found(asked)
         return asked or self.model_names[0]
 
-    def order_of(self, request: Request, body: GenerateBody) -> Order:
-        """Whose request it is: the tenant of the body, else of the key. Raises 400 for one that is not served here."""
-        key_digest, limits = request.state.key_digest, self.text.limits
+    def name_tenants(self) -> None:
+        """By the keys as they are now: the weights in the queue, and the series of metrics."""
+        named = self.door.ring.named
+        self.metrics.name_tenants(named)
+        self.admission.set_weights(self.ready.tenant_weights | {key.name: key.weight or 1.0 for key in named.values()})
+
+    def order_of(self, request: Request, body: OrderBody) -> Order:
+        """Whose request it is: its key's tenant, or the one in the body if the key may speak for others. Raises 403 for
+        what the key may not have, 400 for what is not served here.
+        """
+        key: Key = request.state.caller
+        ring, limits = self.door.ring, self.text.limits
+        tenant = body.tenant or key.name
+        if tenant != key.name and TENANT not in key.scopes:
+            raise errors.foreign_tenant(tenant)
         order = Order(
+            key=key,
             arrival=request.state.arrival,
-            tenant=body.tenant or tenant_of(key_digest),
-            priority=body.priority or 0,
-            cache_salt=self.keys.cache_salt(key_digest, body.cache_salt or ""),
+            tenant=tenant,
+            weight=ring.named[tenant].weight if tenant in ring.named else None,
+            priority=self._priority(key, body.priority),
+            cache_salt=ring.cache_salt(key.name and tenant, body.cache_salt or ""),
             slo=body.promises,
             timeout=body.timeout,
         )
@@ -66,15 +82,11 @@ class State:
         """`work` on a text thread."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, work)
 
-    async def open_generation(self, asked: Asked, tenant: str, prepare: Callable[[], GenerateRequest]) -> Generation:
+    async def open_generation(self, asked: Asked, order: Order, prepare: Callable[[], GenerateRequest]) -> Generation:
         """Let a request in, then tokenize it. Raises ApiError; whoever gets the Generation must close it."""
         if self.dispatcher.trouble() is not None:
             raise errors.engine_dead()
-        try:
-            slot = self.admission.admit(asked.samples, self.experience.cost(asked), tenant)
-        except errors.ApiError as error:
-            self.metrics.rejected(error.code)
-            raise
+        slot, lease = self._let_in(asked, order)
         try:
             prepared = await self.in_pool(prepare)
             self.experience.saw_prompts(asked, sum(len(prompt.token_ids) for prompt in prepared.prompts))
@@ -86,10 +98,34 @@ class State:
                 experience=self.experience,
                 config=self.config,
                 slot=slot,
+                lease=lease,
             )
         except BaseException:
             slot.release()
+            lease.settle(0)
             raise
+
+    def _let_in(self, asked: Asked, order: Order) -> tuple[Slot, Lease]:
+        """By the key's quotas first, so that who has used them up learns that, and then by the house."""
+        try:
+            lease = self.door.quotas.lease(order.key, self.experience.most_tokens(asked))
+            try:
+                return self.admission.admit(asked.samples, self.experience.cost(asked), order.tenant), lease
+            except errors.ApiError:
+                lease.settle(0)
+                raise
+        except errors.ApiError as error:
+            self.metrics.rejected(error.code)
+            self.metrics.tenant_refused(order.tenant, error.code)
+            raise
+
+    def _priority(self, key: Key, asked: int | None) -> int:
+        """Under the policy that heeds it, a key's class is the most urgent that its requests may be."""
+        if key.priority is None or self.ready.scheduling_policy != "priority":
+            return asked or 0
+        if asked is not None and asked < key.priority:
+            raise errors.too_urgent(asked, key.priority)
+        return key.priority if asked is None else asked
 
 
 def state_of(request: Request) -> State:

@@ -32,7 +32,10 @@ class CallBegin(NamedTuple):
 
 
 class CallArguments(NamedTuple):
-    """More of a call's arguments: all texts of a call concatenate to one JSON object."""
+    """More of a call's arguments: all texts of a call concatenate to one JSON object.
+
+    Unless the sample was cut off in the middle of it, or the model wrote something else: then it is what there was.
+    """
 
     call: int
     text: str
@@ -48,8 +51,19 @@ class Parser(Protocol):
     def num_calls(self) -> int:
         """Calls that have begun."""
 
+    @property
+    def thinks(self) -> bool | None:
+        """Whether what comes next is thinking; None = not known before there is more text. False stays."""
+
+    @property
+    def reasoning_chars(self) -> int:
+        """Characters read so far that are thinking, its tags included: the first so many of the text."""
+
     def push(self, text: str) -> list[Piece]:
-        """The news in `text`; what could still become markup is held back. Raises nothing, whatever a model writes."""
+        """The news in `text`; what could still become markup is held back. Raises nothing, whatever a model writes.
+
+        Neighbouring pieces of one kind are one piece, and none is empty.
+        """
 
     def finish(self) -> list[Piece]:
         """The sample has ended: what was held back."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import ast
 import inspect
+import textwrap
 
 import pytest
 from fastapi import APIRouter
 
-from quire.server import auth
+from quire.server import attempts, auth, keys
 from quire.server.auth import POLICIES
+from quire.server.keys import METRICS
 from quire.server.routing import GuardedRoute
 
 KEY = "canary-key-5f1d"
-OPEN = {"/health", "/ready", "/metrics", "/version"}
+OPEN = {"/health", "/ready", "/metrics", "/version"}  # where the keys file has no key for /metrics
 
 
 def routes_of(app):
@@ -26,7 +28,7 @@ def routes_of(app):
 async def test_every_route_has_a_policy_and_every_policy_a_route(http):
     declared = {path.replace("{model:path}", "{model}") for path in POLICIES}
     assert set(routes_of(http.app)) == declared
-    assert {path for path, policy in POLICIES.items() if not policy.needs_key} == OPEN
+    assert {path for path, policy in POLICIES.items() if policy.scope in (None, METRICS)} == OPEN
 
 
 def test_a_route_without_a_policy_cannot_be_registered():
@@ -104,10 +106,27 @@ async def test_nothing_tells_the_key_or_the_prompt(serve, caplog):
 
 
 def test_keys_are_compared_in_constant_time_only():
-    """No `==`, `in` or `!=` touches a key in auth.py; only compare_digest does."""
-    compared = [node for node in ast.walk(ast.parse(inspect.getsource(auth.Keys))) if isinstance(node, ast.Compare)]
-    sides = {ast.unparse(node) for node in compared}
-    assert sides == {"scheme.lower() != 'bearer'"}
+    """No `==`, `in` or `!=` touches a key or a digest (CVE-2025-59425); only compare_digest does."""
+    trees = {module: ast.walk(ast.parse(inspect.getsource(module))) for module in (auth, keys, attempts)}
+    compared = {ast.unparse(node) for nodes in trees.values() for node in nodes if isinstance(node, ast.Compare)}
+    assert compared == {
+        "scheme.lower() == 'bearer'",
+        "key is None",
+        "wait > 0",
+        "policy.scope is None",
+        "policy.scope not in key.scopes",
+        "scope == METRICS",
+        "METRICS in key.scopes",
+        "self._clock() >= key.expires",
+        "caller is None",
+        "name in caller.opened",  # the name of a key
+        "(caller := self._caller(address)) is not None",
+        "len(caller.opened) > KEYS_PER_ADDRESS",
+        "len(self._callers) > ADDRESSES",
+    }
+    find = ast.parse(textwrap.dedent(inspect.getsource(keys.KeyRing.find)))
+    calls = {ast.unparse(node) for node in ast.walk(find) if isinstance(node, ast.Call)}
+    assert "hmac.compare_digest(digest, known)" in calls
 
 
 @pytest.mark.parametrize(

@@ -199,16 +199,17 @@ ROWS = [
         }.items()
     ),
     *(
+        (COMPLETION, {name: value}, 400, name, "unsupported_parameter", f"`{name}`")
+        for name, value in {"tools": [{}], "tool_choice": "required"}.items()
+    ),
+    *(
         (CONVERSATION, {name: value}, 400, name, "unsupported_parameter", f"`{name}`")
         for name, value in {
-            "tools": [{"type": "function", "function": {"name": "f"}}],
-            "tool_choice": "required",
             "functions": [],
             "modalities": ["text", "audio"],
             "audio": {"voice": "x"},
             "chat_template": "{{ 1 }}",
             "documents": [],
-            "echo": True,
             "web_search_options": {},
         }.items()
     ),

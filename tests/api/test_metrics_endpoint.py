@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from quire.engine.outputs import TextOptions
 from quire.scheduler.params import SamplingParams
 from quire.server.generate import GenerateRequest, Generation, Prompt
+from quire.server.keys import EVERYBODY
 
 GATEWAY = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "cache_config_info")
 
@@ -73,6 +74,7 @@ async def test_the_aborted_count_with_the_last_usage_they_could_have_been_told(h
         experience=state.experience,
         config=state.config,
         slot=state.admission.admit(1),
+        lease=state.door.quotas.lease(EVERYBODY, 403),
     )
     with generation:
         generation.start()

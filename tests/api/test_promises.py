@@ -158,14 +158,20 @@ async def test_known_tenants_must_be_named(serve, fake):
     assert {request.tenant for request in fake.added} == {"b"}
 
 
-async def test_a_keys_tenant_is_a_digest_and_a_body_may_say_otherwise(serve, fake):
+async def test_a_keys_tenant_is_a_digest_and_a_body_may_not_say_otherwise(serve, fake):
     async with serve(api_key=("right", "other")) as http:
         for key, tenant in (("right", None), ("right", None), ("other", None), ("right", "me")):
             headers = {"Authorization": f"Bearer {key}"}
-            await http.post("/v1/completions", json={**PROMPT, "tenant": tenant}, headers=headers)
-    first, second, other, named = (request.tenant for request in fake.added)
+            response = await http.post("/v1/completions", json={**PROMPT, "tenant": tenant}, headers=headers)
+        assert response.status_code == 403
+        error = response.json()["error"]
+        assert (error["code"], error["param"], error["type"]) == ("tenant_not_allowed", "tenant", "permission_error")
+        first, second, other = (request.tenant for request in fake.added)
+        own = await http.post("/v1/completions", json={**PROMPT, "tenant": other}, headers=headers)
+        assert own.status_code == 403, "another key's"
+        own = await http.post("/v1/completions", json={**PROMPT, "tenant": first}, headers=headers)
+        assert own.status_code == 200
     assert first == second != other
-    assert named == "me"
     assert len(first) == 12
     assert "right" not in first
 

@@ -20,6 +20,8 @@ import uvicorn
 
 from quire.server import http_protocol, routing
 from quire.server.app import create_app
+from quire.server.attempts import FREE
+from quire.server.auth import POLICIES
 from quire.server.config import ServerConfig
 from quire.server.http_protocol import BoundedProtocol
 
@@ -204,6 +206,75 @@ def test_a_host_header_does_not_move_the_path(server, head):
     assert status.split()[1] in (b"400", b"401", b"403")
 
 
+HOSTS = [
+    "Host: a/b?",
+    "Host: a#",
+    "Host: a\\",
+    "Host: ",
+    "Host: a\r\nHost: localhost",
+    "Host: localhost.",
+    "Host: localhost/health?",
+    "Host: user@localhost",
+    "X: no host at all",
+]
+# How a raw path may be written so that something behind the door reads it as an open one, or the other way round.
+SPELLINGS = [
+    "{}",
+    "http://localhost{}",
+    "http://localhost/health?{}",
+    "/{}",
+    "/health/..{}",
+    "/health/%2e%2e{}",
+    "/health%2f..{}",
+    "{}?/health",
+    "{}#/health",
+    "{};/health",
+    "{}/",
+    "{}%00",
+    "/.{}",
+]
+
+
+def test_nothing_but_the_open_routes_answers_without_a_key(server):
+    """Host and raw path against every route (CVE-2026-48746): an open route may answer, as itself; no other does."""
+    port, _ = server
+    unlocked = []
+    for path, policy in POLICIES.items():
+        if policy.scope is None or path == "/metrics":
+            continue
+        method = "POST" if policy.has_body else "GET"
+        plain = path.replace("{model:path}", "tiny")
+        body = (
+            'Content-Type: application/json\r\nContent-Length: 14\r\n\r\n{"prompt":"x"}' if policy.has_body else "\r\n"
+        )
+        variants = [(host, plain) for host in HOSTS]
+        targets = (*SPELLINGS, plain.upper().replace("{", "{{").replace("}", "}}"), plain.replace("/", "%2f"))
+        variants += [("Host: localhost", target.format(plain)) for target in targets]
+        for host, target in variants:
+            head = f"{method} {target} HTTP/1.1\r\n{host}\r\nConnection: close\r\n"
+            answer = answer_to(port, head.encode() + body.encode())
+            status = int(answer.split()[1]) if answer else 0
+            is_health = answer.endswith(b'{"status":"ok"}')
+            if status not in (0, 307, 400, 401, 403, 404, 405, 431) and not is_health:
+                unlocked.append((method, target, host, answer[:100]))
+    assert unlocked == []
+    head = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+    assert answer_to(port, head + b"Authorization: Bearer right\r\n\r\n").startswith(b"HTTP/1.1 200"), "a control"
+
+
+def test_wrong_keys_are_counted_by_the_address_that_a_local_proxy_names(server):
+    def ask(key: str, forwarded: str) -> bytes:
+        head = f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAuthorization: Bearer {key}\r\n"
+        return answer_to(server[0], (head + forwarded + "\r\n").encode()).split()[1]
+
+    far, near = "X-Forwarded-For: 192.0.2.7\r\n", ""
+    assert {ask("wrong", near) for _ in range(2 * FREE)} == {b"401"}, "the proxy itself is not counted"
+    answers = [ask("wrong", far) for _ in range(2 * FREE)]
+    assert answers[:FREE] == [b"401"] * FREE
+    assert b"429" in answers
+    assert ask("right", near) == b"200"
+
+
 def answer_to(port: int, *pieces: bytes) -> bytes:
     """Everything that comes back until the connection closes."""
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
@@ -269,7 +340,7 @@ def test_slow_headers_and_slow_bodies_are_cut_off(server, monkeypatch):
 
 
 def test_a_body_that_goes_on_after_its_refusal_is_cut_off(server, monkeypatch):
-    monkeypatch.setattr(http_protocol, "LINGER_SECONDS", 0.2)
+    monkeypatch.setattr(http_protocol, "REST_SECONDS", 0.2)
     with raw(server[0], {}, **{"Content-Length": str(1 << 40)}) as connection:
         assert connection.recv(1000).startswith(b"HTTP/1.1 413")
 
@@ -284,7 +355,7 @@ def test_a_body_that_goes_on_after_its_refusal_is_cut_off(server, monkeypatch):
 
 
 def test_a_refused_body_that_ends_leaves_the_connection_whole(server, monkeypatch):
-    monkeypatch.setattr(http_protocol, "LINGER_SECONDS", 30)
+    monkeypatch.setattr(http_protocol, "REST_SECONDS", 30)
     connection = http.client.HTTPConnection("127.0.0.1", server[0], timeout=20)
     for _ in range(3):
         headers = {"Authorization": "Bearer right", "Content-Type": "application/json"}

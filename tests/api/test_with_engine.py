@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import re
 from collections.abc import AsyncIterator, Callable
@@ -121,6 +122,29 @@ async def test_tenants_are_served_and_counted(running):
         text = (await http.get("/metrics")).text
     for tenant in "ab":
         assert f'quire_slo_total{{met="true",model_name="tiny",slo="ttft",tenant="{tenant}"}} 4.0' in text
+
+
+async def test_caches_are_not_shared_between_keys(running, tmp_path):
+    """CVE-2025-46570: what another tenant has asked is neither found in the cache nor told by `cached_tokens`."""
+    names = ("alice", "bob", "gate")
+    entries = [{"name": name, "sha256": hashlib.sha256(f"key-of-{name}".encode()).hexdigest()} for name in names]
+    entries[2]["scopes"] = ["infer", "tenant"]
+    path = tmp_path / "keys.json"
+    path.write_text(json.dumps(entries))
+    prefix = list(range(1, 129))  # eight blocks
+
+    async def cached(http: httpx.AsyncClient, who: str, **body: Any) -> int:
+        fields = {"prompt": prefix, "max_tokens": 1, **body}
+        answer = await http.post("/v1/completions", json=fields, headers={"Authorization": f"Bearer {who}"})
+        return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    async with running(api_keys_file=path, api_key=("plain", "second")) as http:
+        callers = ("key-of-alice", "key-of-bob", "plain", "second")
+        assert [await cached(http, who) for who in callers] == [0, 0, 0, 0]
+        assert [await cached(http, who) for who in callers] == [112] * 4, "their own they find: the control"
+        assert await cached(http, "key-of-bob", cache_salt="mine") == 0
+        assert await cached(http, "key-of-gate", tenant="stranger") == 0
+        assert await cached(http, "key-of-gate", tenant="alice") == 112, "a gateway that speaks for her"
 
 
 async def test_what_the_engine_resolved_of_speculation_bounds_what_may_be_asked(running):

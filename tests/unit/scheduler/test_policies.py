@@ -294,6 +294,27 @@ def test_names_of_strangers_do_not_fill_the_memory():
     assert len(service._seconds) <= ABSENT + 1
 
 
+def test_a_request_may_say_its_tenants_weight_anew():
+    s = scheduler("fair", tenant_weights={"a": 2.0})
+    assert (s.service.weight("a"), s.service.weight("b")) == (2.0, 1.0)
+    s.add("a1", prompt(1, 8), answer(2), tenant="a", weight=5.0)
+    s.add("a2", prompt(2, 8), answer(2), tenant="a")
+    s.add("b1", prompt(3, 8), answer(2), tenant="b", weight=0.5)
+    assert (s.service.weight("a"), s.service.weight("b")) == (5.0, 0.5), "who says nothing changes nothing"
+    s.service.charge("b", 1.0)
+    assert s.service.seconds("b") == 2.0
+
+
+def test_weights_of_those_who_left_do_not_fill_the_memory():
+    service = Service({}, 8)
+    service.arrives("here")
+    for i in range(3 * ABSENT):
+        service.arrives(str(i), 2.0)
+        service.charge(str(i), 1.0 + i)
+        service.leaves(str(i))
+    assert len(service._told) <= ABSENT
+
+
 def test_interleaving_follows_what_would_be_served():
     service = Service({"b": 2.0}, 8)
     lanes = {"a": iter(["a1", "a2", "a3"]), "b": iter(["b1", "b2", "b3", "b4"])}

@@ -25,6 +25,8 @@ from quire.server.cli_chat import printable
 from quire.server.cli_options import format_bytes, parse_bytes, parse_overrides
 from quire.server.cli_serve import is_loopback
 from quire.server.config import ServerConfig
+from quire.server.keys import digest_of
+from quire.server.keys_file import parse_keys
 
 Settings = tuple[EngineConfig, ServerConfig]
 WIDE = {"COLUMNS": "200", "TERM": "dumb"}
@@ -104,7 +106,7 @@ def test_every_setting_is_an_option_and_there_are_not_too_many() -> None:
     options = options_of("serve")
     assert settings <= options
     assert options - settings == {"config", "api_key_file", "insecure_no_auth"}
-    assert len(options) <= 55
+    assert len(options) <= 59
 
 
 def test_nothing_given_is_the_defaults(served: list[Settings]) -> None:
@@ -277,6 +279,64 @@ def test_an_open_door_needs_a_key_or_a_word(served: list[Settings], tmp_path: Pa
     empty = tmp_path / "keys"
     empty.write_text("\n")
     assert "holds no key" in invoke("serve", "--host", "0.0.0.0", "--api-key-file", str(empty)).output
+
+
+def test_the_open_door_is_refused_in_one_line(served: list[Settings]) -> None:
+    refused = invoke("serve", "--host", "0.0.0.0")
+    assert refused.exit_code == 2
+    assert refused.output.startswith("quire: --host 0.0.0.0 can be reached from other machines")
+    assert refused.output.count("\n") == 1
+    assert not served
+
+
+def test_a_keys_file_is_read_before_anything_starts(served: list[Settings], tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    made = CliRunner().invoke(cli.app, ["keys", "alice"], env=WIDE)
+    path.write_text(made.stdout)
+    _, server = serve_settings(served, "--host", "0.0.0.0", "--api-keys-file", str(path))
+    assert server.api_keys_file == path
+    for args, says in (
+        (["--tenant-weight", "a=2"], "exclude each other"),
+        (["--api-keys-file", str(tmp_path / "none")], "does not exist"),
+    ):
+        refused = invoke("serve", "--api-keys-file", str(path), *args)
+        assert refused.exit_code == 2
+        assert says in refused.output
+    path.write_text(made.stdout + "  rpm: many\n")
+    broken = invoke("serve", "--api-keys-file", str(path))
+    assert broken.exit_code == 2
+    assert "line 3: `rpm`" in broken.output
+    assert broken.output.count("\n") == 1
+    assert not served
+
+
+def test_a_key_is_made_and_shown_once() -> None:
+    made, again = (CliRunner().invoke(cli.app, ["keys", "alice"], env=WIDE) for _ in range(2))
+    assert made.exit_code == 0
+    key = made.stderr.split()[-1]
+    assert key.startswith("qk-")
+    assert len(key) > 40
+    assert key not in made.stdout
+    assert key not in again.output
+    (entry,) = parse_keys(made.stdout, "keys.yaml")
+    assert entry.name == "alice"
+    assert entry.digests == (digest_of(key),)
+    both = parse_keys(made.stdout + made.stdout.replace("alice", "bob").replace("sha256: ", "sha256: ab")[:-3], "x")
+    assert [entry.name for entry in both] == ["alice", "bob"], "entries can be appended"
+    wrong = invoke("keys", "a b")
+    assert wrong.exit_code == 2
+    assert "`name`" in wrong.output
+    assert "qk-" not in wrong.output
+
+
+def test_an_empty_key_is_none(served: list[Settings]) -> None:
+    assert invoke("serve", "--api-key", "").exit_code == 2
+    assert not served
+    assert serve_settings(served, env={"QUIRE_API_KEY": ""})[1].api_key == ()
+
+
+def test_settings_do_not_show_their_keys() -> None:
+    assert "sk-1" not in repr(ServerConfig(api_key=("sk-1",)))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])

@@ -259,6 +259,12 @@ def serve(
     insecure_no_auth: Annotated[
         bool, option(ACCESS, "Listen beyond this machine without any key.", "--insecure-no-auth")
     ] = False,
+    trust_request_chat_template: Annotated[
+        bool,
+        option(
+            ACCESS, "Take templates from requests.", "--trust-request-chat-template/--no-trust-request-chat-template"
+        ),
+    ] = SERVER.trust_request_chat_template,
     max_queued_requests: Annotated[
         int,
         option(LIMITS, "Samples that may wait; past it, 503 with Retry-After.", min=0),

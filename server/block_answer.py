@@ -72,7 +72,7 @@ async def answer_in_blocks(
         except BaseException:
             generation.close()
             raise
-        return sse.EventStream(_frames(generation, wire, state.metrics), generation, state.config.write_timeout)
+        return sse.EventStream(_frames(generation, wire, state.metrics), generation)
     with generation:
         generation.start()
         content = await while_connected(request.receive, _whole(generation, wire))

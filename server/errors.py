@@ -89,7 +89,9 @@ def unsupported(param: str, message: str) -> ApiError:
 
 
 def too_many_connections(limit: int) -> ApiError:
-    message = f"This server holds as many connections as it may: {limit}. Close those that you do not use, and try again."
+    message = (
+        f"This server holds as many connections as it may: {limit}. Close those that you do not use, and try again."
+    )
     return ApiError(503, message, code="too_many_connections", retry_after=random.uniform(1, 4))
 
 
@@ -181,6 +183,11 @@ def draining() -> ApiError:
 
 def engine_dead() -> ApiError:
     return ApiError(503, "The engine is not running.", code="engine_dead", retry_after=random.uniform(1, 4))
+
+
+def engine_starting(wait: float) -> ApiError:
+    """`wait`: seconds that the start should still take."""
+    return ApiError(503, "The engine is starting. Try again later.", code="engine_starting", retry_after=wait)
 
 
 def engine_failed() -> ApiError:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..engine.chat import ChatTemplate, require_chat_template
+from jinja2.exceptions import TemplateError
+
+from ..engine.chat import ChatTemplate, Renderer, reason, require_chat_template
 from ..engine.errors import RequestError
 from ..engine.grammar import Grammars
 from ..engine.messages import EngineReady
@@ -47,6 +49,22 @@ class TextSide:
     defaults: Mapping[str, float | int]  # the model's own sampling defaults
     markup: Markup
     grammars: Grammars
+    compile: Callable[[str], Renderer] | None = None  # of templates that requests bring; None = they may not
+
+    def template_for(self, source: str | None) -> ChatTemplate:
+        """The request's own template, else the model's. Raises 400 where there is none, or none may be brought."""
+        if source is None:
+            return require_chat_template(self.template)
+        if self.compile is None:
+            raise errors.unsupported(
+                "chat_template",
+                "`chat_template` is not supported by this server; leave it out. (A server that trusts its callers' "
+                "templates is started with --trust-request-chat-template.)",
+            )
+        try:
+            return ChatTemplate(source, self.tokenizer.named_tokens, compile=self.compile)
+        except TemplateError as error:
+            raise errors.invalid(f"`chat_template` is not usable: {reason(error)}.", "chat_template") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +142,7 @@ def completion_request(body: CompletionBody, text: TextSide, order: Order) -> Ge
         max_tokens = min(DEFAULT_COMPLETION_TOKENS, room) if body.max_tokens is None else body.max_tokens
         check_length(len(ids), max_tokens, text.ready.max_model_len)
         valid_token_ids(ids, text.ready.vocab_size, "prompt")
-        params = _params(body, text, max_tokens, body.logprobs, _prompt_logprobs(body), body.grammar)
+        params = _params(body, text, max_tokens, body.num_logprobs, _prompt_logprobs(body), body.grammar)
         prompts.append(Prompt(ids, params, source if isinstance(source, str) else None))
     return _request(body, prompts, order)
 
@@ -149,10 +167,16 @@ def chat_request(body: ChatBody, text: TextSide, order: Order) -> GenerateReques
     return _request(body, [Prompt(ids, params)], order, format)
 
 
+def chat_prompt(body: ChatBody, text: TextSide) -> list[int]:
+    """The ids that the answer to `body` would continue."""
+    use = tool_use(body, text.markup)
+    return encode_chat(render_chat(body, text, use.tools if use else None), body, text)
+
+
 def render_chat(body: ChatBody | TokenizeBody, text: TextSide, tools: list[dict[str, Any]] | None) -> str:
     """The conversation as the model's template writes it, with the tools that may be used."""
     continue_final = bool(body.continue_final_message)
-    template = require_chat_template(text.template)
+    template = text.template_for(body.chat_template)
     return template.render(
         body.messages,
         tools=tools,
@@ -165,6 +189,12 @@ def render_chat(body: ChatBody | TokenizeBody, text: TextSide, tools: list[dict[
 def _template_variables(body: ChatBody | TokenizeBody, template: ChatTemplate) -> dict[str, Any]:
     """What the caller sets for the template. An effort also switches thinking, where that is all there is to switch."""
     variables = dict(body.template_variables)
+    if isinstance(body, ChatBody) and body.documents is not None:
+        if "documents" not in template.variables:
+            raise errors.unsupported(
+                "documents", "This model's chat template reads no `documents`; put their text into a message."
+            )
+        variables["documents"] = body.documents
     if isinstance(body, ChatBody) and body.reasoning_effort is not None and "enable_thinking" in template.variables:
         variables.setdefault("enable_thinking", body.reasoning_effort != "none")
         if "reasoning_effort" not in template.variables:
@@ -212,7 +242,7 @@ def _prompt_logprobs(body: CompletionBody) -> int | None:
 
 
 def _truncated(ids: list[int], body: GenerateBody, text: TextSide, max_tokens: int) -> list[int]:
-    """The last `truncate_prompt_tokens` ids; -1 keeps what fits beside max_tokens."""
+    """The last `truncate_prompt_tokens` ids, or the first; -1 keeps what fits beside max_tokens."""
     keep = body.truncate_prompt_tokens
     if keep is None:
         return ids
@@ -222,7 +252,8 @@ def _truncated(ids: list[int], body: GenerateBody, text: TextSide, max_tokens: i
             f"`truncate_prompt_tokens` must be -1 or between 1 and {text.ready.max_model_len}, got {keep}.",
             "truncate_prompt_tokens",
         )
-    return ids[-max(longest, 1) :] if keep == -1 else ids[-keep:]
+    keep = max(longest, 1) if keep == -1 else keep
+    return ids[:keep] if body.truncation_side == "right" else ids[-keep:]
 
 
 def _params(
@@ -260,7 +291,9 @@ def _params(
         allowed_token_ids=None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
         bad_words=_bad_words(body.bad_words, text.tokenizer),
         logprobs=logprobs,
+        logprob_token_ids=tuple(dict.fromkeys(body.logprob_token_ids or ())),
         prompt_logprobs=prompt_logprobs,
+        repetition=body.repetition,
         grammar=_grammar(asked, text.grammars),
         thinking=thinking,
     )
@@ -326,5 +359,6 @@ def _request(
         slo=order.slo,
         timeout=order.timeout,
         speculative=body.speculation,
-        format=format,
+        format=format or AnswerFormat(),
+        interval=body.interval,
     )

@@ -368,6 +368,33 @@ def test_slow_headers_and_slow_bodies_are_cut_off(server, monkeypatch):
         assert connection.recv(1000).startswith(b"HTTP/1.1 408")
 
 
+def test_a_body_that_goes_on_after_its_refusal_is_cut_off(server, monkeypatch):
+    monkeypatch.setattr(http_protocol, "REST_SECONDS", 0.2)
+    with raw(server[0], {}, **{"Content-Length": str(1 << 40)}) as connection:
+        assert connection.recv(1000).startswith(b"HTTP/1.1 413")
+
+        def is_cut_off() -> bool:
+            try:
+                connection.sendall(b" " * 65536)
+            except OSError:
+                return True
+            return False
+
+        wait_until(is_cut_off)
+
+
+def test_a_refused_body_that_ends_leaves_the_connection_whole(server, monkeypatch):
+    monkeypatch.setattr(http_protocol, "REST_SECONDS", 30)
+    connection = http.client.HTTPConnection("127.0.0.1", server[0], timeout=20)
+    for _ in range(3):
+        headers = {"Authorization": "Bearer right", "Content-Type": "application/json"}
+        connection.request("POST", "/v1/completions", b" " * (3 << 20), headers)
+        answer = connection.getresponse()
+        assert answer.status == 413
+        answer.read()
+    connection.close()
+
+
 def test_keep_alive_connections_outlive_the_header_timer(server, monkeypatch):
     monkeypatch.setattr(http_protocol, "HEADER_SECONDS", 0.2)
     connection = http.client.HTTPConnection("127.0.0.1", server[0], timeout=10)

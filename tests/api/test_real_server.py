@@ -90,6 +90,35 @@ def test_openai_streams(client):
     assert "".join(texts) == "Hello, world!"
 
 
+@pytest.fixture
+def roomy(fake) -> None:
+    """A context in which tools have a place."""
+    fake.facts["max_model_len"] = 4096
+
+
+def test_openai_tools(roomy, client, fake):
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": [2, "ä"]}}\n</tool_call>'
+    fake.answer = lambda request, index: [*f"Sure.\n{call}\n{call}".encode(), 256]
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+    ask = {"model": "tiny", "messages": MESSAGES, "tools": tools, "max_tokens": 200}
+    whole = client.chat.completions.create(**ask).choices[0]
+    assert whole.finish_reason == "tool_calls"
+    with client.chat.completions.stream(**ask) as stream:
+        events = list(stream)
+        final = stream.get_final_completion().choices[0]
+    assert [event.arguments for event in events if event.type == "tool_calls.function.arguments.done"] == [
+        '{"a": 1, "b": [2, "ä"]}'
+    ] * 2
+    for choice in (whole, final):
+        assert choice.message.content == "Sure."
+        assert [json.loads(each.function.arguments) for each in choice.message.tool_calls] == [
+            {"a": 1, "b": [2, "ä"]}
+        ] * 2
+        again = {"role": "tool", "tool_call_id": choice.message.tool_calls[0].id, "content": "3"}
+        history = [*MESSAGES, choice.message.to_dict(), again]
+        assert client.chat.completions.create(**{**ask, "messages": history}).choices[0].message.tool_calls
+
+
 def test_openai_stream_helper(client):
     with client.chat.completions.stream(model="tiny", messages=MESSAGES) as stream:
         for _ in stream:

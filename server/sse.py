@@ -1,6 +1,7 @@
 """Server-sent events: the frames, and the response that writes them for as long as somebody reads.
 
 data: {json}\\n\\n  …  data: [DONE]\\n\\n          : keep-alive\\n\\n
+event: name\\ndata: {json}\\n\\n  …
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ def event(payload: Any) -> bytes:
     return b"data: " + _encode(payload) + b"\n\n"
 
 
+def named_event(payload: dict[str, Any]) -> bytes:
+    """The same with the payload's own `type` as the frame's name."""
+    name: str = payload["type"]
+    return b"event: " + name.encode() + b"\ndata: " + _encode(payload) + b"\n\n"
+
+
 class EventStream(Response):
     """Writes what `frames` yields; ends when the client leaves, or is cut off because it does not read
     (`http_protocol.py`).
@@ -39,9 +46,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, frames: AsyncGenerator[bytes], owner: AbstractContextManager[object]
-    ) -> None:
+    def __init__(self, frames: AsyncGenerator[bytes], owner: AbstractContextManager[object]) -> None:
         # "no": or nginx collects the stream and hands it over at its end.
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]

@@ -54,7 +54,15 @@ async def _check(served: Served, count: int, seed: int) -> list[Row]:
         rows += [Row(CHECK, f"{name} left behind", f"{left.get(name, 0):g}", "0", name not in left) for name in COUNTED]
         objects = {name: more for name, more in left.items() if name.startswith("object ")}
         rows.append(Row(CHECK, "objects left behind", str(objects or 0), "0", not objects))
-        rows.append(Row(CHECK, "engine restarts", f"{now['quire_engine_restarts_total']:g}", "0", not now['quire_engine_restarts_total']))
+        rows.append(
+            Row(
+                CHECK,
+                "engine restarts",
+                f"{now['quire_engine_restarts_total']:g}",
+                "0",
+                not now["quire_engine_restarts_total"],
+            )
+        )
         rows.append(all_of(CHECK, "neighbour's answers unchanged", victim.asked - victim.changed, victim.asked))
         rows.append(await _find_planted(served, ends))
     return rows
@@ -73,7 +81,9 @@ def _told(moments: Counter[str], before: dict[str, float], after: dict[str, floa
         for stage in ("waiting", "running")
     }
     left = ", ".join(f"{number} {moment}" for moment, number in sorted(moments.items()))
-    return f"{sum(moments.values())}: {left}; the server saw {stages['waiting']:g} waiting, {stages['running']:g} running"
+    return (
+        f"{sum(moments.values())}: {left}; the server saw {stages['waiting']:g} waiting, {stages['running']:g} running"
+    )
 
 
 async def _leave(

@@ -50,9 +50,7 @@ class Served:
     window    whether its inside can be looked into (`window.py`)
     """
 
-    def __init__(
-        self, folder: Path, model: str, *options: str, port: int | None = None, window: bool = False
-    ) -> None:
+    def __init__(self, folder: Path, model: str, *options: str, port: int | None = None, window: bool = False) -> None:
         folder.mkdir(parents=True)
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -71,7 +69,9 @@ class Served:
     def __enter__(self) -> Served:
         """Raises SoakError if it does not start."""
         try:
-            wait_for(lambda: self.process.poll() is not None or self.status("/ready") == 200, START_SECONDS, "the start")
+            wait_for(
+                lambda: self.process.poll() is not None or self.status("/ready") == 200, START_SECONDS, "the start"
+            )
             self.start_seconds = time.monotonic() - self.began
             if self.process.poll() is not None:
                 raise SoakError(f"the server ended: {self.log.read_text()[-2000:]}")

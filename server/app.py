@@ -21,6 +21,7 @@ from ..engine.client import EngineClient
 from ..engine.errors import QuireError
 from ..engine.grammar import Grammars, Vocabulary
 from ..engine.messages import EngineDead, EngineReady, StepStats
+from ..engine.rendering import shared_workers
 from ..engine.tokenizer import generation_defaults, load_tokenizer
 from ..engine.validation import limits_of
 from . import errors, logs, routes_admin, routes_chat, routes_completions
@@ -158,10 +159,13 @@ async def _start(dispatcher: Dispatcher, config: ServerConfig, door: Door) -> St
 def _text_side(ready: EngineReady, folder: Path, config: ServerConfig) -> TextSide:
     """Not on the event loop: a large tokenizer takes a second, and probes want their answer."""
     tokenizer = load_tokenizer(folder)
-    template = load_chat_template(tokenizer)
+    workers = shared_workers()
+    workers.warm(config.text_threads)
+    template = load_chat_template(tokenizer, workers.compile)
     return TextSide(
         tokenizer=tokenizer,
         template=template,
+        compile=workers.compile if config.trust_request_chat_template else None,
         limits=limits_of(ready),
         ready=ready,
         defaults=_sampling_defaults(config, folder),

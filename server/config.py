@@ -33,7 +33,8 @@ class ServerConfig:
     hang_timeout          seconds without a sign of life from the engine's loop after which /health and /ready say 503;
                           after twice as many the engine is killed, and started again
     max_engine_restarts   times in a row that the engine is started again when it has ended; past it the server ends
-    text_threads          threads that tokenize and render chat templates
+    text_threads          threads that tokenize, and processes that render chat templates for them
+    trust_request_chat_template   requests may bring a template of their own; it runs in the same sandbox
     generation_config     "auto" = the model's own sampling defaults, "none" = OpenAI's
     tool_call_parser      how the model spells calls of tools: "auto" = as its chat template does, "none" = no tools
     reasoning_parser      how it marks its thinking: "auto" = as its chat template does, "none" = all text is content
@@ -61,6 +62,7 @@ class ServerConfig:
     hang_timeout: float = 10.0
     max_engine_restarts: int = 5
     text_threads: int = 2
+    trust_request_chat_template: bool = False
     generation_config: str = "auto"
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"

@@ -96,7 +96,10 @@ def run(config: FrontendConfig, serve: Serve) -> dict[str, Any]:
         port = ours.recv()
         costs = [
             min(
-                (_measure(server.pid or 0, port, name, streams, config.tokens, expected) for _ in range(config.repetitions)),
+                (
+                    _measure(server.pid or 0, port, name, streams, config.tokens, expected)
+                    for _ in range(config.repetitions)
+                ),
                 key=lambda cost: cost.loop_us,
             )
             for name in ENDPOINTS

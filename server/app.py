@@ -23,7 +23,7 @@ from ..engine.grammar import Grammars, Vocabulary
 from ..engine.messages import EngineReady, StepStats
 from ..engine.tokenizer import generation_defaults, load_tokenizer
 from ..engine.validation import limits_of
-from . import errors, logs, routes_admin, routes_chat, routes_completions
+from . import errors, logs, routes_admin, routes_chat, routes_completions, routes_decisions, routes_fleet, routes_render
 from .admission import Admission
 from .auth import Door
 from .config import ServerConfig
@@ -36,6 +36,7 @@ from .logs import logger
 from .metrics import Metrics
 from .middleware import LOOPBACK_HOSTS, Outermost
 from .parsing.markup import markup_of
+from .registry import Registry
 from .state import State, state_of
 from .throughput import report_throughput
 
@@ -80,7 +81,7 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
     app = FastAPI(
         title="Quire", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
     )
-    for module in (routes_completions, routes_chat, routes_admin):
+    for module in (routes_completions, routes_chat, routes_decisions, routes_render, routes_admin, routes_fleet):
         app.include_router(module.router)
     app.state.door = door
     app.add_middleware(Outermost, allowed_hosts=_allowed_hosts(config))
@@ -140,6 +141,7 @@ async def _start(client: EngineClient, config: ServerConfig, door: Door) -> Stat
         admission=admission,
         dispatcher=dispatcher,
         metrics=metrics,
+        registry=Registry(),
         experience=experience,
         text=text,
         pool=ThreadPoolExecutor(config.text_threads, thread_name_prefix="text"),

@@ -39,9 +39,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, frames: AsyncGenerator[bytes], owner: AbstractContextManager[object]
-    ) -> None:
+    def __init__(self, frames: AsyncGenerator[bytes], owner: AbstractContextManager[object]) -> None:
         # "no": or nginx collects the stream and hands it over at its end.
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]

@@ -24,6 +24,7 @@ from .keys import TENANT, Key
 from .metrics import Metrics
 from .protocol import OrderBody
 from .quotas import Lease
+from .registry import Registry
 
 T = TypeVar("T")
 
@@ -38,6 +39,7 @@ class State:
     admission: Admission
     dispatcher: Dispatcher
     metrics: Metrics
+    registry: Registry
     experience: Experience
     text: TextSide
     pool: ThreadPoolExecutor
@@ -65,6 +67,7 @@ class State:
             raise errors.foreign_tenant(tenant)
         order = Order(
             key=key,
+            label=body.request_id or request.state.request_id,
             arrival=request.state.arrival,
             tenant=tenant,
             weight=ring.named[tenant].weight if tenant in ring.named else None,
@@ -92,6 +95,8 @@ class State:
             self.experience.saw_prompts(asked, sum(len(prompt.token_ids) for prompt in prepared.prompts))
             return Generation(
                 prepared,
+                name=(order.key.name, order.label),
+                registry=self.registry,
                 dispatcher=self.dispatcher,
                 tokenizer=self.text.tokenizer,
                 metrics=self.metrics,

@@ -26,6 +26,7 @@ from ..scheduler.plan import RowResult, TokenLogprob
 from .errors import RequestError
 from .grammar import Grammars
 from .sequence_state import RowEdits, SequenceState
+from .thinking import ThinkingState
 from .transfer import Download, upload
 
 log = logging.getLogger(__name__)
@@ -117,11 +118,15 @@ class Sampler:
         Raises RequestError for a token id outside the vocabulary or a grammar that is none; the slot is then empty.
         """
         self._slots[slot] = None
-        grammar = None
+        grammar = thinking = None
+        answer = token_ids[num_prompt:]
+        if params.thinking is not None:
+            thinking = ThinkingState(params.thinking, constrained=params.grammar is not None)
+            answer = thinking.extend(answer)
         if params.grammar is not None and self._grammars is not None:
-            grammar = self._grammars.begin(params.grammar, token_ids[num_prompt:])
+            grammar = self._grammars.begin(params.grammar, answer)
         self._slots[slot] = SequenceState(
-            params, sample_index, token_ids, num_prompt, self._eos_token_ids, self.vocab_size, grammar
+            params, sample_index, token_ids, num_prompt, self._eos_token_ids, self.vocab_size, grammar, thinking
         )
 
     def remove(self, slot: int) -> None:
@@ -132,7 +137,7 @@ class Sampler:
         if self._grammars is None:
             return
         pairs = zip(self.states(slots), paths, strict=True)
-        wanted = [(state.grammar, some) for state, some in pairs if state.grammar is not None]
+        wanted = [(state.grammar, state.answer_paths(some)) for state, some in pairs if state.grammar is not None]
         if wanted:
             self._grammars.fill([state for state, _ in wanted], [some for _, some in wanted])
 

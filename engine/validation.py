@@ -25,6 +25,7 @@ MAX_STOP_CHARS = 4096  # each is matched character by character, and up to so ma
 MAX_STOP_TOKEN_IDS = 128  # compared on the device at every step
 MAX_BAD_WORDS = 128  # as vLLM's; each is compared with the end of the output at every step
 MAX_BAD_WORD_TOKENS = 64
+MAX_THINKING_TAG_TOKENS = 32  # a tag of bytes has a dozen
 MAX_LOGIT_BIAS = 1024  # entries; a row of the device's table
 LOGIT_BIAS_RANGE = 100.0  # as OpenAI's; exp(100) already decides every draw
 MAX_REPETITION_PENALTY = 100.0
@@ -133,6 +134,7 @@ def check_params(params: SamplingParams, limits: Limits) -> None:
     _check_counts(params, limits)
     _check_distribution(params)
     _check_token_lists(params, limits.vocab_size)
+    _check_thinking(params, limits.vocab_size)
     _check_logprobs(params.logprobs, "logprobs", limits)
     _check_logprobs(params.prompt_logprobs, "prompt_logprobs", limits)
     if params.logprob_token_ids and params.logprobs is None:
@@ -273,6 +275,18 @@ def _check_token_lists(params: SamplingParams, vocab_size: int) -> None:
             raise RequestError(f"bad_words[{i}] is empty; remove it", "bad_words")
         _few(word, f"bad_words[{i}]", MAX_BAD_WORD_TOKENS)
         valid_token_ids(word, vocab_size, "bad_words")
+
+
+def _check_thinking(params: SamplingParams, vocab_size: int) -> None:
+    thinking = params.thinking
+    if thinking is None:
+        return
+    for ids in (thinking.start_ids, thinking.end_ids):
+        if not 0 < len(ids) <= MAX_THINKING_TAG_TOKENS:
+            raise RequestError("the tags of thinking have no tokens, or too many", "thinking_token_budget")
+        valid_token_ids(ids, vocab_size, "thinking_token_budget")
+    if thinking.budget is not None:
+        _integer(thinking.budget, "thinking_token_budget", 0, None, "must be at least 0")
 
 
 def _check_logprobs(value: object, param: str, limits: Limits) -> None:

@@ -36,6 +36,9 @@ POLICIES = {
     "/v1/decisions": Policy(has_body=True),
     "/v1/completions/render": Policy(has_body=True),
     "/v1/chat/completions/render": Policy(has_body=True),
+    "/v1/responses": Policy(has_body=True),
+    "/v1/messages": Policy(has_body=True),
+    "/v1/messages/count_tokens": Policy(has_body=True),
     "/v1/models": Policy(counted=False),
     "/v1/models/{model:path}": Policy(counted=False),
     "/tokenize": Policy(has_body=True),
@@ -46,6 +49,7 @@ POLICIES = {
     "/openapi.json": Policy(counted=False),
     "/health": Policy(scope=None, counted=False, probe=True),
     "/ready": Policy(scope=None, counted=False, probe=True),
+    "/live": Policy(scope=None, counted=False, probe=True),
     "/metrics": Policy(scope=METRICS, counted=False, probe=True),
     "/version": Policy(scope=None, counted=False),
 }

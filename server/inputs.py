@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..engine.chat import ChatTemplate, require_chat_template
+from jinja2.exceptions import TemplateError
+
+from ..engine.chat import ChatTemplate, Renderer, reason, require_chat_template
 from ..engine.errors import RequestError
 from ..engine.grammar import Grammars
 from ..engine.messages import EngineReady
@@ -22,7 +24,7 @@ from ..engine.validation import (
     clamp_logit_bias,
     valid_token_ids,
 )
-from ..scheduler.params import Grammar, SamplingParams, Slo
+from ..scheduler.params import Grammar, SamplingParams, Slo, Thinking
 from . import errors
 from .cost import Asked
 from .generate import GenerateRequest, Prompt
@@ -30,7 +32,7 @@ from .keys import Key
 from .parsing.markup import Markup
 from .parsing.reading import AnswerFormat
 from .protocol import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerateBody, TokenizeBody
-from .tools import answer_format, tool_use
+from .tools import answer_format, required_calls, thinking_of, tool_use
 
 MAX_PROMPTS = 1024  # of one call, as elsewhere: an evaluation harness sends its whole batch in one
 MAX_SAMPLES = 4096  # prompts times n of one call, where one prompt's n may not be more: their answers are kept here
@@ -47,6 +49,22 @@ class TextSide:
     defaults: Mapping[str, float | int]  # the model's own sampling defaults
     markup: Markup
     grammars: Grammars
+    compile: Callable[[str], Renderer] | None = None  # of templates that requests bring; None = they may not
+
+    def template_for(self, source: str | None) -> ChatTemplate:
+        """The request's own template, else the model's. Raises 400 where there is none, or none may be brought."""
+        if source is None:
+            return require_chat_template(self.template)
+        if self.compile is None:
+            raise errors.unsupported(
+                "chat_template",
+                "`chat_template` is not supported by this server; leave it out. (A server that trusts its callers' "
+                "templates is started with --trust-request-chat-template.)",
+            )
+        try:
+            return ChatTemplate(source, self.tokenizer.named_tokens, compile=self.compile)
+        except TemplateError as error:
+            raise errors.invalid(f"`chat_template` is not usable: {reason(error)}.", "chat_template") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +146,7 @@ def completion_request(body: CompletionBody, text: TextSide, order: Order) -> Ge
         max_tokens = min(DEFAULT_COMPLETION_TOKENS, room) if body.max_tokens is None else body.max_tokens
         check_length(len(ids), max_tokens, text.ready.max_model_len)
         valid_token_ids(ids, text.ready.vocab_size, "prompt")
-        params = _params(body, text, max_tokens, body.num_logprobs, _prompt_logprobs(body))
+        params = _params(body, text, max_tokens, body.num_logprobs, _prompt_logprobs(body), body.grammar)
         prompts.append(Prompt(ids, params, source if isinstance(source, str) else None))
     return _request(body, prompts, order)
 
@@ -145,15 +163,24 @@ def chat_request(body: ChatBody, text: TextSide, order: Order) -> GenerateReques
     if max_tokens is None:
         room = max(text.ready.max_model_len - len(ids), 1)
         max_tokens = min(int(text.defaults.get("max_tokens", room)), room)
-    params = _params(body, text, max_tokens, body.num_logprobs, body.prompt_logprobs)
+    format = answer_format(body, use, text.markup, rendered)
+    asked = required_calls(body, use, text.markup) or body.grammar
+    thinking = thinking_of(body, text.markup, opened=format.opened, awaited=asked is not None)
+    params = _params(body, text, max_tokens, body.num_logprobs, body.prompt_logprobs, asked, thinking)
     check_length(len(ids), max_tokens, text.ready.max_model_len)
-    return _request(body, [Prompt(ids, params)], order, answer_format(body, use, text.markup, rendered), text.markup)
+    return _request(body, [Prompt(ids, params)], order, format)
+
+
+def chat_prompt(body: ChatBody, text: TextSide) -> list[int]:
+    """The ids that the answer to `body` would continue."""
+    use = tool_use(body, text.markup)
+    return encode_chat(render_chat(body, text, use.tools if use else None), body, text)
 
 
 def render_chat(body: ChatBody | TokenizeBody, text: TextSide, tools: list[dict[str, Any]] | None) -> str:
     """The conversation as the model's template writes it, with the tools that may be used."""
     continue_final = bool(body.continue_final_message)
-    template = require_chat_template(text.template)
+    template = text.template_for(body.chat_template)
     return template.render(
         body.messages,
         tools=tools,
@@ -234,9 +261,15 @@ def _truncated(ids: list[int], body: GenerateBody, text: TextSide, max_tokens: i
 
 
 def _params(
-    body: GenerateBody, text: TextSide, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
+    body: GenerateBody,
+    text: TextSide,
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+    asked: tuple[Grammar, str] | None,
+    thinking: Thinking | None = None,
 ) -> SamplingParams:
-    """Unset fields take the model's defaults, then OpenAI's."""
+    """Unset fields take the model's defaults, then OpenAI's. asked: the grammar, and the field that it comes from."""
 
     def chosen(name: str, default: float) -> float:
         value = getattr(body, name)
@@ -265,15 +298,15 @@ def _params(
         logprob_token_ids=tuple(dict.fromkeys(body.logprob_token_ids or ())),
         prompt_logprobs=prompt_logprobs,
         repetition=body.repetition,
-        grammar=_grammar(body, text.grammars),
+        grammar=_grammar(asked, text.grammars),
+        thinking=thinking,
     )
     check_params(params, text.limits)
     return params
 
 
-def _grammar(body: GenerateBody, grammars: Grammars) -> Grammar | None:
+def _grammar(asked: tuple[Grammar, str] | None, grammars: Grammars) -> Grammar | None:
     """Compiled here too, so that one that is wrong is refused before the engine hears of it. Raises 400."""
-    asked = body.grammar
     if asked is None:
         return None
     grammar, field = asked
@@ -309,14 +342,14 @@ def _request(
     prompts: list[Prompt],
     order: Order,
     format: AnswerFormat | None = None,
-    markup: Markup | None = None,
 ) -> GenerateRequest:
+    format = format or AnswerFormat()
     options = TextOptions(
         stop=body.stops,
         include_stop_str_in_output=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,
         spaces_between_special_tokens=body.spaces_between_special_tokens is not False,
-        markup_ids=frozenset(markup.special_ids.values()) if markup else frozenset(),
+        markup_ids=format.markup_ids,
     )
     check_stop(options.stop)
     return GenerateRequest(

@@ -55,6 +55,8 @@ class Outermost:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
+                if scope["path"].startswith(errors.ANTHROPIC):
+                    headers["Request-Id"] = request_id
                 headers.update(_quota_headers(scope))
                 if wants_load:
                     headers.update(_load_headers(scope, wants_load))
@@ -62,7 +64,7 @@ class Outermost:
 
         try:
             if self._allowed_hosts and _host_name(headers.get("host", "")) not in self._allowed_hosts:
-                await _refuse_host().response()(scope, receive, tagged_send)
+                await _refuse_host().response(scope["path"])(scope, receive, tagged_send)
             else:
                 await self._app(scope, receive, tagged_send)
         except (ClientGone, ClientDisconnect):
@@ -70,7 +72,7 @@ class Outermost:
         except Exception as error:
             logger.error("request %s failed: %s", request_id, logs.where(error))
             if status == 0:
-                await errors.internal().response()(scope, receive, tagged_send)
+                await errors.internal().response(scope["path"])(scope, receive, tagged_send)
             status = 500
         finally:
             self._account(scope, status or CLIENT_GONE, time.monotonic() - arrival)
@@ -94,10 +96,10 @@ def _quota_headers(scope: Scope) -> Mapping[str, str]:
 
 def _load_headers(scope: Scope, format: str) -> Mapping[str, str]:
     """Figures of the engine, for a caller who has been let in by a key."""
-    caller = scope["state"].get("caller")
-    if caller is None or INFER not in caller.scopes:
+    caller, state = scope["state"].get("caller"), scope["app"].state.quire
+    if caller is None or INFER not in caller.scopes or state is None:
         return {}
-    return orca_headers(format, scope["app"].state.quire.metrics.stats)
+    return orca_headers(format, state.metrics.stats)
 
 
 def _refuse_host() -> errors.ApiError:

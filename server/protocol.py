@@ -278,6 +278,7 @@ class ChatBody(GenerateBody):
     top_logprobs: Integer | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
     echo: bool | None = None
@@ -286,6 +287,7 @@ class ChatBody(GenerateBody):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
+    thinking_token_budget: Integer | None = None
 
     def check_together(self, limits: Limits) -> None:
         super().check_together(limits)
@@ -324,6 +326,7 @@ class TokenizeBody(_Body):
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
 

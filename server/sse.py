@@ -1,6 +1,7 @@
 """Server-sent events: the frames, and the response that writes them for as long as somebody reads.
 
 data: {json}\\n\\n  …  data: [DONE]\\n\\n          : keep-alive\\n\\n
+event: name\\ndata: {json}\\n\\n  …
 """
 
 from __future__ import annotations
@@ -27,14 +28,20 @@ def event(payload: Any) -> bytes:
     return b"data: " + _encode(payload) + b"\n\n"
 
 
+def named_event(payload: dict[str, Any]) -> bytes:
+    """The same with the payload's own `type` as the frame's name."""
+    name: str = payload["type"]
+    return b"event: " + name.encode() + b"\ndata: " + _encode(payload) + b"\n\n"
+
+
 class EventStream(Response):
     """Writes what `frames` yields; ends when the client leaves, or is cut off because it does not read
     (`http_protocol.py`).
 
     Headers go out with the first frame: what `frames` raises before it can still become another answer.
     `owner` is entered for the life of the response and left in every case, also when `frames` was never started.
-    A slow reader holds up nobody: while a write blocks, the tokens of its request merge in their mailbox. One that reads
-    is written to directly where the server offers it: ASGI's `send` is a tower of calls.
+    A slow reader holds up nobody: while a write blocks, the tokens of its request merge in their mailbox. One that
+    reads is written to directly where the server offers it: ASGI's `send` is a tower of calls.
     """
 
     media_type = "text/event-stream"

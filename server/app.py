@@ -24,7 +24,7 @@ from ..engine.messages import EngineDead, EngineReady, StepStats
 from ..engine.rendering import shared_workers
 from ..engine.tokenizer import generation_defaults, load_tokenizer
 from ..engine.validation import limits_of
-from . import errors, logs, routes_admin, routes_chat, routes_completions
+from . import errors, logs, routes_admin, routes_chat, routes_completions, routes_decisions, routes_fleet, routes_render
 from .admission import Admission
 from .auth import Door
 from .config import ServerConfig
@@ -39,6 +39,7 @@ from .messages import routes as messages
 from .metrics import Metrics
 from .middleware import LOOPBACK_HOSTS, Outermost
 from .parsing.markup import markup_of
+from .registry import Registry
 from .responses import routes as responses
 from .state import State, state_of
 from .throughput import report_throughput
@@ -100,7 +101,8 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
     app = FastAPI(
         title="Quire", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
     )
-    for module in (routes_completions, routes_chat, responses, messages, routes_admin):
+    asking = (routes_completions, routes_chat, responses, messages, routes_decisions, routes_render)
+    for module in (*asking, routes_admin, routes_fleet):
         app.include_router(module.router)
     app.state.quire = None  # until the engine serves
     app.state.dispatcher = dispatcher
@@ -148,6 +150,7 @@ async def _start(dispatcher: Dispatcher, config: ServerConfig, door: Door) -> St
         admission=admission,
         dispatcher=dispatcher,
         metrics=metrics,
+        registry=Registry(),
         experience=experience,
         text=text,
         pool=ThreadPoolExecutor(config.text_threads, thread_name_prefix="text"),

@@ -215,6 +215,11 @@ class Dispatcher:
                 logger.debug("the engine was gone before an abort reached it")
         return bool(known)
 
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """End these requests; the engine tells their mailbox."""
+        with contextlib.suppress(EngineDeadError):  # then the mailbox learns of it
+            self._client.send(Abort(list(request_ids)))
+
     def end_sample(self, request_id: str, index: int) -> None:
         """The text of one sample is complete; the request's others go on."""
         with contextlib.suppress(EngineDeadError):  # then the mailbox learns of it

@@ -28,6 +28,7 @@ from .pacing import paced
 from .parsing.reading import AnswerFormat
 from .promises import SampleClock, verdict
 from .quotas import Lease
+from .registry import Name, Registry
 
 # The engine ends what is out of time. One that does not answer is given this much longer before its caller is told.
 WALL_SECONDS = 5.0
@@ -100,6 +101,8 @@ class Generation:
         self,
         request: GenerateRequest,
         *,
+        name: Name,
+        registry: Registry,
         dispatcher: Dispatcher,
         tokenizer: Tokenizer,
         metrics: Metrics,
@@ -109,6 +112,8 @@ class Generation:
         lease: Lease,
     ) -> None:
         self.request = request
+        self._name = name
+        self._registry = registry
         self.usage = Usage(prompt_tokens=sum(len(prompt.token_ids) for prompt in request.prompts))
         self._dispatcher = dispatcher
         self._metrics = metrics
@@ -130,6 +135,7 @@ class Generation:
         self._ordered = list(self._parts.values())
         self._open_parts = len(self._parts)
         self._open_samples = first_choice
+        registry.enter(name, self)
 
     def start(self) -> None:
         """Hand the prompts to the engine. Raises 503 if it is gone."""
@@ -280,8 +286,14 @@ class Generation:
         for promise, kept in verdict(self.request.slo, self.request.arrival, clock, finished=finished).items():
             self._metrics.promise(promise, kept, self.request.tenant, count)
 
+    def abort(self) -> None:
+        """End its samples where they are; their last news, which are still to come, say so."""
+        self._metrics.aborted("running" if self._mailbox.has_begun else "waiting")
+        self._dispatcher.abort(self._parts)
+
     def close(self) -> None:
         """Idempotent."""
+        self._registry.leave(self._name, self)
         self._mailbox.close()
         self._slot.release()
         prompt_tokens = sum(len(part.prompt.token_ids) for part in self._ordered if part.computed)

@@ -69,9 +69,13 @@ class TextSide:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Whose request it is and what it was promised; as in `AddRequest`, and the key whose quotas it is charged to."""
+    """Whose request it is and what it was promised; as in `AddRequest`, and the key whose quotas it is charged to.
+
+    label  what its caller calls it
+    """
 
     key: Key
+    label: str
     arrival: float
     tenant: str
     weight: float | None

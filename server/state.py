@@ -25,6 +25,7 @@ from .life import Life
 from .metrics import Metrics
 from .protocol import OrderBody
 from .quotas import Lease
+from .registry import Registry
 
 T = TypeVar("T")
 
@@ -39,6 +40,7 @@ class State:
     admission: Admission
     dispatcher: Dispatcher
     metrics: Metrics
+    registry: Registry
     experience: Experience
     text: TextSide
     pool: ThreadPoolExecutor
@@ -66,6 +68,7 @@ class State:
             raise errors.foreign_tenant(tenant)
         order = Order(
             key=key,
+            label=body.request_id or request.state.request_id,
             arrival=request.state.arrival,
             tenant=tenant,
             weight=ring.named[tenant].weight if tenant in ring.named else None,
@@ -93,6 +96,8 @@ class State:
             self.experience.saw_prompts(asked, sum(len(prompt.token_ids) for prompt in prepared.prompts))
             return Generation(
                 prepared,
+                name=(order.key.name, order.label),
+                registry=self.registry,
                 dispatcher=self.dispatcher,
                 tokenizer=self.text.tokenizer,
                 metrics=self.metrics,

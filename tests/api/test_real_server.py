@@ -56,6 +56,20 @@ def client(server):
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
 
+def test_openai_decisions(client):
+    questions = [
+        {"type": "predicate", "instructions": "It is urgent."},
+        {"type": "choice", "name": "who", "instructions": "Who?", "choices": [{"value": "billing"}, {"value": True}]},
+        {"type": "score", "instructions": "How angry?", "levels": [{"label": "calm"}, {"label": "cross"}]},
+    ]
+    decision = client.decisions.create(model="tiny", input="I was charged twice.", questions=questions)
+    predicate, choice, score = decision.answers
+    assert 0 <= predicate.probability <= 1
+    assert choice.choice in ("billing", True)
+    assert sum(level.probability for level in score.probabilities) == pytest.approx(1)
+    assert decision.usage.input_tokens_details.cached_tokens == 0
+
+
 def test_openai_models(client):
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").id == "tiny"

@@ -186,7 +186,8 @@ class Dispatcher:
 
     async def stop(self) -> None:
         self.stopping = True
-        await asyncio.to_thread(self._client.close)
+        if self._loop is not None:
+            await asyncio.to_thread(self._client.close)
 
     def trouble(self) -> str | None:
         """Why the engine cannot serve now, as `Life.trouble`."""

@@ -123,6 +123,11 @@ class Served:
     def family(self) -> list[int]:
         return [self.process.pid, *descendants(self.process.pid)]
 
+    def traces(self) -> set[Path]:
+        """What it has in the file system while it runs, and must not leave there: temporary files, shared memory."""
+        maps = b"".join(_read(pid, "maps") for pid in self.family()).decode(errors="replace")
+        return {*self.temporary.rglob("*"), *map(Path, re.findall(r"/dev/shm/[^\s]+", maps))}
+
     def rss(self) -> dict[str, float]:
         """MB (10^6 bytes) of each of the two processes."""
         page = os.sysconf("SC_PAGE_SIZE") / 1e6

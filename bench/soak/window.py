@@ -79,7 +79,8 @@ def _let_requests_plant() -> None:
 
 
 def _is_ours(thing: object) -> bool:
-    return type(thing).__module__.startswith("quire.")
+    module = type(thing).__module__
+    return isinstance(module, str) and module.startswith("quire.")  # some libraries have odd ones
 
 
 def _show(path: Path) -> None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +38,7 @@ from .kv_scales import load_kv_scales
 from .layout import count_parameters
 from .loader import load_decoder, locate_model
 from .memory import CudaMeter, describe, measure
-from .messages import Abort, AddRequest, Down, EngineReady, Shutdown, StepOutputs, StepStats, Up
+from .messages import Abort, AddRequest, Busy, Down, EngineReady, Shutdown, StepOutputs, StepStats, Up
 from .model_config import DecoderConfig
 from .recorded import recorded, share_threads
 from .resolve import Resolved, choose_kernels, look_at_machine, resolve, with_kv_cache
@@ -47,6 +46,7 @@ from .runner import Launched, ModelRunner
 from .sampler import Sampler
 from .slots import SlotTable
 from .spec.build import Drafter, load_draft_config, load_drafter, make_proposers
+from .startup import Startup
 from .tokenizer import load_tokenizer
 from .validation import check_request, limits_of
 
@@ -69,17 +69,19 @@ class Step(NamedTuple):
 
 
 class EngineCore:
-    def __init__(self, config: EngineConfig) -> None:
-        """Load the model and get everything ready to serve. Raises EngineStartError."""
+    def __init__(self, config: EngineConfig, startup: Startup | None = None) -> None:
+        """Load the model and get everything ready to serve, and tell `startup` of it. Raises EngineStartError."""
         self.config = config
-        self._phases: dict[str, float] = {}
-        with self._phase("read configuration"):
+        self.announce: Callable[[float], None] = _tell_nobody  # called before a step that is predicted to be a long one
+        startup = startup or Startup()
+        with startup.phase("read configuration"):
             path = locate_model(config.model, config.revision)
             model = load_config(path)
             draft = load_draft_config(config, path)
             settings = resolve(config, model, look_at_machine(config.device), draft)
+        startup.settle()
         torch.set_num_threads(settings.threads)
-        with self._phase("load weights"):
+        with startup.phase("load weights"):
             kernels = choose_kernels(config, settings, model, settings.kv_cache_dtype)
             decoder = load_decoder(
                 path,
@@ -90,11 +92,12 @@ class EngineCore:
                 settings.max_model_len,
                 rounding=settings.rounding,
                 turn_values=kv_format(settings.kv_cache_dtype).rotates_keys,
+                advance=startup.advance,
             )
             drafter = load_drafter(config, settings, path, decoder, kernels)
         memory = {"weights": settings.weight_bytes}
         if settings.memory_share is not None:
-            with self._phase("measure memory"):
+            with startup.phase("measure memory"):
                 # Graphs hold on to the cache that they were captured over: this runner goes, with its own.
                 trial = self._runner(path, model, replace(settings, num_blocks=2), kernels, decoder, drafter)
                 measured = measure(trial, settings, meter := CudaMeter())
@@ -104,11 +107,11 @@ class EngineCore:
             memory = measured.table(settings.kv_cache_bytes)
             log.info("memory of the GPU:\n%s", describe(memory))
         memory["kv_cache"] = settings.kv_cache_bytes
-        with self._phase("allocate KV cache"):
+        with startup.phase("allocate KV cache"):
             self.runner = self._runner(path, model, settings, kernels, decoder, drafter)
-        with self._phase("warm up"):
+        with startup.phase("warm up"):
             self.runner.warm_up(min(settings.max_num_batched_tokens, settings.max_model_len))
-        with self._phase("time steps"):
+        with startup.phase("time steps"):
             cost = calibrate(self.runner, settings)
         self.scheduler = Scheduler(
             SchedulerConfig(
@@ -162,7 +165,7 @@ class EngineCore:
             eos_token_ids=list(model.eos_token_ids),
             kernels=kernels.describe(),
             reasons=settings.reasons,
-            startup_seconds=self._phases,
+            startup_seconds=startup.seconds,
             memory_bytes=memory,
             tenant_weights=dict(config.tenant_weights),
             speculative_method=settings.draft_method,
@@ -174,15 +177,9 @@ class EngineCore:
         for name, reason in settings.reasons.items():
             log.info("%s = %s (%s)", name, str(getattr(settings, name)).removeprefix("torch."), reason)
         log.info("kernels: %s", ", ".join(f"{op}={name}" for op, name in kernels.describe().items()))
-        log.info("started: %s", ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in self._phases.items()))
+        log.info("started: %s", ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in startup.seconds.items()))
 
     # ---------------------------------------------------------------- start
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self._phases[name] = round(time.perf_counter() - started, 3)
 
     def _runner(
         self,
@@ -295,12 +292,14 @@ class EngineCore:
             return False
         predicted = self.scheduler.steps.cost.seconds(self.scheduler.shape)
         scheduled = time.perf_counter()
+        self._announce(predicted)
         self._out.append(Step(plan, self.runner.launch(plan), predicted, started, scheduled - started))
         return True
 
     def _collect(self) -> list[Chunk]:
         """Wait for the step that was launched first, and take in what it gave."""
         step = self._out.popleft()
+        self._announce(step.predicted)
         result = self.runner.collect(step.launched)
         now = time.perf_counter()
         # The device began with it when it was launched, or was done with the one before.
@@ -321,6 +320,10 @@ class EngineCore:
         self.stats.schedule_seconds = step.scheduling + self._update_seconds
         self.stats.steps_total += 1
         return chunks
+
+    def _announce(self, seconds: float) -> None:
+        if seconds > HEARTBEAT_SECONDS:
+            self.announce(seconds)
 
     def outputs(self, chunks: list[Chunk]) -> StepOutputs:
         """The chunks with the figures of now."""
@@ -348,6 +351,7 @@ class EngineCore:
 
 def run(core: EngineCore, receive: Callable[[float], list[Down]], send: Callable[[Up], None]) -> None:
     """Serve until told to shut down. receive(seconds) waits that long at most, and returns what came."""
+    core.announce = lambda seconds: send(Busy(seconds))
     while True:
         chunks: list[Chunk] = []
         for message in receive(0.0 if core.has_work else HEARTBEAT_SECONDS):
@@ -356,3 +360,7 @@ def run(core: EngineCore, receive: Callable[[float], list[Down]], send: Callable
             chunks += core.handle(message)
         chunks += core.step()
         send(core.outputs(chunks))
+
+
+def _tell_nobody(seconds: float) -> None:
+    pass

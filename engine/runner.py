@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..kernels import Kernels
 from ..kernels.batch import LayerKV
-from ..scheduler.drafts import DraftShape
+from ..scheduler.drafts import DraftOrder
 from ..scheduler.plan import DraftPass, Draw, NewSeq, Row, RowResult, StepPlan, StepResult
 from .decoder import Decoder
 from .graphs import Capture, Graphs
@@ -178,7 +178,7 @@ class ModelRunner:
         for i, one in enumerate(rows):
             if one.row.draft is not None and one.row.slot not in self._failed:
                 asked.setdefault(one.row.draft.method, []).append(i)
-                views[i] = self._view(one.row, one.row.draft.shape)
+                views[i] = self._view(one.row, one.row.draft)
         for method, places in asked.items():
             answers, passes = ask(self.proposers[method], [views[i] for i in places], self.sampler.vocab_size)
             step.drafting += passes
@@ -189,7 +189,7 @@ class ModelRunner:
             one if one.row.draft is None else one._replace(row=one.row._replace(num_tokens=one.drawn)) for one in rows
         ]
 
-    def _view(self, row: Row, shape: DraftShape) -> View:
+    def _view(self, row: Row, order: DraftOrder) -> View:
         slot, table = row.slot, self.slots
         return View(
             slot,
@@ -197,8 +197,9 @@ class ModelRunner:
             int(table.num_prompt[slot]),
             table.block_table[slot],
             self.sampler.states([slot])[0],
-            shape,
+            order.shape,
             self._entered[slot].salt,
+            order.go_on,
         )
 
     def _run(self, step: Launched, rows: list[Placed]) -> None:

@@ -43,6 +43,7 @@ POLICIES = {
     "/openapi.json": Policy(counted=False),
     "/health": Policy(scope=None, counted=False, probe=True),
     "/ready": Policy(scope=None, counted=False, probe=True),
+    "/live": Policy(scope=None, counted=False, probe=True),
     "/metrics": Policy(scope=METRICS, counted=False, probe=True),
     "/version": Policy(scope=None, counted=False),
 }

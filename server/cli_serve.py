@@ -37,6 +37,7 @@ ALIASES = {
     "kv-cache-memory-bytes": "kv-cache-bytes",
     "num-gpu-blocks-override": "num-blocks",
     "max-num-queued-reqs": "max-queued-requests",
+    "max-num-queued-tokens": "max-queued-tokens",
     "tenant-weight": "tenant-weights",
     "spec-method": "speculative-method",
     "spec-model": "speculative-model",
@@ -226,6 +227,15 @@ def serve(
     ] = ENGINE.check,
     host: Annotated[str, option(HTTP, "Address to listen on.")] = SERVER.host,
     port: Annotated[int, option(HTTP, "0 = any free one.", min=0, max=65535)] = SERVER.port,
+    health_port: Annotated[
+        int | None,
+        option(
+            HTTP,
+            "Where /health, /ready and /metrics are answered as well, however busy the server is; nothing = nowhere.",
+            min=1,
+            max=65535,
+        ),
+    ] = SERVER.health_port,
     allowed_hosts: Annotated[
         list[str] | None,
         option(
@@ -259,15 +269,28 @@ def serve(
     insecure_no_auth: Annotated[
         bool, option(ACCESS, "Listen beyond this machine without any key.", "--insecure-no-auth")
     ] = False,
+    trust_request_chat_template: Annotated[
+        bool,
+        option(
+            ACCESS, "Take templates from requests.", "--trust-request-chat-template/--no-trust-request-chat-template"
+        ),
+    ] = SERVER.trust_request_chat_template,
     max_queued_requests: Annotated[
         int,
         option(LIMITS, "Samples that may wait; past it, 503 with Retry-After.", min=0),
     ] = SERVER.max_queued_requests,
+    max_queued_tokens: Annotated[
+        int | None,
+        option(LIMITS, "Prompt tokens that may wait; past it 503 as well; nothing = no such bound.", min=1),
+    ] = SERVER.max_queued_tokens,
     max_queue_seconds: Annotated[
         float | None,
         option(LIMITS, "Predicted wait past which 503 as well; nothing = no such bound.", metavar="SECONDS"),
     ] = SERVER.max_queue_seconds,
     max_n: Annotated[int, option(LIMITS, "Samples of one prompt that a request may ask for.")] = ENGINE.max_n,
+    max_connections: Annotated[
+        int, option(LIMITS, "Open connections; past it, 503 before a byte is read.", min=1)
+    ] = SERVER.max_connections,
     max_body_bytes: Annotated[
         Any, option(LIMITS, "Largest request body, such as 2MiB.", parser=parse_bytes, metavar="SIZE")
     ] = SERVER.max_body_bytes,
@@ -287,8 +310,14 @@ def serve(
         option(LIMITS, "Seconds of silence after which a stream gets a comment.", min=0),
     ] = SERVER.keep_alive_interval,
     hang_timeout: Annotated[
-        float, option(LIMITS, "Seconds without a sign of life from the engine until /health says 503.", min=0)
+        float,
+        option(
+            LIMITS, "Seconds of silence from the engine until /health says 503; at twice as many it is killed.", min=0
+        ),
     ] = SERVER.hang_timeout,
+    max_engine_restarts: Annotated[
+        int, option(LIMITS, "Times in a row that an engine which ended is started again.", min=0)
+    ] = SERVER.max_engine_restarts,
     vllm_metrics: Annotated[
         bool, option(LOGS, "Repeat metrics under their vllm: names.", "--vllm-metrics/--no-vllm-metrics")
     ] = SERVER.vllm_metrics,
@@ -311,9 +340,16 @@ def serve(
 def run(engine_config: EngineConfig, server_config: ServerConfig) -> bool:
     """Serve from an engine in a process of its own until told to stop; False if that went wrong."""
     from ..engine.process import ProcessClient
+    from ..engine.supervisor import Supervisor
     from .serve import serve as serve_until_stopped
 
-    return serve_until_stopped(ProcessClient(engine_config), server_config)
+    engine = Supervisor(
+        ProcessClient,
+        engine_config,
+        hang_timeout=server_config.hang_timeout,
+        max_restarts=server_config.max_engine_restarts,
+    )
+    return serve_until_stopped(engine, server_config)
 
 
 def read_settings(ctx: typer.Context) -> tuple[EngineConfig, ServerConfig]:

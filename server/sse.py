@@ -40,8 +40,8 @@ class EventStream(Response):
 
     Headers go out with the first frame: what `frames` raises before it can still become another answer.
     `owner` is entered for the life of the response and left in every case, also when `frames` was never started.
-    A slow reader holds up nobody: while a write blocks, the tokens of its request merge in their mailbox. One that reads
-    is written to directly where the server offers it: ASGI's `send` is a tower of calls.
+    A slow reader holds up nobody: while a write blocks, the tokens of its request merge in their mailbox. One that
+    reads is written to directly where the server offers it: ASGI's `send` is a tower of calls.
     """
 
     media_type = "text/event-stream"

@@ -21,6 +21,7 @@ from .dispatcher import Dispatcher
 from .generate import GenerateRequest, Generation
 from .inputs import Order, TextSide
 from .keys import TENANT, Key
+from .life import Life
 from .metrics import Metrics
 from .protocol import OrderBody
 from .quotas import Lease
@@ -84,8 +85,8 @@ class State:
 
     async def open_generation(self, asked: Asked, order: Order, prepare: Callable[[], GenerateRequest]) -> Generation:
         """Let a request in, then tokenize it. Raises ApiError; whoever gets the Generation must close it."""
-        if self.dispatcher.trouble() is not None:
-            raise errors.engine_dead()
+        if (refusal := self.dispatcher.life.refusal()) is not None:
+            raise refusal
         slot, lease = self._let_in(asked, order)
         try:
             prepared = await self.in_pool(prepare)
@@ -129,4 +130,12 @@ class State:
 
 
 def state_of(request: Request) -> State:
-    return cast(State, request.app.state.quire)
+    """Raises 503 while the first engine starts: there is no state before it serves."""
+    state = request.app.state.quire
+    if state is None:
+        raise life_of(request).starting()
+    return cast(State, state)
+
+
+def life_of(request: Request) -> Life:
+    return cast(Life, request.app.state.dispatcher.life)

@@ -22,7 +22,18 @@ AT_ONCE = 32
 SPECULATION = ("none", "ngram", "draft")
 # Fewer places than clients, so that some leave while they wait; a cache that long prompts must share.
 OPTIONS = (
-    *("--dtype", "float32", "--max-num-seqs", "12", "--kv-cache-bytes", "32MiB", "--text-threads", "2", "--log-level", "warning"),
+    *(
+        "--dtype",
+        "float32",
+        "--max-num-seqs",
+        "12",
+        "--kv-cache-bytes",
+        "32MiB",
+        "--text-threads",
+        "2",
+        "--log-level",
+        "warning",
+    ),
     *("--speculative-method", "draft", "--speculative-model", "bundled", "--num-speculative-tokens", "3"),
 )
 PLANTS = {
@@ -73,7 +84,9 @@ def _told(moments: Counter[str], before: dict[str, float], after: dict[str, floa
         for stage in ("waiting", "running")
     }
     left = ", ".join(f"{number} {moment}" for moment, number in sorted(moments.items()))
-    return f"{sum(moments.values())}: {left}; the server saw {stages['waiting']:g} waiting, {stages['running']:g} running"
+    return (
+        f"{sum(moments.values())}: {left}; the server saw {stages['waiting']:g} waiting, {stages['running']:g} running"
+    )
 
 
 async def _leave(

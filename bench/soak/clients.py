@@ -127,7 +127,7 @@ async def _half_of(body: bytes) -> AsyncIterator[bytes]:
 
 
 class Pace:
-    """How long whole answers take here and now, by their length: the moments between their begin and end are cut by it."""
+    """How long whole answers take here and now, by their length: what moments to leave them at are made from."""
 
     def __init__(self) -> None:
         self._seconds_per_token = 0.01

@@ -38,8 +38,12 @@ def check(folder: Path, *, model: str, cycles: int, requests: int) -> list[Row]:
     starts, firsts, gone = ([getattr(cycle, name) for cycle in done] for name in ("start", "first", "gone"))
     return [
         all_of(CHECK, "starts on one port that served all", sum(c.answered == requests for c in done), cycles),
-        all_of(CHECK, f"first answer ≤ {FIRST_SECONDS:g} s after load", sum(s <= FIRST_SECONDS for s in firsts), cycles),
-        all_of(CHECK, f"no process left {GONE_SECONDS:g} s after the kill", sum(s <= GONE_SECONDS for s in gone), cycles),
+        all_of(
+            CHECK, f"first answer ≤ {FIRST_SECONDS:g} s after load", sum(s <= FIRST_SECONDS for s in firsts), cycles
+        ),
+        all_of(
+            CHECK, f"no process left {GONE_SECONDS:g} s after the kill", sum(s <= GONE_SECONDS for s in gone), cycles
+        ),
         none(CHECK, "files, sockets and shared memory left behind", sum(cycle.left_behind for cycle in done)),
         *(
             Row(CHECK, what, f"median {median(seconds):.2f} s, first {seconds[0]:.2f} s, worst {max(seconds):.2f} s")

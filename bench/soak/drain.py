@@ -20,7 +20,8 @@ OPTIONS = (
     *("--drain-timeout", str(DRAIN_SECONDS), "--log-level", "warning"),
 )
 LONG = Ask(
-    "/v1/completions", {"prompt": "def f():", "max_tokens": TOKENS, "ignore_eos": True, "temperature": 0, "stream": True}
+    "/v1/completions",
+    {"prompt": "def f():", "max_tokens": TOKENS, "ignore_eos": True, "temperature": 0, "stream": True},
 )
 
 

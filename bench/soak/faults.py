@@ -45,7 +45,9 @@ async def _fault(served: Served, name: str, number: int) -> list[Row]:
     still = Standstill()
     answers = [Answer() for _ in range(STREAMS)]
     async with session() as http:
-        with in_background(*(stay(http, served.url, ENDLESS, into=answer) for answer in answers), still.watch()) as work:
+        with in_background(
+            *(stay(http, served.url, ENDLESS, into=answer) for answer in answers), still.watch()
+        ) as work:
             await _until(lambda: all(answer.began for answer in answers), "the first tokens")
             os.kill(served.engine_pid(), number)
             begin = time.monotonic()
@@ -72,7 +74,9 @@ async def _fault(served: Served, name: str, number: int) -> list[Row]:
         rows.append(Row(CHECK, f"{name}: ready again after", f"{again_after:.2f} s"))
     else:
         rows.append(at_most(CHECK, f"{name}: last stream ended after", last_told, TOLD_SECONDS))
-        rows.append(at_most(CHECK, f"{name}: ready again after (load: {load:.2f} s)", again_after, AGAIN_SECONDS + load))
+        rows.append(
+            at_most(CHECK, f"{name}: ready again after (load: {load:.2f} s)", again_after, AGAIN_SECONDS + load)
+        )
     rows.append(Row(CHECK, f"{name}: this machine stood still for", f"{still.seconds:.2f} s"))
     return rows
 

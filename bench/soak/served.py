@@ -50,9 +50,7 @@ class Served:
     window    whether its inside can be looked into (`window.py`)
     """
 
-    def __init__(
-        self, folder: Path, model: str, *options: str, port: int | None = None, window: bool = False
-    ) -> None:
+    def __init__(self, folder: Path, model: str, *options: str, port: int | None = None, window: bool = False) -> None:
         folder.mkdir(parents=True)
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -71,7 +69,9 @@ class Served:
     def __enter__(self) -> Served:
         """Raises SoakError if it does not start."""
         try:
-            wait_for(lambda: self.process.poll() is not None or self.status("/ready") == 200, START_SECONDS, "the start")
+            wait_for(
+                lambda: self.process.poll() is not None or self.status("/ready") == 200, START_SECONDS, "the start"
+            )
             self.start_seconds = time.monotonic() - self.began
             if self.process.poll() is not None:
                 raise SoakError(f"the server ended: {self.log.read_text()[-2000:]}")
@@ -135,7 +135,7 @@ class Served:
         return {name: int(_read(pid, "statm").split()[1]) * page for name, pid in pids.items()}
 
     def holdings(self) -> dict[str, float]:
-        """All that is counted and must come back: what requests hold, tasks, objects, descriptors, threads, children."""
+        """All that is counted and must come back: blocks, samples, tasks, objects, descriptors, threads, children."""
         self._window.unlink(missing_ok=True)
         self.process.send_signal(signal.SIGUSR1)
         wait_for(self._window.exists, SETTLE_SECONDS, "a look inside")

@@ -114,6 +114,7 @@ async def _start(client: EngineClient, config: ServerConfig, door: Door) -> Stat
     admission = Admission(
         ready.max_num_seqs + config.max_queued_requests,
         places=ready.max_num_seqs,
+        max_queued_tokens=config.max_queued_tokens,
         max_queue_seconds=config.max_queue_seconds,
     )
 

@@ -8,8 +8,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from .cli_bench_report import JsonFile, measuring, show, words
 from .cli_options import option
 

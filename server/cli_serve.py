@@ -37,6 +37,7 @@ ALIASES = {
     "kv-cache-memory-bytes": "kv-cache-bytes",
     "num-gpu-blocks-override": "num-blocks",
     "max-num-queued-reqs": "max-queued-requests",
+    "max-num-queued-tokens": "max-queued-tokens",
     "tenant-weight": "tenant-weights",
     "spec-method": "speculative-method",
     "spec-model": "speculative-model",
@@ -226,6 +227,15 @@ def serve(
     ] = ENGINE.check,
     host: Annotated[str, option(HTTP, "Address to listen on.")] = SERVER.host,
     port: Annotated[int, option(HTTP, "0 = any free one.", min=0, max=65535)] = SERVER.port,
+    health_port: Annotated[
+        int | None,
+        option(
+            HTTP,
+            "Where /health, /ready and /metrics are answered as well, however busy the server is; nothing = nowhere.",
+            min=1,
+            max=65535,
+        ),
+    ] = SERVER.health_port,
     allowed_hosts: Annotated[
         list[str] | None,
         option(
@@ -263,11 +273,18 @@ def serve(
         int,
         option(LIMITS, "Samples that may wait; past it, 503 with Retry-After.", min=0),
     ] = SERVER.max_queued_requests,
+    max_queued_tokens: Annotated[
+        int | None,
+        option(LIMITS, "Prompt tokens that may wait; past it 503 as well; nothing = no such bound.", min=1),
+    ] = SERVER.max_queued_tokens,
     max_queue_seconds: Annotated[
         float | None,
         option(LIMITS, "Predicted wait past which 503 as well; nothing = no such bound.", metavar="SECONDS"),
     ] = SERVER.max_queue_seconds,
     max_n: Annotated[int, option(LIMITS, "Samples of one prompt that a request may ask for.")] = ENGINE.max_n,
+    max_connections: Annotated[
+        int, option(LIMITS, "Open connections; past it, 503 before a byte is read.", min=1)
+    ] = SERVER.max_connections,
     max_body_bytes: Annotated[
         Any, option(LIMITS, "Largest request body, such as 2MiB.", parser=parse_bytes, metavar="SIZE")
     ] = SERVER.max_body_bytes,

@@ -21,7 +21,7 @@ class ServerConfig:
     api_keys_file         further keys, with names and quotas (keys_file.py). With neither, open to all who reach it
     allowed_hosts         names accepted in the Host header; empty = loopback names when bound to loopback, else any
     max_queued_requests   samples that may wait beyond those that can run; past it new requests get 503 with Retry-After
-    max_queued_tokens     prompt tokens that may wait, known or estimated from bytes; past it 503 as well; None = no bound
+    max_queued_tokens     prompt tokens that may wait, those of texts as estimated; past it 503 as well; None = no bound
     max_queue_seconds     predicted wait in the queue past which new requests get 503 as well; None = no such bound
     max_connections       open connections; past it a new one gets 503 before anything is read from it
     max_body_bytes        of a request body; past it 413
@@ -77,6 +77,8 @@ class ServerConfig:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         if "" in self.api_key:
             raise ValueError("api_key is empty: give a key, or leave it out")
+        if self.health_port is not None and self.health_port == self.port:
+            raise ValueError(f"health_port must be another port than {self.port}, where everything else is answered")
         for name, (low, high) in _SECONDS.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:

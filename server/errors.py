@@ -78,7 +78,9 @@ def unsupported(param: str, message: str) -> ApiError:
 
 
 def too_many_connections(limit: int) -> ApiError:
-    message = f"This server holds as many connections as it may: {limit}. Close those that you do not use, and try again."
+    message = (
+        f"This server holds as many connections as it may: {limit}. Close those that you do not use, and try again."
+    )
     return ApiError(503, message, code="too_many_connections", retry_after=random.uniform(1, 4))
 
 

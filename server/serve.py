@@ -19,6 +19,7 @@ from .app import create_app
 from .config import ServerConfig
 from .http_protocol import bounded_protocol
 from .logs import logger
+from .probes import Probes
 
 CLOSE_SECONDS = 5  # for the last error events to reach their readers, once everything has been aborted
 
@@ -31,11 +32,18 @@ def serve(client: EngineClient, config: ServerConfig) -> bool:
     The port opens when the model is ready: what goes wrong before is in the log, and no probe ever sees half a server.
     """
     logs.setup(config.log_level, config.log_json)
-    server = _Server(client, config)
+    try:
+        server = _Server(client, config)
+    except OSError as error:
+        logger.error("cannot start: nothing can listen on health_port %s: %s", config.health_port, error.strerror)
+        return False
     try:
         server.run()
     except SystemExit:  # uvicorn's word for a failed start; the reason has been logged
         return False
+    finally:
+        if server.probes is not None:
+            server.probes.stop()
     return not server.engine_died
 
 
@@ -43,6 +51,7 @@ class _Server(uvicorn.Server):
     def __init__(self, client: EngineClient, config: ServerConfig) -> None:
         self._client = client
         self._app = create_app(client, config)
+        self.probes = None if config.health_port is None else Probes(self._app, config, config.health_port)
         self._drain_timeout = config.drain_timeout
         self._stopping: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
@@ -70,6 +79,8 @@ class _Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         logger.info("serving on http://%s:%d", self.config.host, self.config.port)
+        if self.probes is not None:
+            self.probes.start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """In place of uvicorn's: that one closes the port first, and lets the signal kill the process in the end."""

@@ -33,15 +33,13 @@ class EventStream(Response):
 
     Headers go out with the first frame: what `frames` raises before it can still become another answer.
     `owner` is entered for the life of the response and left in every case, also when `frames` was never started.
-    A slow reader holds up nobody: while a write blocks, the tokens of its request merge in their mailbox. One that reads
-    is written to directly where the server offers it: ASGI's `send` is a tower of calls.
+    A slow reader holds up nobody: while a write blocks, the tokens of its request merge in their mailbox. One that
+    reads is written to directly where the server offers it: ASGI's `send` is a tower of calls.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, frames: AsyncGenerator[bytes], owner: AbstractContextManager[object]
-    ) -> None:
+    def __init__(self, frames: AsyncGenerator[bytes], owner: AbstractContextManager[object]) -> None:
         # "no": or nginx collects the stream and hands it over at its end.
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
@@ -50,7 +48,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._owner:
-            await while_connected(receive, self._write(send, scope.get("extensions", {}).get(WRITE_NOW, _cannot)))
+            await while_connected(receive, self._write(send, scope.get("state", {}).get(WRITE_NOW, _cannot)))
 
     async def _write(self, send: Send, write_now: Callable[[bytes], bool]) -> None:
         begun = False

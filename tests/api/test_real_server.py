@@ -180,7 +180,9 @@ def test_a_client_that_does_not_read_holds_up_nobody_and_is_dropped(fake):
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     listener.bind(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    instance = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on"))
+    protocol = http_protocol.bounded_protocol(ServerConfig(write_timeout=0.3))
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", http=protocol)
+    instance = uvicorn.Server(config)
     thread = threading.Thread(target=instance.run, args=([listener],), daemon=True)
     thread.start()
     wait_until(lambda: instance.started, 20)

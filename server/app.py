@@ -32,6 +32,7 @@ from .dispatcher import Dispatcher
 from .inputs import TextSide
 from .keys import Key, KeyRing
 from .keys_file import Stamp, follow, load_keys, stamp_of
+from .lag import watch_lag
 from .logs import logger
 from .metrics import Metrics
 from .middleware import LOOPBACK_HOSTS, Outermost
@@ -65,7 +66,7 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
             logger.error("cannot start: %s", error if isinstance(error, QuireError) else logs.where(error))
             raise
         app.state.quire = state
-        chores = [asyncio.create_task(report_throughput(state.metrics))]
+        chores = [asyncio.create_task(report_throughput(state.metrics)), asyncio.create_task(watch_lag(state.metrics))]
         if path is not None:
             chores.append(asyncio.create_task(follow(path, seen, use_keys)))
         try:

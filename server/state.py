@@ -22,6 +22,7 @@ from .generate import GenerateRequest, Generation
 from .inputs import Order, TextSide
 from .keys import TENANT, Key
 from .metrics import Metrics
+from .promises import TIMEOUT_HEADER, header_timeout
 from .protocol import GenerateBody
 from .quotas import Lease
 
@@ -71,7 +72,7 @@ class State:
             priority=self._priority(key, body.priority),
             cache_salt=ring.cache_salt(key.name and tenant, body.cache_salt or ""),
             slo=body.promises,
-            timeout=_shorter(body.timeout, header_timeout(request.headers)),
+            timeout=_shorter(body.timeout, header_timeout(request.headers.get(TIMEOUT_HEADER))),
         )
         if limits.tenants and body.tenant is None and order.tenant not in limits.tenants:
             raise errors.invalid("`tenant` is required: this server shares itself out between named ones.", "tenant")

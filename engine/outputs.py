@@ -42,7 +42,7 @@ class Delta:
     num_drafted    tokens guessed since the last delta, for the model to verify
     num_accepted   of these, those that were drawn
     offsets        per token the character of the sample's text at which it starts
-    finish_reason  None = goes on; "stop", "length", "abort", "error", "expired"
+    finish_reason  None = goes on; "stop", "length", "repetition", "abort", "error", "expired"
     stop_reason    the stop string, or the stop token id; None for EOS
     error          why "error", or which promise "expired": "timeout", "deadline", "unreachable"
     """

@@ -26,6 +26,7 @@ from ..scheduler.plan import RowResult, TokenLogprob
 from .errors import RequestError
 from .grammar import Grammars
 from .sequence_state import RowEdits, SequenceState
+from .thinking import ThinkingState
 from .transfer import Download, upload
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ NO_TOKEN_LEFT = (
 
 # The filters of each row of logits: temperature, top_k, top_p, min_p, each [R].
 Filters = tuple[Tensor, Tensor, Tensor, Tensor]
+# Whose log-probabilities stand beside a token's own: so many most likely ones (-1 = all), and these ids.
+Rivals = tuple[int, tuple[int, ...]]
 
 
 class Chosen(NamedTuple):
@@ -64,7 +67,7 @@ class Drawn(NamedTuple):
     states: list[SequenceState]
     ids: Tensor  # [L] int64, on the device
     errors: dict[int, str]  # row -> why nothing was drawn for it
-    logprobs: list[list[int]]  # rows that want any, per number of rivals
+    logprobs: list[list[int]]  # rows that want any, those with equal rivals together
     download: Download  # ids, largest logit, largest that edits left [L]; the fields of `Logprobs`, list by list
 
 
@@ -115,11 +118,15 @@ class Sampler:
         Raises RequestError for a token id outside the vocabulary or a grammar that is none; the slot is then empty.
         """
         self._slots[slot] = None
-        grammar = None
+        grammar = thinking = None
+        answer = token_ids[num_prompt:]
+        if params.thinking is not None:
+            thinking = ThinkingState(params.thinking, constrained=params.grammar is not None)
+            answer = thinking.extend(answer)
         if params.grammar is not None and self._grammars is not None:
-            grammar = self._grammars.begin(params.grammar, token_ids[num_prompt:])
+            grammar = self._grammars.begin(params.grammar, answer)
         self._slots[slot] = SequenceState(
-            params, sample_index, token_ids, num_prompt, self._eos_token_ids, self.vocab_size, grammar
+            params, sample_index, token_ids, num_prompt, self._eos_token_ids, self.vocab_size, grammar, thinking
         )
 
     def remove(self, slot: int) -> None:
@@ -130,7 +137,7 @@ class Sampler:
         if self._grammars is None:
             return
         pairs = zip(self.states(slots), paths, strict=True)
-        wanted = [(state.grammar, some) for state, some in pairs if state.grammar is not None]
+        wanted = [(state.grammar, state.answer_paths(some)) for state, some in pairs if state.grammar is not None]
         if wanted:
             self._grammars.fill([state for state, _ in wanted], [some for _, some in wanted])
 
@@ -152,7 +159,8 @@ class Sampler:
             state.num_drawn += 1
         wanted = rows_by_logprobs(states)
         found = [
-            self._logprobs(self.select(logits, rows), self.select(chosen.ids, rows), k) for k, rows in wanted.items()
+            self._logprobs(self.select(logits, rows), self.select(chosen.ids, rows), rivals)
+            for rivals, rows in wanted.items()
         ]
         download = Download([*chosen[:3], *(tensor for logprobs in found for tensor in logprobs)])
         return Drawn(states, chosen.ids, chosen.errors, list(wanted.values()), download)
@@ -317,31 +325,41 @@ class Sampler:
         """target_ids [n] under logits [n, V] float32, row by row; k = -1 for the whole vocabulary."""
         (targets,) = upload([np.array(target_ids, np.int64)], self.device)
         sound = self.kernels.greedy.run(logits)[0].isfinite().all()
-        return Rated(target_ids, Download([sound, *self._logprobs(logits, targets, k)]))
+        return Rated(target_ids, Download([sound, *self._logprobs(logits, targets, (k, ()))]))
 
-    def logprobs(self, logits: Tensor, ids: Sequence[int], k: int) -> list[TokenLogprob]:
+    def logprobs(self, logits: Tensor, ids: Sequence[int], rivals: Rivals) -> list[TokenLogprob]:
         """Of ids [n] under logits [n, V], row by row, waited for."""
         (tokens,) = upload([np.array(ids, np.int64)], self.device)
-        return _listed(torch.tensor(ids), Download(self._logprobs(logits, tokens, k)).wait())
+        return _listed(torch.tensor(ids), Download(self._logprobs(logits, tokens, rivals)).wait())
 
-    def _logprobs(self, logits: Tensor, ids: Tensor, k: int) -> Logprobs:
-        width = self.vocab_size if k < 0 else min(k, self.vocab_size)
-        return self.kernels.token_logprobs.run(logits, ids, width)
+    def _logprobs(self, logits: Tensor, ids: Tensor, rivals: Rivals) -> Logprobs:
+        k, named = rivals
+        found = self.kernels.token_logprobs.run(logits, ids, self.vocab_size if k < 0 else min(k, self.vocab_size))
+        if not named:
+            return found
+        columns = self._tensor(np.array(named, np.int64))
+        own = found.logprob[:, None]
+        beside = logits[:, columns] + (own - logits.gather(1, ids[:, None]))
+        beside = torch.where(columns == ids[:, None], own, beside)  # of one token, one float
+        return found._replace(
+            top_ids=torch.cat([found.top_ids, columns.expand(len(ids), -1)], 1),
+            top_logprobs=torch.cat([found.top_logprobs, beside], 1),
+        )
 
 
-def rows_by_logprobs(states: Sequence[SequenceState]) -> dict[int, list[int]]:
-    """The rows whose sequences want log-probabilities, by how many rivals they want beside them."""
-    wanted: dict[int, list[int]] = {}
+def rows_by_logprobs(states: Sequence[SequenceState]) -> dict[Rivals, list[int]]:
+    """The rows whose sequences want log-probabilities, by the rivals that they want beside them."""
+    wanted: dict[Rivals, list[int]] = {}
     for row, state in enumerate(states):
         if state.params.logprobs is not None:
-            wanted.setdefault(state.params.logprobs, []).append(row)
+            wanted.setdefault((state.params.logprobs, state.params.logprob_token_ids), []).append(row)
     return wanted
 
 
 def _listed(ids: Tensor, columns: Sequence[Tensor]) -> list[TokenLogprob]:
-    """ids [n] with the fields of their `Logprobs`, on the host."""
+    """ids [n] with the fields of their `Logprobs`, on the host. A rival that is there twice is listed once."""
     return [
-        TokenLogprob(token, logprob, rank, tuple(zip(top_ids, top_logprobs, strict=True)))
+        TokenLogprob(token, logprob, rank, tuple(dict(zip(top_ids, top_logprobs, strict=True)).items()))
         for token, logprob, rank, top_ids, top_logprobs in zip(
             ids.tolist(), *(column.tolist() for column in columns), strict=True
         )

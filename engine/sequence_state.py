@@ -14,6 +14,7 @@ import numpy as np
 from ..scheduler.params import SamplingParams
 from .errors import RequestError
 from .grammar import GrammarState
+from .thinking import ThinkingState
 
 
 class RowEdits(NamedTuple):
@@ -77,8 +78,9 @@ class SequenceState:
         eos_token_ids: Sequence[int],
         vocab_size: int,
         grammar: GrammarState | None = None,
+        thinking: ThinkingState | None = None,
     ) -> None:
-        """grammar: how far these tokens have come in params.grammar."""
+        """grammar, thinking: how far these tokens have come in those of `params`."""
 
         def ids(values: Iterable[int], field: str) -> np.ndarray:
             return _checked(values, field, vocab_size)
@@ -105,23 +107,51 @@ class SequenceState:
             ids(word, "bad_words")
         self._tail = deque(token_ids, maxlen=max((len(word) for word in p.bad_words), default=1) - 1)
         self.grammar = grammar
+        self.thinking = thinking
+        self._eos = ids(eos_token_ids, "eos_token_id") if p.thinking is not None and p.grammar is not None else None
+        if p.thinking is not None:
+            ids((*p.thinking.start_ids, *p.thinking.end_ids), "thinking_token_budget")
         self.edited = bool(
-            penalised or p.logit_bias or self._allowed is not None or self._ends is not None or p.bad_words or grammar
+            penalised
+            or p.logit_bias
+            or self._allowed is not None
+            or self._ends is not None
+            or p.bad_words
+            or grammar
+            or thinking
         )
 
     def edits(self, path: Sequence[int] = ()) -> RowEdits:
         """Of the logits behind all that is known and then `path`, guessed tokens that count as if they were drawn."""
         p = self.params
-        mask = None if self.grammar is None else self.grammar.mask(path)
+        outlook = None if self.thinking is None else self.thinking.after(path)
+        if outlook is not None and outlook.forced is not None:
+            return RowEdits(allowed=np.array([outlook.forced], np.int64))
+        mask = self._mask(path if outlook is None else outlook.answer)
+        if mask is not None and outlook is not None and outlook.opens and p.thinking is not None:
+            mask = _with(mask, p.thinking.start_ids[0])
         banned = self._completions(path)
         if self._ends is not None and self.num_drawn + len(path) < p.min_tokens and not _only(mask, self._ends):
             banned = np.concatenate([banned, self._ends])
+        if self._eos is not None and outlook is not None and outlook.answer is None:
+            banned = np.concatenate([banned, self._eos])  # an answer is owed yet
         penalised = subtracted = None
         if self._counts is not None:
             penalised, counts = self._counts.after(path)
             subtracted = p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
         banned = banned if len(banned) else None
         return RowEdits(penalised, subtracted, self._biased, self._bias, banned, self._allowed, mask)
+
+    def answer_paths(self, paths: Iterable[Sequence[int]]) -> list[tuple[int, ...]]:
+        """Of each path that ends in the answer, what of it the grammar is to follow."""
+        if self.thinking is None:
+            return [tuple(path) for path in paths]
+        outlooks = [self.thinking.after(path) for path in paths]
+        return [outlook.answer for outlook in outlooks if outlook.answer is not None]
+
+    def _mask(self, answer: Sequence[int] | None) -> np.ndarray | None:
+        """What the grammar allows; answer: the part of the path that it is to follow, None = it has not begun."""
+        return None if self.grammar is None or answer is None else self.grammar.mask(answer)
 
     def _completions(self, path: Sequence[int]) -> np.ndarray:
         """The tokens that would complete a bad word, wherever it began: in the prompt, the output or the path."""
@@ -136,8 +166,17 @@ class SequenceState:
         self._tail.append(token)
         if self._counts is not None:
             self._counts.add(token)
+        answer = (token,) if self.thinking is None else self.thinking.append(token)
         if self.grammar is not None:
-            self.grammar.append(token)
+            for part in answer:
+                self.grammar.append(part)
+
+
+def _with(mask: np.ndarray, token: int) -> np.ndarray:
+    """The mask with one more id."""
+    bits = mask.view(np.uint32).copy()
+    bits[token // 32] |= np.uint32(1 << token % 32)
+    return bits.view(np.int32)
 
 
 def _only(mask: np.ndarray | None, ids: np.ndarray) -> bool:

@@ -10,18 +10,22 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
-from ..scheduler.params import SamplingParams, Slo, Speculative
+from ..scheduler.params import Repetition, SamplingParams, Slo, Speculative
 from .config import EngineConfig
 from .errors import RequestError, TooLongError
 from .messages import AddRequest, EngineReady
 
 MAX_N = 10_000  # samples of one prompt that an engine can be set to take: what repeated-sampling studies draw
 MAX_LOGPROBS = 20  # rivals per token, as OpenAI's; a step's logits are sorted for them
+MAX_LOGPROB_TOKEN_IDS = 512  # two spellings of each of the 255 choices that a question of /v1/decisions may have
+MAX_PATTERN_SIZE = 128  # of repetitions: every drawn token is compared once for each size
+MAX_PATTERN_COUNT = 1_000_000
 MAX_STOP_STRINGS = 4  # as OpenAI's
 MAX_STOP_CHARS = 4096  # each is matched character by character, and up to so many are held back from a stream
 MAX_STOP_TOKEN_IDS = 128  # compared on the device at every step
 MAX_BAD_WORDS = 128  # as vLLM's; each is compared with the end of the output at every step
 MAX_BAD_WORD_TOKENS = 64
+MAX_THINKING_TAG_TOKENS = 32  # a tag of bytes has a dozen
 MAX_LOGIT_BIAS = 1024  # entries; a row of the device's table
 LOGIT_BIAS_RANGE = 100.0  # as OpenAI's; exp(100) already decides every draw
 MAX_REPETITION_PENALTY = 100.0
@@ -130,8 +134,13 @@ def check_params(params: SamplingParams, limits: Limits) -> None:
     _check_counts(params, limits)
     _check_distribution(params)
     _check_token_lists(params, limits.vocab_size)
+    _check_thinking(params, limits.vocab_size)
     _check_logprobs(params.logprobs, "logprobs", limits)
     _check_logprobs(params.prompt_logprobs, "prompt_logprobs", limits)
+    if params.logprob_token_ids and params.logprobs is None:
+        raise RequestError("logprob_token_ids needs logprobs; set it to 0 or more", "logprob_token_ids")
+    if params.repetition is not None:
+        _check_repetition(params.repetition)
     if params.grammar is not None and params.ignore_eos:
         raise RequestError("ignore_eos cannot be had with a grammar, whose text has an end; leave it out", "ignore_eos")
 
@@ -246,6 +255,9 @@ def _check_token_lists(params: SamplingParams, vocab_size: int) -> None:
     _few(params.stop_token_ids, "stop_token_ids", MAX_STOP_TOKEN_IDS)
     valid_token_ids(params.stop_token_ids, vocab_size, "stop_token_ids")
 
+    _few(params.logprob_token_ids, "logprob_token_ids", MAX_LOGPROB_TOKEN_IDS)
+    valid_token_ids(params.logprob_token_ids, vocab_size, "logprob_token_ids")
+
     _few(params.logit_bias, "logit_bias", MAX_LOGIT_BIAS)
     valid_token_ids(params.logit_bias, vocab_size, "logit_bias")
     for token_id, value in params.logit_bias.items():
@@ -265,6 +277,18 @@ def _check_token_lists(params: SamplingParams, vocab_size: int) -> None:
         valid_token_ids(word, vocab_size, "bad_words")
 
 
+def _check_thinking(params: SamplingParams, vocab_size: int) -> None:
+    thinking = params.thinking
+    if thinking is None:
+        return
+    for ids in (thinking.start_ids, thinking.end_ids):
+        if not 0 < len(ids) <= MAX_THINKING_TAG_TOKENS:
+            raise RequestError("the tags of thinking have no tokens, or too many", "thinking_token_budget")
+        valid_token_ids(ids, vocab_size, "thinking_token_budget")
+    if thinking.budget is not None:
+        _integer(thinking.budget, "thinking_token_budget", 0, None, "must be at least 0")
+
+
 def _check_logprobs(value: object, param: str, limits: Limits) -> None:
     if value is None:
         return
@@ -273,6 +297,13 @@ def _check_logprobs(value: object, param: str, limits: Limits) -> None:
     bound = limits.vocab_size if limits.max_logprobs == -1 else min(limits.max_logprobs, limits.vocab_size)
     if (limits.vocab_size if value == -1 else value) > bound:
         raise RequestError(f"{param} = {shown(value)} is more than this server gives; at most {bound}", param)
+
+
+def _check_repetition(wish: Repetition) -> None:
+    where = "repetition_detection"
+    largest = _integer(wish.max_pattern_size, f"{where}.max_pattern_size", 1, MAX_PATTERN_SIZE)
+    _integer(wish.min_pattern_size, f"{where}.min_pattern_size", 1, largest)
+    _integer(wish.min_count, f"{where}.min_count", 2, MAX_PATTERN_COUNT)
 
 
 def _few(values: object, param: str, most: int) -> None:

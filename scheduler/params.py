@@ -48,6 +48,31 @@ class Grammar:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Repetition:
+    """When a sample that goes round in circles ends: min_count repetitions of one pattern of so many tokens."""
+
+    max_pattern_size: int
+    min_pattern_size: int = 1
+    min_count: int = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thinking:
+    """How a model marks its thinking, and how much of it there may be.
+
+    start_ids  the tokens that begin it
+    end_ids    the tokens that end it
+    opened     the prompt has begun it
+    budget     tokens between them at most, then the end is forced; None = as many as the model likes
+    """
+
+    start_ids: tuple[int, ...]
+    end_ids: tuple[int, ...]
+    opened: bool = False
+    budget: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the tokens of one request are drawn, and when drawing ends.
 
@@ -67,7 +92,10 @@ class SamplingParams:
     allowed_token_ids  None = all
     bad_words       token sequences that are never completed
     logprobs        None = off, k = the drawn token and the k most likely, -1 = the whole vocabulary
+    logprob_token_ids  beside those k, these tokens as well; needs logprobs
     prompt_logprobs as `logprobs`, for the prompt's own tokens
+    repetition      when a sample that repeats itself ends; None = never
+    thinking        where the answer begins, for a budget or a grammar; None = at once
     grammar         what the text must be; None = anything
     """
 
@@ -88,8 +116,11 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None
+    logprob_token_ids: tuple[int, ...] = ()
     prompt_logprobs: int | None = None
+    repetition: Repetition | None = None
     grammar: Grammar | None = None
+    thinking: Thinking | None = None
 
     @property
     def looks_back(self) -> bool:
@@ -100,4 +131,5 @@ class SamplingParams:
             or self.frequency_penalty
             or any(len(word) > 1 for word in self.bad_words)
             or self.grammar
+            or self.thinking
         )

@@ -77,7 +77,8 @@ class TokenLogprob(NamedTuple):
     token_id: int
     logprob: float
     rank: int  # 1 = the most likely
-    top: tuple[tuple[int, float], ...]  # its best rivals, most likely first: (token id, logprob)
+    # (token id, logprob): its best rivals, most likely first, then those that were asked for by id
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(slots=True)
@@ -115,7 +116,7 @@ class StepResult:
 class Chunk:
     """News of one sample of one request: tokens drawn in a step, and its end if it ended.
 
-    finish_reason    None = goes on; "stop", "length", "abort", "error", "expired"
+    finish_reason    None = goes on; "stop", "length", "repetition", "abort", "error", "expired"
     stop_reason      the stop token id that matched; None for EOS
     prompt_logprobs  with sample 0, in pieces as the prompt is computed, in order; the first prompt token has none
     num_cached       prompt tokens that came from the prefix cache; -1 except in a sample's first chunk

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from .acceptance import Trials
 from .drafts import DraftOrder
 from .hashing import block_key, root_key
+from .loops import Loops
 from .params import SamplingParams, Slo
 
 
@@ -58,6 +59,8 @@ class Group:
         if self.next_index >= self.params.n:
             return None
         sample = Request(self, self.next_index, list(self.prompt), order, self.params, len(self.prompt), self.draft)
+        if self.params.repetition is not None:
+            sample.loops = Loops(self.params.repetition)
         self.next_index += 1
         self.live.append(sample)
         return sample
@@ -91,6 +94,7 @@ class Request:
     passed_over    steps in which it would have fitted in part, and others were taken whole instead
     draft          what may be guessed for it at most; None = nothing, or not any more, since guessing failed
     trials         how its guesses fared; None = there were none
+    loops          how far it repeats itself; None = it may
     """
 
     group: Group
@@ -102,6 +106,7 @@ class Request:
 
     draft: DraftOrder | None = None
     trials: Trials | None = None
+    loops: Loops | None = None
     num_computed: int = 0
     num_pending: int = 0
     block_ids: list[int] = field(default_factory=list)

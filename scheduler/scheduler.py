@@ -592,11 +592,15 @@ class Scheduler:
 
     def _stop(self, request: Request, token: int) -> tuple[str | None, int | None]:
         params, num_tokens = request.params, len(request.token_ids)
-        if num_tokens - request.num_prompt >= params.min_tokens:
+        num_output = num_tokens - request.num_prompt
+        is_loop = request.loops is not None and request.loops.push(request.token_ids, num_output)
+        if num_output >= params.min_tokens:
             if token in self.config.eos_token_ids and not params.ignore_eos:
                 return "stop", None
             if token in params.stop_token_ids:
                 return "stop", token
+            if is_loop:
+                return "repetition", None
         if num_tokens >= request.group.max_len:
             return "length", None
         return None, None

@@ -34,9 +34,11 @@ from .keys import Key, KeyRing
 from .keys_file import Stamp, follow, load_keys, stamp_of
 from .lag import watch_lag
 from .logs import logger
+from .messages import routes as messages
 from .metrics import Metrics
 from .middleware import LOOPBACK_HOSTS, Outermost
 from .parsing.markup import markup_of
+from .responses import routes as responses
 from .state import State, state_of
 from .throughput import report_throughput
 
@@ -81,7 +83,7 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
     app = FastAPI(
         title="Quire", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
     )
-    for module in (routes_completions, routes_chat, routes_admin):
+    for module in (routes_completions, routes_chat, responses, messages, routes_admin):
         app.include_router(module.router)
     app.state.door = door
     app.add_middleware(Outermost, allowed_hosts=_allowed_hosts(config))
@@ -201,6 +203,6 @@ async def _answer(request: Request, error: Exception) -> Response:
     else:
         answer = error if isinstance(error, errors.ApiError) else errors.from_engine(error)
     state_of(request).metrics.error(answer.status, answer.code)
-    response = answer.response()
+    response = answer.response(request.scope["path"])
     response.headers.update(headers)
     return response

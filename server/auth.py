@@ -33,6 +33,9 @@ class Policy:
 POLICIES = {
     "/v1/completions": Policy(has_body=True),
     "/v1/chat/completions": Policy(has_body=True),
+    "/v1/responses": Policy(has_body=True),
+    "/v1/messages": Policy(has_body=True),
+    "/v1/messages/count_tokens": Policy(has_body=True),
     "/v1/models": Policy(counted=False),
     "/v1/models/{model:path}": Policy(counted=False),
     "/tokenize": Policy(has_body=True),

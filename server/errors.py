@@ -1,4 +1,4 @@
-"""One shape for everything that is refused: OpenAI's nested error body, from a fixed catalogue.
+"""One shape for everything that is refused: OpenAI's nested error body, or Anthropic's, from a fixed catalogue.
 
 The caller learns the field, the value and the remedy; never a path, an address, a traceback or a class name.
 A validation error is 400, never 422: that is what OpenAI's clients branch on.
@@ -17,6 +17,7 @@ from starlette.responses import Response
 from ..engine.errors import EngineDeadError, RequestError, TooLongError
 
 JSON = "application/json"
+ANTHROPIC = "/v1/messages"  # where paths of Anthropic's API begin
 MAX_RETRY_SECONDS = 3600
 SHOWN_CHARS = 60  # of a refused value: enough to recognise it, too little to fill a log or echo a prompt
 
@@ -43,8 +44,12 @@ class ApiError(Exception):
     def type(self) -> str:
         return _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
 
-    def body(self) -> dict[str, Any]:
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+    def body(self, path: str = "") -> dict[str, Any]:
+        """In the shape of the API that `path` belongs to: OpenAI's, unless it is Anthropic's."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        if path.startswith(ANTHROPIC):
+            return {"type": "error", "error": {**error, "type": _ANTHROPIC_TYPES.get(self.status, self.type)}}
+        return {"error": error}
 
     def headers(self) -> dict[str, str]:
         if self.retry_after is not None:
@@ -55,8 +60,8 @@ class ApiError(Exception):
             return {"x-should-retry": "false"}
         return {}
 
-    def response(self) -> Response:
-        return Response(msgspec.json.encode(self.body()), self.status, self.headers(), JSON)
+    def response(self, path: str = "") -> Response:
+        return Response(msgspec.json.encode(self.body(path)), self.status, self.headers(), JSON)
 
 
 _TYPES = {
@@ -66,6 +71,12 @@ _TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
     504: "timeout_error",
+}
+
+_ANTHROPIC_TYPES = {
+    413: "request_too_large",
+    500: "api_error",
+    503: "overloaded_error",
 }
 
 
@@ -252,6 +263,9 @@ def _whole_seconds(seconds: float) -> int:
 
 def shown(value: Any) -> str:
     """A caller's value, short enough to be read and free of control characters."""
-    text = value if isinstance(value, str) else msgspec.json.encode(value, enc_hook=str).decode()
+    try:
+        text = value if isinstance(value, str) else msgspec.json.encode(value, enc_hook=str).decode()
+    except RecursionError:  # encoding begins deeper in the stack than decoding did
+        return "something nested deeply"
     text = "".join(c if c.isprintable() else "\ufffd" for c in text[: SHOWN_CHARS + 1])
     return text if len(text) <= SHOWN_CHARS else text[:SHOWN_CHARS] + "…"

@@ -24,6 +24,7 @@ from .cost import Experience
 from .dispatcher import Dispatcher, Mailbox
 from .logs import logger
 from .metrics import Metrics
+from .pacing import paced
 from .parsing.reading import AnswerFormat
 from .promises import SampleClock, verdict
 from .quotas import Lease
@@ -46,6 +47,7 @@ class GenerateRequest:
     """What is generated, without a trace of the API that asked for it. Choice i*n + j is sample j of prompt i.
 
     format   how the text of an answer is to be read
+    interval tokens of a sample that come together in a stream
     timeout  the request's own limit in seconds from arrival; the server's holds where that is shorter
     """
 
@@ -60,6 +62,7 @@ class GenerateRequest:
     timeout: float | None = None
     speculative: Speculative = field(default_factory=Speculative)
     format: AnswerFormat = field(default_factory=AnswerFormat)
+    interval: int = 1
 
 
 @dataclass(slots=True)
@@ -157,7 +160,12 @@ class Generation:
         part = self._ordered[choice // self.request.prompts[0].params.n]
         return part.prompt, part.stream
 
-    async def deltas(self) -> AsyncGenerator[list[Delta]]:
+    def deltas(self) -> AsyncGenerator[list[Delta]]:
+        """As `news`, at the pace that was asked for."""
+        interval = self.request.interval
+        return self.news() if interval == 1 else paced(self.news(), interval)
+
+    async def news(self) -> AsyncGenerator[list[Delta]]:
         """All news as they come, until every sample has ended; `Delta.index` is the choice's.
 
         An empty batch means that nothing came for `keep_alive_interval` seconds.

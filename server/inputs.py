@@ -22,7 +22,7 @@ from ..engine.validation import (
     clamp_logit_bias,
     valid_token_ids,
 )
-from ..scheduler.params import Grammar, SamplingParams, Slo
+from ..scheduler.params import Grammar, SamplingParams, Slo, Thinking
 from . import errors
 from .cost import Asked
 from .generate import GenerateRequest, Prompt
@@ -30,7 +30,7 @@ from .keys import Key
 from .parsing.markup import Markup
 from .parsing.reading import AnswerFormat
 from .protocol import DEFAULT_COMPLETION_TOKENS, ChatBody, CompletionBody, GenerateBody, TokenizeBody
-from .tools import answer_format, tool_use
+from .tools import answer_format, required_calls, thinking_of, tool_use
 
 MAX_PROMPTS = 1024  # of one call, as elsewhere: an evaluation harness sends its whole batch in one
 MAX_SAMPLES = 4096  # prompts times n of one call, where one prompt's n may not be more: their answers are kept here
@@ -124,7 +124,7 @@ def completion_request(body: CompletionBody, text: TextSide, order: Order) -> Ge
         max_tokens = min(DEFAULT_COMPLETION_TOKENS, room) if body.max_tokens is None else body.max_tokens
         check_length(len(ids), max_tokens, text.ready.max_model_len)
         valid_token_ids(ids, text.ready.vocab_size, "prompt")
-        params = _params(body, text, max_tokens, body.logprobs, _prompt_logprobs(body))
+        params = _params(body, text, max_tokens, body.num_logprobs, _prompt_logprobs(body), body.grammar)
         prompts.append(Prompt(ids, params, source if isinstance(source, str) else None))
     return _request(body, prompts, order)
 
@@ -141,9 +141,18 @@ def chat_request(body: ChatBody, text: TextSide, order: Order) -> GenerateReques
     if max_tokens is None:
         room = max(text.ready.max_model_len - len(ids), 1)
         max_tokens = min(int(text.defaults.get("max_tokens", room)), room)
-    params = _params(body, text, max_tokens, body.num_logprobs, body.prompt_logprobs)
+    format = answer_format(body, use, text.markup, rendered)
+    asked = required_calls(body, use, text.markup) or body.grammar
+    thinking = thinking_of(body, text.markup, opened=format.opened, awaited=asked is not None)
+    params = _params(body, text, max_tokens, body.num_logprobs, body.prompt_logprobs, asked, thinking)
     check_length(len(ids), max_tokens, text.ready.max_model_len)
-    return _request(body, [Prompt(ids, params)], order, answer_format(body, use, text.markup, rendered), text.markup)
+    return _request(body, [Prompt(ids, params)], order, format)
+
+
+def chat_prompt(body: ChatBody, text: TextSide) -> list[int]:
+    """The ids that the answer to `body` would continue."""
+    use = tool_use(body, text.markup)
+    return encode_chat(render_chat(body, text, use.tools if use else None), body, text)
 
 
 def render_chat(body: ChatBody | TokenizeBody, text: TextSide, tools: list[dict[str, Any]] | None) -> str:
@@ -162,6 +171,12 @@ def render_chat(body: ChatBody | TokenizeBody, text: TextSide, tools: list[dict[
 def _template_variables(body: ChatBody | TokenizeBody, template: ChatTemplate) -> dict[str, Any]:
     """What the caller sets for the template. An effort also switches thinking, where that is all there is to switch."""
     variables = dict(body.template_variables)
+    if isinstance(body, ChatBody) and body.documents is not None:
+        if "documents" not in template.variables:
+            raise errors.unsupported(
+                "documents", "This model's chat template reads no `documents`; put their text into a message."
+            )
+        variables["documents"] = body.documents
     if isinstance(body, ChatBody) and body.reasoning_effort is not None and "enable_thinking" in template.variables:
         variables.setdefault("enable_thinking", body.reasoning_effort != "none")
         if "reasoning_effort" not in template.variables:
@@ -209,7 +224,7 @@ def _prompt_logprobs(body: CompletionBody) -> int | None:
 
 
 def _truncated(ids: list[int], body: GenerateBody, text: TextSide, max_tokens: int) -> list[int]:
-    """The last `truncate_prompt_tokens` ids; -1 keeps what fits beside max_tokens."""
+    """The last `truncate_prompt_tokens` ids, or the first; -1 keeps what fits beside max_tokens."""
     keep = body.truncate_prompt_tokens
     if keep is None:
         return ids
@@ -219,13 +234,20 @@ def _truncated(ids: list[int], body: GenerateBody, text: TextSide, max_tokens: i
             f"`truncate_prompt_tokens` must be -1 or between 1 and {text.ready.max_model_len}, got {keep}.",
             "truncate_prompt_tokens",
         )
-    return ids[-max(longest, 1) :] if keep == -1 else ids[-keep:]
+    keep = max(longest, 1) if keep == -1 else keep
+    return ids[:keep] if body.truncation_side == "right" else ids[-keep:]
 
 
 def _params(
-    body: GenerateBody, text: TextSide, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None
+    body: GenerateBody,
+    text: TextSide,
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+    asked: tuple[Grammar, str] | None,
+    thinking: Thinking | None = None,
 ) -> SamplingParams:
-    """Unset fields take the model's defaults, then OpenAI's."""
+    """Unset fields take the model's defaults, then OpenAI's. asked: the grammar, and the field that it comes from."""
 
     def chosen(name: str, default: float) -> float:
         value = getattr(body, name)
@@ -251,16 +273,18 @@ def _params(
         allowed_token_ids=None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
         bad_words=_bad_words(body.bad_words, text.tokenizer),
         logprobs=logprobs,
+        logprob_token_ids=tuple(dict.fromkeys(body.logprob_token_ids or ())),
         prompt_logprobs=prompt_logprobs,
-        grammar=_grammar(body, text.grammars),
+        repetition=body.repetition,
+        grammar=_grammar(asked, text.grammars),
+        thinking=thinking,
     )
     check_params(params, text.limits)
     return params
 
 
-def _grammar(body: GenerateBody, grammars: Grammars) -> Grammar | None:
+def _grammar(asked: tuple[Grammar, str] | None, grammars: Grammars) -> Grammar | None:
     """Compiled here too, so that one that is wrong is refused before the engine hears of it. Raises 400."""
-    asked = body.grammar
     if asked is None:
         return None
     grammar, field = asked
@@ -296,14 +320,14 @@ def _request(
     prompts: list[Prompt],
     order: Order,
     format: AnswerFormat | None = None,
-    markup: Markup | None = None,
 ) -> GenerateRequest:
+    format = format or AnswerFormat()
     options = TextOptions(
         stop=body.stops,
         include_stop_str_in_output=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,
         spaces_between_special_tokens=body.spaces_between_special_tokens is not False,
-        markup_ids=frozenset(markup.special_ids.values()) if markup else frozenset(),
+        markup_ids=format.markup_ids,
     )
     check_stop(options.stop)
     return GenerateRequest(
@@ -318,4 +342,5 @@ def _request(
         timeout=order.timeout,
         speculative=body.speculation,
         format=format or AnswerFormat(),
+        interval=body.interval,
     )

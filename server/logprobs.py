@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..engine.tokenizer import Tokenizer
 from ..scheduler.plan import TokenLogprob
 
+Spell = Callable[[int], str]  # a token's name
 FLOOR = -9999.0  # JSON has no -inf; this is what OpenAI's clients know
 
 
+def speller(tokenizer: Tokenizer, *, as_ids: bool) -> Spell:
+    """How tokens are named: by their text, or so that each has a name of its own."""
+    return (lambda token_id: f"token_id:{token_id}") if as_ids else tokenizer.token_text
+
+
 def completion_logprobs(
-    tokenizer: Tokenizer, token_ids: Sequence[int], offsets: Sequence[int], logprobs: Sequence[TokenLogprob | None]
+    spell: Spell, token_ids: Sequence[int], offsets: Sequence[int], logprobs: Sequence[TokenLogprob | None]
 ) -> dict[str, list[Any]]:
     """/v1/completions: four lists side by side. None is the first prompt token, which nothing predicts.
 
@@ -26,23 +32,23 @@ def completion_logprobs(
             continue
         top: dict[str, float] = {}
         for token_id, value in (*logprob.top, (logprob.token_id, logprob.logprob)):
-            text = tokenizer.token_text(token_id)
+            text = spell(token_id)
             top[text] = max(_finite(value), top.get(text, FLOOR))  # parts of characters may share a spelling
         tops.append(top)
     return {
-        "tokens": [tokenizer.token_text(token_id) for token_id in token_ids],
+        "tokens": [spell(token_id) for token_id in token_ids],
         "token_logprobs": [None if logprob is None else _finite(logprob.logprob) for logprob in logprobs],
         "top_logprobs": tops,
         "text_offset": list(offsets),
     }
 
 
-def chat_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob], num_top: int) -> dict[str, Any]:
+def chat_logprobs(tokenizer: Tokenizer, spell: Spell, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
     """/v1/chat/completions: one object per token, with its bytes, since a token need not be whole characters."""
     content = [
         {
-            **_token(tokenizer, logprob.token_id, logprob.logprob),
-            "top_logprobs": [_token(tokenizer, token_id, value) for token_id, value in logprob.top[:num_top]],
+            **_token(tokenizer, spell, logprob.token_id, logprob.logprob),
+            "top_logprobs": [_token(tokenizer, spell, token_id, value) for token_id, value in logprob.top],
         }
         for logprob in logprobs
     ]
@@ -70,9 +76,9 @@ def prompt_logprobs(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob]) -> l
     return entries
 
 
-def _token(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
+def _token(tokenizer: Tokenizer, spell: Spell, token_id: int, logprob: float) -> dict[str, Any]:
     data = tokenizer.token_bytes(token_id)
-    return {"token": data.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(data)}
+    return {"token": spell(token_id), "logprob": _finite(logprob), "bytes": list(data)}
 
 
 def _finite(logprob: float) -> float:

@@ -51,12 +51,14 @@ class Outermost:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
+                if scope["path"].startswith(errors.ANTHROPIC):
+                    headers["Request-Id"] = request_id
                 headers.update(_quota_headers(scope))
             await send(message)
 
         try:
             if self._allowed_hosts and _host_name(headers.get("host", "")) not in self._allowed_hosts:
-                await _refuse_host().response()(scope, receive, tagged_send)
+                await _refuse_host().response(scope["path"])(scope, receive, tagged_send)
             else:
                 await self._app(scope, receive, tagged_send)
         except (ClientGone, ClientDisconnect):
@@ -64,7 +66,7 @@ class Outermost:
         except Exception as error:
             logger.error("request %s failed: %s", request_id, logs.where(error))
             if status == 0:
-                await errors.internal().response()(scope, receive, tagged_send)
+                await errors.internal().response(scope["path"])(scope, receive, tagged_send)
             status = 500
         finally:
             self._account(scope, status or CLIENT_GONE, time.monotonic() - arrival)

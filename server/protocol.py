@@ -10,13 +10,13 @@ NOT_BUILT   known and not harmless: refused by name unless it says what happens 
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..engine.messages import Slo, Speculative
 from ..engine.validation import MAX_TENANT_BYTES, Limits, check_promises, check_speculative
-from ..scheduler.params import Grammar
+from ..scheduler.params import Grammar, Repetition
 from . import errors
 from .logs import logger
 from .structured import GUIDED, grammar_of
@@ -38,27 +38,28 @@ NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (),  # n is what it may be equal to: checked where n is known
     "chat_template": (),
-    "documents": (),
+    "extra_key": ("",),
     "function_call": ("none",),
     "functions": (),
     "kv_transfer_params": (),
     "logits_processors": (),
-    "logprob_token_ids": (),
     "mm_processor_kwargs": (),
     "modalities": (["text"],),
     "prompt_embeds": (),
-    "repetition_detection": (),
-    "return_tokens_as_token_ids": (False,),
     "stop_regex": (),
-    "stream_interval": (1,),
     "suffix": ("",),
     "thinking_token_budget": (),
     "tool_choice": ("none",),
     "tools": (),
-    "truncation_side": ("left",),
     "use_beam_search": (False,),
     "vllm_xargs": (),
     "web_search_options": (),
+}
+# field -> why, or what to send instead, where there is more to say than that it is not supported
+REMEDIES = {
+    "best_of": "ask for `n` samples",
+    "extra_key": "send `cache_salt`",
+    "suffix": "this model has no format for filling a gap",
 }
 
 
@@ -71,7 +72,8 @@ class _Body(BaseModel):
         for name, value in extras.items():
             if name in NOT_BUILT:
                 if value is not None and value not in NOT_BUILT[name] and not self._is_what_happens_anyway(name, value):
-                    raise errors.unsupported(name, f"`{name}` is not supported by this server; leave it out.")
+                    remedy = REMEDIES.get(name, "leave it out")
+                    raise errors.unsupported(name, f"`{name}` is not supported by this server; {remedy}.")
             elif name not in NO_EFFECT:
                 logger.debug("a request has the unknown field %s", errors.shown(name))
 
@@ -105,6 +107,27 @@ class SloBody(BaseModel):
         return Slo(ttft=ttft, itl=itl, deadline=deadline)
 
 
+class RepetitionBody(BaseModel):
+    """When a sample that repeats itself ends: after `min_count` repetitions of a pattern of so many tokens."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    max_pattern_size: Integer
+    min_pattern_size: Integer | None = None
+    min_count: Integer | None = None
+
+    def wish(self) -> Repetition | None:
+        """None where the largest pattern is 0, which is off. Raises 400 for a key that nobody here knows."""
+        _refuse_extras(self, "repetition_detection")
+        if self.max_pattern_size == 0:
+            return None
+        given = {"min_pattern_size": self.min_pattern_size, "min_count": self.min_count}
+        return Repetition(
+            max_pattern_size=self.max_pattern_size,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+
+
 class SpeculativeBody(BaseModel):
     """What a request wishes of speculation: who guesses ahead, and how many tokens at most."""
 
@@ -119,16 +142,32 @@ class SpeculativeBody(BaseModel):
         return Speculative(method=self.method, num_tokens=self.num_tokens)
 
 
-def _refuse_extras(body: SloBody | SpeculativeBody, name: str) -> None:
+def _refuse_extras(body: SloBody | SpeculativeBody | RepetitionBody, name: str) -> None:
     for extra in body.model_extra or {}:
         param = f"{name}.{errors.shown(extra)}"
         raise errors.invalid(f"`{param}` is unknown; `{name}` holds {', '.join(type(body).model_fields)}.", param)
 
 
-class GenerateBody(_Body):
-    """The fields that both generating endpoints share."""
+class OrderBody(_Body):
+    """Whose request it is and what it was promised: the fields of every route that asks the model something."""
 
     model: str | None = None
+    priority: Integer | None = None
+    tenant: Annotated[str, Field(min_length=1, max_length=MAX_TENANT_BYTES)] | None = None
+    slo: SloBody | None = None
+    timeout: float | None = None  # seconds from arrival
+    cache_salt: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None  # the suffix of the answer's id
+    session_id: Annotated[str, Field(max_length=256)] | None = None  # a label of traces
+
+    @property
+    def promises(self) -> Slo:
+        return Slo() if self.slo is None else self.slo.promises()
+
+
+class GenerateBody(OrderBody):
+    """The fields that both generating endpoints share."""
+
     n: Integer | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -152,16 +191,16 @@ class GenerateBody(_Body):
     prompt_logprobs: Integer | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    priority: Integer | None = None
-    tenant: Annotated[str, Field(min_length=1, max_length=MAX_TENANT_BYTES)] | None = None
-    slo: SloBody | None = None
-    timeout: float | None = None  # seconds from arrival
+    stream_interval: Integer | None = None  # tokens of an event
     speculative: SpeculativeBody | None = None
-    cache_salt: Annotated[str, Field(min_length=1, max_length=128)] | None = None
-    request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None  # the suffix of the answer's id
+    repetition_detection: RepetitionBody | None = None
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: Integer | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    logprob_token_ids: list[Integer] | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    return_prompt_text: bool | None = None
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: Any = None
@@ -186,12 +225,16 @@ class GenerateBody(_Body):
         return 1 if self.n is None else self.n
 
     @property
-    def promises(self) -> Slo:
-        return Slo() if self.slo is None else self.slo.promises()
-
-    @property
     def speculation(self) -> Speculative:
         return Speculative() if self.speculative is None else self.speculative.wish()
+
+    @property
+    def repetition(self) -> Repetition | None:
+        return None if self.repetition_detection is None else self.repetition_detection.wish()
+
+    @property
+    def interval(self) -> int:
+        return (self.stream_interval or 1) if self.stream else 1
 
     def check_together(self, limits: Limits) -> None:
         """What no single field's type can say, as far as it needs no tokens. Raises 400."""
@@ -202,6 +245,10 @@ class GenerateBody(_Body):
         check_speculative(self.speculation, limits)
         if self.stream_options is not None and not self.stream:
             raise errors.invalid("Stream options can only be defined when `stream=True`.", "stream_options")
+        if self.stream_interval is not None and self.stream_interval < 1:
+            raise errors.invalid(
+                f"`stream_interval` must be at least 1, got {self.stream_interval}.", "stream_interval"
+            )
         if self.prompt_logprobs is not None and self.stream:
             raise errors.invalid("`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs")
 
@@ -215,6 +262,11 @@ class CompletionBody(GenerateBody):
     echo: bool | None = None
     logprobs: Integer | None = None
 
+    @property
+    def num_logprobs(self) -> int | None:
+        """Rivals of each token; tokens that are named show log-probabilities in any case."""
+        return 0 if self.logprobs is None and self.logprob_token_ids else self.logprobs
+
 
 class ChatBody(GenerateBody):
     messages: list[dict[str, Any]]
@@ -224,11 +276,14 @@ class ChatBody(GenerateBody):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    echo: bool | None = None
     reasoning_effort: str | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
+    thinking_token_budget: Integer | None = None
 
     def check_together(self, limits: Limits) -> None:
         super().check_together(limits)
@@ -236,8 +291,6 @@ class ChatBody(GenerateBody):
             raise errors.invalid("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
         if self.top_logprobs is not None and self.top_logprobs < 0:
             raise errors.invalid("`top_logprobs` must be a positive value.", "top_logprobs")
-        if (self.model_extra or {}).get("echo"):
-            raise errors.unsupported("echo", "`echo` is not supported for chat completions; leave it out.")
 
     @property
     def template_variables(self) -> dict[str, Any]:
@@ -246,7 +299,17 @@ class ChatBody(GenerateBody):
 
     @property
     def num_logprobs(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
+        """Rivals of each token; tokens that are named show log-probabilities in any case."""
+        return (self.top_logprobs or 0) if self.logprobs or self.logprob_token_ids else None
+
+    @property
+    def echoed(self) -> str:
+        """The text of the assistant's own last message, with which an answer begins that goes on writing it."""
+        final = self.messages[-1] if self.echo and self.messages else {}
+        content = final.get("content") if final.get("role") == "assistant" else ""
+        if isinstance(content, list):
+            content = "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+        return content if isinstance(content, str) else ""
 
 
 class TokenizeBody(_Body):

@@ -14,7 +14,7 @@ from ..engine.outputs import Delta, SampleOutput
 from ..engine.tokenizer import Tokenizer
 from .generate import Generation
 from .inputs import chat_request, chat_size
-from .logprobs import chat_logprobs, prompt_logprobs
+from .logprobs import chat_logprobs, prompt_logprobs, speller
 from .parsing.pieces import CallArguments, CallBegin, Piece, Reasoning
 from .parsing.reading import Message, Reading
 from .protocol import ChatBody
@@ -43,6 +43,8 @@ class ChatWire:
         self._generation = generation
         self._body = body
         self._tokenizer = tokenizer
+        self._spell = speller(tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
+        self._echoed = body.echoed
         self._id = f"chatcmpl-{label}"
         self._head = {
             "id": self._id,
@@ -67,7 +69,11 @@ class ChatWire:
             opening = self._piece(delta.index, {"role": "assistant", "content": ""})
             if self._body.return_token_ids and len(self._begun) == 1:
                 opening["prompt_token_ids"] = self._generation.request.prompts[0].token_ids
+            if self._body.return_prompt_text and len(self._begun) == 1:
+                opening["prompt_text"] = self._prompt_text()
             events.append(opening)
+            if self._echoed:
+                events.append(self._piece(delta.index, {"content": self._echoed}))
         spelled = [_spelled(piece) for piece in self._reading.pieces(delta)]
         self._generation.usage.reasoning_tokens = self._reading.reasoning_tokens
         if not spelled and delta.token_ids and (self._shows_tokens or delta.finish_reason is not None):
@@ -92,7 +98,7 @@ class ChatWire:
         self._generation.usage.reasoning_tokens = self._reading.reasoning_tokens
         choice: dict[str, Any] = {
             "index": output.index,
-            "message": _whole_message(message),
+            "message": _whole_message(message, self._echoed),
             "logprobs": None,
             "finish_reason": message.finish_reason,
             "stop_reason": output.stop_reason,
@@ -112,15 +118,20 @@ class ChatWire:
             answer["prompt_logprobs"] = prompt_logprobs(self._tokenizer, stream.prompt_logprobs or [])
         if self._body.return_token_ids:
             answer["prompt_token_ids"] = prompt.token_ids
+        if self._body.return_prompt_text:
+            answer["prompt_text"] = self._prompt_text()
         return answer
+
+    def _prompt_text(self) -> str:
+        """What the model read, special tokens and all."""
+        return self._tokenizer.decode(self._generation.request.prompts[0].token_ids, skip_special_tokens=False)
 
     def _piece(self, index: int, delta: dict[str, Any]) -> dict[str, Any]:
         return {**self._head, "choices": [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}]}
 
     def _add_details(self, choice: dict[str, Any], news: Delta | SampleOutput) -> None:
-        num_top = self._body.num_logprobs
-        if num_top is not None:
-            choice["logprobs"] = chat_logprobs(self._tokenizer, news.logprobs or [], num_top)
+        if self._body.num_logprobs is not None:
+            choice["logprobs"] = chat_logprobs(self._tokenizer, self._spell, news.logprobs or [])
         if self._body.return_token_ids:
             choice["token_ids"] = news.token_ids
 
@@ -137,11 +148,11 @@ def _spelled(piece: Piece) -> dict[str, Any]:
     return {"content": piece.text}
 
 
-def _whole_message(message: Message) -> dict[str, Any]:
-    """Content is null beside calls, if there is no text."""
+def _whole_message(message: Message, echoed: str) -> dict[str, Any]:
+    """Content is null beside calls, if there is no text. echoed: what it begins with."""
     spelled: dict[str, Any] = {
         "role": "assistant",
-        "content": message.content or (None if message.calls else ""),
+        "content": echoed + message.content or (None if message.calls else ""),
         "refusal": None,
     }
     if message.reasoning:

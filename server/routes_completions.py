@@ -15,7 +15,7 @@ from ..engine.tokenizer import Tokenizer
 from ..scheduler.plan import Chunk, TokenLogprob
 from .generate import Generation, Prompt
 from .inputs import completion_request, completion_size
-from .logprobs import completion_logprobs, prompt_logprobs
+from .logprobs import completion_logprobs, prompt_logprobs, speller
 from .protocol import CompletionBody
 from .respond import respond, usage_dict
 from .routing import GuardedRoute
@@ -46,6 +46,7 @@ class CompletionWire:
         self._generation = generation
         self._body = body
         self._tokenizer = tokenizer
+        self._spell = speller(tokenizer, as_ids=bool(body.return_tokens_as_token_ids))
         self._head = {
             "id": f"cmpl-{label}",
             "object": "text_completion",
@@ -91,10 +92,12 @@ class CompletionWire:
                 logprobs = [None, *(stream.prompt_logprobs or ()), *logprobs]
             if self._body.return_token_ids:
                 choice["prompt_token_ids"] = prompt.token_ids
+            if self._body.return_prompt_text:
+                choice["prompt_text"] = self._tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
         if self._body.return_token_ids:
             choice["token_ids"] = token_ids
         choice["logprobs"] = (
-            None if self._body.logprobs is None else completion_logprobs(self._tokenizer, shown_ids, offsets, logprobs)
+            None if self._body.num_logprobs is None else completion_logprobs(self._spell, shown_ids, offsets, logprobs)
         )
         choice["finish_reason"] = news.finish_reason
         choice["stop_reason"] = news.stop_reason

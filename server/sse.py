@@ -1,6 +1,7 @@
 """Server-sent events: the frames, and the response that writes them for as long as somebody reads.
 
 data: {json}\\n\\n  …  data: [DONE]\\n\\n          : keep-alive\\n\\n
+event: name\\ndata: {json}\\n\\n  …
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ _encode = msgspec.json.Encoder().encode
 def event(payload: Any) -> bytes:
     """One `data:` frame. JSON escapes every line break, so the frame cannot be torn by the text it carries."""
     return b"data: " + _encode(payload) + b"\n\n"
+
+
+def named_event(payload: dict[str, Any]) -> bytes:
+    """The same with the payload's own `type` as the frame's name."""
+    name: str = payload["type"]
+    return b"event: " + name.encode() + b"\ndata: " + _encode(payload) + b"\n\n"
 
 
 class EventStream(Response):

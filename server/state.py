@@ -23,7 +23,7 @@ from .inputs import Order, TextSide
 from .keys import TENANT, Key
 from .metrics import Metrics
 from .promises import TIMEOUT_HEADER, header_timeout
-from .protocol import GenerateBody
+from .protocol import OrderBody
 from .quotas import Lease
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ class State:
         self.metrics.name_tenants(named)
         self.admission.set_weights(self.ready.tenant_weights | {key.name: key.weight or 1.0 for key in named.values()})
 
-    def order_of(self, request: Request, body: GenerateBody) -> Order:
+    def order_of(self, request: Request, body: OrderBody) -> Order:
         """Whose request it is: its key's tenant, or the one in the body if the key may speak for others. Raises 403 for
         what the key may not have, 400 for what is not served here.
         """

@@ -10,9 +10,11 @@ from typing import Any
 import msgspec
 from jsonschema_rs import Draft202012Validator, ValidationError
 
+from ..scheduler.params import Grammar, Thinking
 from . import errors
 from .parsing.markup import Markup
 from .parsing.reading import AnswerFormat
+from .parsing.tool_grammar import tool_grammar
 from .protocol import ChatBody
 
 MAX_TOOLS = 128  # as OpenAI's
@@ -134,14 +136,66 @@ def _chosen(choice: object, schemas: Mapping[str, object]) -> tuple[bool, str | 
     return True, name
 
 
+def required_calls(body: ChatBody, use: ToolUse | None, markup: Markup) -> tuple[Grammar, str] | None:
+    """The grammar of calls that have to be made, and the field that asks for it; None if nothing has to.
+
+    Beside a form of the answer that is JSON, an answer is either of the two. Raises 400 for another form beside tools.
+    """
+    asked = body.grammar
+    if use is None or markup.syntax is None or (asked is None and not use.required):
+        return None
+    otherwise = None
+    if asked is not None:
+        grammar, field = asked
+        if use.required or grammar.kind not in ("json_object", "json_schema"):
+            raise errors.invalid(
+                f"`{field}` and the calls of `tools` both constrain the answer; leave one of them out, or set "
+                '`tool_choice` to "auto" with a JSON schema, or to "none".',
+                field,
+            )
+        otherwise = msgspec.json.decode(grammar.source) if grammar.source else {"type": "object"}
+    grammar = tool_grammar(
+        {use.named: use.schemas[use.named]} if use.named else use.schemas,
+        markup.syntax,
+        markup.special_ids,
+        parallel=use.named is None and body.parallel_tool_calls is not False,
+        otherwise=otherwise,
+    )
+    return grammar, "tools"
+
+
+def thinking_of(body: ChatBody, markup: Markup, *, opened: bool, awaited: bool) -> Thinking | None:
+    """Where the answer begins, if that matters: for a budget, or for a grammar that awaits it. Raises 400."""
+    budget = body.thinking_token_budget
+    if budget is not None and budget < 0:
+        raise errors.invalid(f"`thinking_token_budget` must be at least 0, got {budget}.", "thinking_token_budget")
+    if markup.tags is None:
+        if budget is not None:
+            raise errors.unsupported(
+                "thinking_token_budget",
+                "`thinking_token_budget`: this model does not mark its thinking; leave it out, or start the server "
+                "with --reasoning-parser and the name of its tags.",
+            )
+        return None
+    if budget is None and not awaited:
+        return None
+    return Thinking(
+        start_ids=markup.start_ids, end_ids=markup.end_ids, opened=opened or markup.tags.always, budget=budget
+    )
+
+
 def answer_format(body: ChatBody, use: ToolUse | None, markup: Markup, rendered: str) -> AnswerFormat:
     """How the answer to the prompt `rendered` is to be read."""
+    syntax = markup.syntax if use else None
+    marks = (*(syntax.marks if syntax else ()), *((markup.tags.start, markup.tags.end) if markup.tags else ()))
+    special = {mark: markup.special_ids[mark] for mark in marks if mark in markup.special_ids}
     return AnswerFormat(
         tags=markup.tags,
-        syntax=markup.syntax if use else None,
+        syntax=syntax,
         opened=_is_opened(body, markup, rendered),
         tools=use.schemas if use else {},
-        hidden=frozenset(markup.special_ids) if body.skip_special_tokens is not False else frozenset(),
+        hidden=frozenset(special) if body.skip_special_tokens is not False else frozenset(),
+        markup_ids=frozenset(special.values()),
         parallel_calls=body.parallel_tool_calls is not False,
         include_reasoning=body.include_reasoning is not False,
         named_call=use is not None and use.named is not None,

@@ -175,12 +175,12 @@ def _logprobs(
 ) -> list[list[TokenLogprob] | None]:
     """Of the tokens that come out of each case, by the model's own logits in the rows that they were drawn from."""
     found: list[list[TokenLogprob] | None] = [None] * len(cases)
-    for k, wanting in rows_by_logprobs([case.state for case in cases]).items():
+    for rivals, wanting in rows_by_logprobs([case.state for case in cases]).items():
         sound = [i for i in wanting if walks[i].error is None]
         rows = [cases[i].first + row for i in sound for row in walks[i].rows]
         ids = [token for i in sound for token in walks[i].tokens]
         if rows:
-            listed = iter(sampler.logprobs(sampler.select(logits, rows), ids, k))
+            listed = iter(sampler.logprobs(sampler.select(logits, rows), ids, rivals))
             for i in sound:
                 found[i] = [next(listed) for _ in walks[i].tokens]
     return found

@@ -108,9 +108,8 @@ class AnswerParser:
             if (yield from self._reader.peek()) == opening:
                 yield from self._calls_in_a_row(syntax, body)
         while mark := (yield from self._reader.until(marks, self._say)):
-            body = syntax.bodies.get(mark)
-            if body is not None:
-                yield from self._calls_in_a_row(syntax, body, mark)
+            if mark in syntax.bodies:
+                yield from self._calls_in_a_row(syntax, syntax.bodies[mark], mark)
             elif mark in self._hidden or mark in syntax.layout or self._behind_mark:
                 self._mark()
             else:

@@ -21,6 +21,7 @@ from .syntaxes import Syntax, Tags
 class AnswerFormat:
     """What a request's answer may hold beside content; the first five are the parser's.
 
+    markup_ids         the special tokens that are markup: the parser has to see their text
     parallel_calls     False = the first call of a sample is kept, others are dropped
     include_reasoning  False = thinking is counted, and not shown
     named_call         the request named the function: what is asked for is no reason to finish
@@ -31,6 +32,7 @@ class AnswerFormat:
     opened: bool = False
     tools: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     hidden: frozenset[str] = frozenset()
+    markup_ids: frozenset[int] = frozenset()
     parallel_calls: bool = True
     include_reasoning: bool = True
     named_call: bool = False

@@ -115,10 +115,11 @@ def _refuse(constant: str) -> None:
 def _types(schema: Mapping[str, Any]) -> dict[str, frozenset[str]]:
     """Of each parameter: the JSON types that it may have; none = its schema does not say."""
     properties = schema.get("properties")
-    return {key: _types_of(value) for key, value in properties.items()} if isinstance(properties, dict) else {}
+    return {key: types_of(value) for key, value in properties.items()} if isinstance(properties, dict) else {}
 
 
-def _types_of(schema: object) -> frozenset[str]:
+def types_of(schema: object) -> frozenset[str]:
+    """The JSON types that a schema allows; none = it does not say."""
     if not isinstance(schema, dict):
         return frozenset()
     given = schema.get("type")
@@ -129,4 +130,4 @@ def _types_of(schema: object) -> frozenset[str]:
     if isinstance(schema.get("enum"), list):
         return frozenset(TYPES.get(type(value), "string") for value in schema["enum"])
     branches = [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
-    return frozenset().union(*(_types_of(branch) for branch in branches))
+    return frozenset().union(*(types_of(branch) for branch in branches))

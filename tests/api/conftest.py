@@ -250,7 +250,9 @@ class FakeClient:
         if chunk.finish_reason is None and sample.done >= min(params.max_tokens, len(sample.answer)):
             chunk.finish_reason = "length"
         if params.logprobs is not None:
-            chunk.logprobs = [entry(token_id, params.logprobs) for token_id in chunk.token_ids]
+            named = tuple((token_id, logprob_of(token_id)) for token_id in params.logprob_token_ids)
+            entries = [entry(token_id, params.logprobs) for token_id in chunk.token_ids]
+            chunk.logprobs = [drawn._replace(top=drawn.top + named) for drawn in entries]
         return chunk
 
 

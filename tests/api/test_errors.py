@@ -210,7 +210,6 @@ ROWS = [
             "audio": {"voice": "x"},
             "chat_template": "{{ 1 }}",
             "documents": [],
-            "echo": True,
             "web_search_options": {},
         }.items()
     ),

@@ -30,9 +30,8 @@ ENGINE_ERROR = {
 
 
 def text_of(events, index):
-    return "".join(
-        e["choices"][0].get("text", "") for e in events if e["choices"] and e["choices"][0]["index"] == index
-    )
+    mine = [event["choices"][0] for event in events if event["choices"] and event["choices"][0]["index"] == index]
+    return "".join(choice["text"] if "text" in choice else choice["delta"].get("content", "") for choice in mine)
 
 
 @pytest.mark.parametrize("per_step", [1, 2, 3, 7, 50])
@@ -120,7 +119,7 @@ async def test_a_failure_in_the_engine_ends_the_stream_with_an_error_event(http,
     await eventually(lambda: generated.stats.generated_tokens_total > 3)
     fake.fail_request = "ValueError: NaN in /root/model at 0x7f00deadbeef"
     *tokens, last = events((await running).text)
-    assert len(tokens) > 3
+    assert len(text_of(tokens, 0)) > 3  # in few events, where the reader was slow
     assert all(event["choices"][0]["finish_reason"] is None for event in tokens)
     assert last == ENGINE_ERROR
 

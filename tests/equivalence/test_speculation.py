@@ -42,7 +42,8 @@ def repeating(greedy_only: bool) -> list[AddRequest]:
         prompt = (MOTIF * 20)[i : i + len(request.prompt_ids)]
         params = request.params
         if greedy_only:
-            params = replace(params, temperature=0.0, n=1, logprobs=2 if i % 2 else None)
+            named = (5, 250) if i % 4 == 1 else ()
+            params = replace(params, temperature=0.0, n=1, logprobs=2 if i % 2 else None, logprob_token_ids=named)
         made.append(AddRequest(f"r{i}", prompt, params, arrival=request.arrival, tenant=request.tenant))
     return made
 

@@ -159,6 +159,15 @@ class TestLogprobs:
         (found,) = self.draw(logprobs=k).logprobs
         assert [token for token, _ in found.top] == list(range(V - 1, V - 1 - count, -1))
 
+    def test_of_tokens_that_are_named(self):
+        (every,) = self.draw(logprobs=-1).logprobs
+        log_p = dict(every.top)
+        (found,) = self.draw(logprobs=1, logprob_token_ids=(2, V - 1, 0)).logprobs
+        assert found[:3] == every[:3]
+        assert [token for token, _ in found.top] == [V - 1, 2, 0]  # the best one is listed once
+        assert dict(found.top)[found.token_id] == found.logprob
+        assert dict(found.top) == pytest.approx({token: log_p[token] for token in (V - 1, 2, 0)}, abs=1e-6)
+
     def test_of_a_prompt(self):
         logits = torch.stack([model([i]) for i in range(5)])
         targets = [3, 1, 4, 1, 5]
@@ -257,6 +266,7 @@ any_params = st.builds(
     allowed_token_ids=st.none() | st.lists(ids, min_size=4, max_size=9).map(tuple),
     bad_words=st.lists(st.lists(ids, min_size=1, max_size=3).map(tuple), max_size=3).map(tuple),
     logprobs=st.sampled_from([None, None, 0, 2, -1]),
+    logprob_token_ids=st.lists(ids, max_size=3, unique=True).map(tuple),
 )
 
 

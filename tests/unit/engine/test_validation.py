@@ -24,7 +24,7 @@ from quire.engine.validation import (
     shown,
     valid_token_ids,
 )
-from quire.scheduler.params import SamplingParams, Slo, Speculative
+from quire.scheduler.params import Repetition, SamplingParams, Slo, Speculative
 
 TOKENIZER_LEN, VOCAB = 330, 384  # the logits are wider than the tokenizer is long
 LIMITS = Limits(VOCAB, 512, max_n=MAX_N)
@@ -123,6 +123,26 @@ def test_nonsense_is_refused_by_name(field: str, value: object) -> None:
     assert len(str(caught.value)) < 200
 
 
+@pytest.mark.parametrize("field", ["max_pattern_size", "min_pattern_size", "min_count"])
+@pytest.mark.parametrize("value", [0, -1, 2**31, 1.0, True, "3"])
+def test_repetitions_that_are_none(field: str, value: Any) -> None:
+    wish = Repetition(**{"max_pattern_size": 8, "min_pattern_size": 4, "min_count": 3, field: value})
+    with pytest.raises(RequestError) as caught:
+        check_params(params(repetition=wish), LIMITS)
+    assert caught.value.param == f"repetition_detection.{field}"
+
+
+def test_named_logprobs_need_logprobs_and_ids_of_this_model() -> None:
+    for changes in (
+        {},
+        {"logprobs": 0, "logprob_token_ids": (VOCAB,)},
+        {"logprobs": 0, "logprob_token_ids": (1,) * 513},
+    ):
+        with pytest.raises(RequestError) as caught:
+            check_params(params(**{"logprob_token_ids": (1,), **changes}), LIMITS)
+        assert caught.value.param == "logprob_token_ids"
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -133,7 +153,8 @@ def test_nonsense_is_refused_by_name(field: str, value: object) -> None:
         {"n": MAX_N},
         {"seed": -(2**63)},
         {"presence_penalty": -2, "frequency_penalty": 2, "repetition_penalty": 0.5},
-        {"logprobs": 0, "prompt_logprobs": 20},
+        {"logprobs": 0, "prompt_logprobs": 20, "logprob_token_ids": tuple(range(384))},
+        {"repetition": Repetition(max_pattern_size=1)},
         {"logit_bias": {0: -100, 383: 100.0}},
         {"bad_words": ((1, 2),), "allowed_token_ids": tuple(range(VOCAB))},
     ],

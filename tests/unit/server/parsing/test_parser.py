@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from unit.server.parsing.spelled import ALL, check_order, parser, pieces, read, said, spell
 
 from quire.server.parsing.reading import fold
 from quire.server.parsing.syntaxes import SYNTAXES, TAGS, Syntax
-
-from unit.server.parsing.spelled import ALL, TOOLS, check_order, parser, pieces, read, said, spell
 
 SYNTAX = pytest.mark.parametrize("syntax", ALL, ids=lambda syntax: syntax.name)
 PARIS = ("get_weather", {"city": "Paris", "days": 3})
@@ -228,7 +227,8 @@ def test_any_arguments_survive(syntax, calls, ascii_only, step):
 # What some models write, though it is not quite what their template shows.
 LOOSE = [
     ("hermes", '<tool_call>{"arguments": {"city": "Rome"}, "name": "get_weather"}</tool_call>', [{"city": "Rome"}]),
-    ("hermes", '<tool_call>{"name":"get_weather","arguments":"{\\"city\\": \\"Rome\\"}"}</tool_call>', [{"city": "Rome"}]),
+    ("hermes", '<tool_call>{"name":"get_weather","arguments":"{\\"city\\": \\"Rome\\"}"}</tool_call>',
+     [{"city": "Rome"}]),
     ("hermes", '<tool_call>\n[{"name": "now", "arguments": {}}, {"name": "now"}]\n</tool_call>', [{}, {}]),
     ("hermes", '<tool_call>{"name": "now", "arguments": null}</tool_call>', [{}]),
     ("hermes", '<tool_call>{"id": 7, "type": "function", "name": "now", "parameters": {}}', [{}]),
@@ -245,11 +245,13 @@ LOOSE = [
     ("qwen3_coder", "<tool_call><function=other><parameter=x>\n12\n</parameter></function></tool_call>", [{"x": "12"}]),
     ("mistral", '[TOOL_CALLS]{"name": "now", "arguments": {}}', [{}]),
     ("mistral", '[TOOL_CALLS]now{"a": 1}[TOOL_CALLS]now[CALL_ID]abc123def[ARGS]{}', [{"a": 1}, {}]),
-    ("llama3_json", ' {"type": "function", "name": "now", "parameters": {}} ; {"name": "now", "parameters": {}}', [{}, {}]),
+    ("llama3_json", ' {"type": "function", "name": "now", "parameters": {}} ; {"name": "now", "parameters": {}}',
+     [{}, {}]),
     ("llama3_json", '<|python_tag|>{"name": "now", "parameters": {}}', [{}]),
     ("pythonic", "<|python_start|>[now(), get_weather(days=0x1F, ratio=.5, where=(1, 'a',),)]<|python_end|>",
      [{}, {"days": 31, "ratio": 0.5, "where": [1, "a"]}]),
-    ("pythonic", "[get_weather(city='\\x41\\u00e9\\U0001F600\\'\\q', exact=None)]", [{"city": "Aé😀'\\q", "exact": None}]),
+    ("pythonic", "[get_weather(city='\\x41\\u00e9\\U0001F600\\'\\q', exact=None)]",
+     [{"city": "Aé😀'\\q", "exact": None}]),
     ("deepseek_v3", '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜>', [{}]),
 ]  # fmt: skip
 
@@ -357,8 +359,9 @@ def _work(reader, parts) -> int:
 
 
 REPEATS = [
-    "<tool_call>", "<tool_cal", "<", "[TOOL_CALLS]", "{", "[", '{"name": "now", "arguments": {"a": [', '"', "\\", '\\"', " ",
-    "\n", "<think>", "</think", "now(", "[now(a=", "<function=now><parameter=city>", "</parameter", "<｜tool▁call▁begin｜>",
+    "<tool_call>", "<tool_cal", "<", "[TOOL_CALLS]", "{", "[", '{"name": "now", "arguments": {"a": [', '"', "\\", '\\"',
+    " ", "\n", "<think>", "</think", "now(", "[now(a=", "<function=now><parameter=city>", "</parameter",
+    "<｜tool▁call▁begin｜>",
     "<｜tool▁call▁begin｜>function<｜tool▁sep｜>", "```", '{"name": "now", "parameters": {}};', "a", "{},", "[[", "{[",
 ]  # fmt: skip
 

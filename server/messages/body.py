@@ -1,0 +1,156 @@
+"""What callers of /v1/messages send, and the chat request that it means."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from .. import errors
+from ..as_chat import chat_body, extras_of, object_at, text_at
+from ..protocol import ChatBody, Integer
+from .content import messages_of
+
+ROUTE = errors.ANTHROPIC
+
+# Of a chat request -> of this one: how `respelled` tells what is wrong.
+NAMES = {
+    "prompt": "messages",
+    "max_completion_tokens": "max_tokens",
+    "stop": "stop_sequences",
+    "response_format": "output_config.format",
+    "thinking_token_budget": "thinking.budget_tokens",
+    "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
+    ".function.parameters": ".input_schema",
+    ".function": "",
+}
+
+# field -> the values, beside null, that ask for nothing; and what to do instead
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "container": ((), "leave it out"),
+    "mcp_servers": (([],), "leave it out"),
+    "stop": ((), "here its name is `stop_sequences`"),
+}
+TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+
+
+class ThinkingBody(BaseModel):
+    """Anything else, as `display`: without effect."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Integer | None = None
+
+
+class OutputBody(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    effort: str | None = None  # a hint: for models whose template reads one
+    format: dict[str, Any] | None = None
+
+
+class ToolChoiceBody(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class PromptBody(BaseModel):
+    """What makes the prompt: a body of /v1/messages/count_tokens, and with what comes of it, of /v1/messages."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
+
+    messages: list[Any]
+    model: str | None = None
+    output_config: OutputBody | None = None
+    system: str | list[Any] | None = None
+    thinking: ThinkingBody | None = None
+    tool_choice: ToolChoiceBody | None = None
+    tools: list[Any] | None = None
+
+    def chat(self, reads: Set[str]) -> ChatBody:
+        """`reads`: variables of the model's template. Raises 400 for whatever cannot be said in a chat request."""
+        return chat_body(self._fields(reads))
+
+    def _fields(self, reads: Set[str]) -> dict[str, Any]:
+        extras = extras_of(self, ROUTE, REFUSED)
+        messages = messages_of(self.messages, self.system)
+        continues = messages[-1]["role"] == "assistant"  # then the answer goes on where the last message ends
+        output, choice = self.output_config or OutputBody(), self.tool_choice
+        effort = output.effort if "reasoning_effort" in reads and self.thinks else None
+        return extras | {
+            "model": self.model,
+            "messages": messages,
+            "add_generation_prompt": not continues,
+            "continue_final_message": continues,
+            "tools": [_tool(tool, f"tools[{i}]") for i, tool in enumerate(self.tools or ())] or None,
+            "tool_choice": None if choice is None else _tool_choice(choice),
+            "parallel_tool_calls": not choice.disable_parallel_tool_use if choice else None,
+            "include_reasoning": self.thinks,
+            "reasoning_effort": effort,
+            "thinking_token_budget": self.thinking.budget_tokens if self.thinking and self.thinks else None,
+            "chat_template_kwargs": self._thinking_switch(reads) | (extras.get("chat_template_kwargs") or {}),
+            "response_format": _format(output.format) if output.format else None,
+        }
+
+    @property
+    def thinks(self) -> bool:
+        """Callers that do not ask for thinking do not expect any: what they read is the first block."""
+        return self.thinking is not None and self.thinking.type != "disabled"
+
+    def _thinking_switch(self, reads: Set[str]) -> dict[str, Any]:
+        return {"enable_thinking": self.thinks} if "enable_thinking" in reads else {}
+
+
+class MessagesBody(PromptBody):
+    """Beside these fields all of a chat request that have no other name here, and the same ones without effect."""
+
+    max_tokens: Integer
+    stop_sequences: list[str] | None = None
+    stream: bool | None = None
+    temperature: float | None = None
+    top_k: Integer | None = None
+    top_p: float | None = None
+
+    def _fields(self, reads: Set[str]) -> dict[str, Any]:
+        return super()._fields(reads) | {
+            "max_completion_tokens": self.max_tokens,
+            "stop": self.stop_sequences,
+            "stream": self.stream,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+        }
+
+
+def _tool(tool: Any, where: str) -> dict[str, Any]:
+    kind = object_at(tool, where).get("type")
+    if kind not in (None, "custom"):
+        raise errors.unsupported(
+            f"{where}.type", f'`{where}.type` must be "custom", got {errors.shown(kind)}: this server runs no tools.'
+        )
+    schema = object_at(tool.get("input_schema"), f"{where}.input_schema")
+    function = {"name": text_at(tool.get("name"), f"{where}.name"), "parameters": schema}
+    for name in ("description", "strict"):
+        if tool.get(name) is not None:
+            function[name] = tool[name]
+    return {"type": "function", "function": function}
+
+
+def _tool_choice(choice: ToolChoiceBody) -> str | dict[str, Any]:
+    if choice.type != "tool":
+        return TOOL_CHOICES[choice.type]
+    return {"type": "function", "function": {"name": text_at(choice.name, "tool_choice.name")}}
+
+
+def _format(given: dict[str, Any]) -> dict[str, Any]:
+    if given.get("type") != "json_schema":
+        raise errors.invalid(
+            f'`output_config.format.type` must be "json_schema", got {errors.shown(given.get("type"))}.',
+            "output_config.format.type",
+        )
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": given.get("schema"), "strict": True}}

@@ -1,0 +1,66 @@
+"""Messages of /v1/messages as messages of a chat."""
+
+from __future__ import annotations
+
+import pytest
+
+from quire.server.messages.content import messages_of
+
+
+def text(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
+USE = {"type": "tool_use", "id": "t1", "name": "f", "input": {"x": "é"}}
+CALL = {"id": "t1", "type": "function", "function": {"name": "f", "arguments": '{"x": "é"}'}}
+CASES = {
+    "text": ([{"role": "user", "content": "Hi"}], None, [{"role": "user", "content": text("Hi")}]),
+    "system": (
+        [{"role": "user", "content": text("a", "b")}],
+        [{"type": "text", "text": "Rules.", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "More."}],
+        [{"role": "system", "content": text("Rules.", "More.")}, {"role": "user", "content": text("a", "b")}],
+    ),
+    "a system text": (
+        [{"role": "user", "content": "Hi"}],
+        "Rules.",
+        [{"role": "system", "content": text("Rules.")}, {"role": "user", "content": text("Hi")}],
+    ),
+    "thinking, text and a call": (
+        [
+            {"role": "user", "content": "Hi"},
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "thinking", "thinking": "hm", "signature": "abc"},
+                    {"type": "redacted_thinking", "data": "xyz"},
+                    *text("So:"),
+                    USE,
+                ],
+            },
+            {
+                "role": "user",
+                "content": [
+                    {"type": "tool_result", "tool_use_id": "t1", "content": "3", "is_error": False},
+                    {"type": "tool_result", "tool_use_id": "t2", "content": text("4", "5")},
+                    {"type": "tool_result", "tool_use_id": "t3"},
+                    *text("And now?", "Well?"),
+                ],
+            },
+        ],
+        None,
+        [
+            {"role": "user", "content": text("Hi")},
+            {"role": "assistant", "content": text("So:"), "tool_calls": [CALL], "reasoning": "hm"},
+            {"role": "tool", "tool_call_id": "t1", "content": text("3")},
+            {"role": "tool", "tool_call_id": "t2", "content": text("4", "5")},
+            {"role": "tool", "tool_call_id": "t3", "content": []},
+            {"role": "user", "content": text("And now?", "Well?")},
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_blocks_are_messages(case):
+    given, system, expected = CASES[case]
+    assert messages_of(given, system) == expected

@@ -229,6 +229,7 @@ class Generation:
         metrics = self._metrics
         if not part.computed and not unbegun:
             part.computed = True
+            self._slot.prompt_computed(len(part.prompt.token_ids) / self.usage.prompt_tokens)
             metrics.prompt_tokens.inc(len(part.prompt.token_ids))
             metrics.request_prompt_tokens.observe(len(part.prompt.token_ids))
         if delta.num_drawn:

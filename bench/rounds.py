@@ -74,11 +74,11 @@ class Rounds:
         while silent > (silent := sum(draft is None for draft in proposer.propose(views)[0])) > 0:
             pass
 
-    def play(self, proposer: Proposer, shape: DraftShape, temperature: float, seed: int) -> Round:
-        """One round at every context."""
+    def play(self, proposer: Proposer, shape: DraftShape, temperature: float, seed: int, go_on: float = 0.0) -> Round:
+        """One round at every context. go_on: see DraftOrder."""
         tokens: list[int] = []
         nodes: list[int] = []
-        for views in self._groups(shape, temperature, seed, self._most // (1 + shape.nodes)):
+        for views in self._groups(shape, temperature, seed, self._most // (1 + shape.nodes), go_on):
             guesses = [draft or NOTHING for draft in proposer.propose(views)[0]]
             tokens += [len(out) for out in self._judged(views, guesses)]
             nodes += [len(draft.tree.tokens) for draft in guesses]
@@ -114,11 +114,13 @@ class Rounds:
         sampler.add(slot, params, 0, ids, len(ids))
         return sampler.states([slot])[0]
 
-    def _groups(self, shape: DraftShape, temperature: float, seed: int, at_once: int) -> list[list[View]]:
+    def _groups(
+        self, shape: DraftShape, temperature: float, seed: int, at_once: int, go_on: float = 0.0
+    ) -> list[list[View]]:
         """Views of all contexts, so many at once."""
         table = self.runner.slots.block_table
         views = [
-            View(slot, np.array(ids), len(ids), table[slot], self._state(slot, temperature, seed), shape)
+            View(slot, np.array(ids), len(ids), table[slot], self._state(slot, temperature, seed), shape, go_on=go_on)
             for slot, ids in enumerate(self.contexts)
         ]
         return [views[i : i + at_once] for i in range(0, len(views), at_once)]

@@ -79,6 +79,9 @@ class ScriptedEngine:
     def send(self, message: AddRequest | Abort) -> None:
         self._inbox.put(message)
 
+    def kill(self) -> None:
+        self.close()
+
     def heartbeat_age(self) -> float:
         return 0.0
 

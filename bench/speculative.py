@@ -25,7 +25,6 @@ from rich.table import Table
 
 from ..engine.loader import locate_model
 from ..engine.messages import AddRequest
-from ..engine.spec.acceptance import AcceptanceHead
 from ..engine.spec.model import ModelProposer
 from ..engine.spec.proposer import Proposer
 from ..engine.tokenizer import load_tokenizer
@@ -35,7 +34,7 @@ from ..scheduler.params import SamplingParams, Speculative
 from ..scheduler.step_time import StepShape
 from .costly_twin import write_costly_twin
 from .live import Session, start_engine
-from .rounds import Rounds
+from .rounds import Round, Rounds
 
 if TYPE_CHECKING:
     from ..engine.core import EngineCore
@@ -43,11 +42,13 @@ if TYPE_CHECKING:
 BUDGETS = (6, 10, 14, 21, 30)  # nodes of a tree, as in the paper on recursive speculative decoding
 PROMPT_TOKENS, OWN_TOKENS = 128, 64  # of a context: read from the text, and at most written by the target
 LONGEST_CHAIN = 20  # as in the paper on SpecDec++
-THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+GO_ON = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # beside what follows from the cost
 # Rows of a step of the rounds: all nodes of some dozens of contexts at once.
 STEP_TOKENS = 2048
 # The full house: more requests than run at once, so that somebody always waits.
 LOADED_SEQS, LOADED_REQUESTS = 32, 64
+# One after another: with four, whose tokens were easy to guess decided.
+ALONE_REQUESTS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +96,9 @@ def run(config: SpeculativeConfig) -> dict[str, Any]:
         twin = Path(folder)
         write_costly_twin(locate_model("bundled"), twin)
         result |= timed(config, str(twin), prompts)
-    result |= stopping(config, contexts[1.0], result["draft_pass_over_step"])
+    for name, t in (("stopping_sampled", 1.0), ("stopping", 0.0)):
+        result[name] = stopping(config, contexts[t], t, result["draft_pass_over_step"])
+    result["specdecpp_over_best_fixed"] = result["stopping_sampled"]["over_best_fixed"]
     return result
 
 
@@ -221,41 +224,42 @@ def _branchings(nodes: int, above: int, most: int | None = None) -> Iterator[tup
 # ---------------------------------------------------------------- stopping
 
 
-def stopping(config: SpeculativeConfig, contexts: Sequence[Sequence[int]], cost: float) -> dict[str, Any]:
+def stopping(
+    config: SpeculativeConfig, contexts: Sequence[Sequence[int]], temperature: float, cost: float
+) -> dict[str, Any]:
     """Chains that stop by the acceptance head against the best of all fixed lengths, in tokens per modelled second.
 
-    cost: of a pass of the draft model, in steps of the target. A chain of k guesses takes k passes, and one more where
-    the head judged the last of them.
+    cost: of a pass of the draft model, in steps of the target. A chain of k guesses takes k passes. What all guesses of
+    a chain must be worth for another is set as the scheduler does, from the best fixed length.
     """
     core = _engine(config, **METHODS["draft"], num_speculative_tokens=LONGEST_CHAIN)
-    head = _head_of(core)
-    if head is None:
-        return {"specdecpp_over_best_fixed": None}
-    rounds, proposer = _rounds(core, "draft", contexts, LONGEST_CHAIN)
+    proposer = core.runner.proposers["draft"]
+    assert isinstance(proposer, ModelProposer)
+    head = proposer.head
+    rounds, _ = _rounds(core, "draft", contexts, LONGEST_CHAIN)
+    seeds = range(config.rounds if temperature else 1)
 
-    def rate(depth: int) -> float:
-        played = [rounds.play(proposer, chain(depth), 1.0, seed) for seed in range(config.rounds)]
+    def play(depth: int, go_on: float = 0.0) -> list[Round]:
+        return [rounds.play(proposer, chain(depth), temperature, seed, go_on) for seed in seeds]
+
+    def rate(played: Sequence[Round]) -> float:
         steps = sum(1 + cost * nodes for one in played for nodes in one.nodes)
         return sum(sum(one.tokens) for one in played) / steps
 
-    fixed = {depth: rate(depth) for depth in range(1, LONGEST_CHAIN + 1)}
+    lengths = {depth: play(depth) for depth in range(1, LONGEST_CHAIN + 1)}
+    fixed = {depth: rate(played) for depth, played in lengths.items()}
     best = max(fixed, key=fixed.__getitem__)
-    by_threshold = {}
-    for threshold in sorted({*THRESHOLDS, head.threshold}):
-        proposer.head = head._replace(threshold=threshold)
-        by_threshold[threshold] = rate(LONGEST_CHAIN)
+    first = fmean(tokens > 1 for one in lengths[1] for tokens in one.tokens)  # how often one guess is right
+    go_on = fixed[best] * cost / first
+    proposer.head = head
+    by_go_on = {value: rate(play(LONGEST_CHAIN, value)) for value in sorted({*GO_ON, go_on})}
     return {
         "fixed_tokens_per_step_time": fixed,
         "best_fixed_length": best,
-        "threshold": head.threshold,
-        "by_threshold": by_threshold,
-        "specdecpp_over_best_fixed": by_threshold[head.threshold] / fixed[best],
+        "go_on": go_on,
+        "by_go_on": by_go_on,
+        "over_best_fixed": by_go_on[go_on] / fixed[best],
     }
-
-
-def _head_of(core: EngineCore) -> AcceptanceHead | None:
-    proposer = core.runner.proposers["draft"]
-    return proposer.head if isinstance(proposer, ModelProposer) else None
 
 
 # ---------------------------------------------------------------- time
@@ -270,7 +274,7 @@ def timed(config: SpeculativeConfig, twin: str, prompts: Sequence[Sequence[int]]
         "with": start_engine(**shared, **METHODS["draft"], speculative_tree="chain:8"),
     }
     result: dict[str, Any] = {}
-    for name, count, at_once in (("batch1", 4, 1), ("batch32_loaded", LOADED_REQUESTS, LOADED_SEQS)):
+    for name, count, at_once in (("batch1", ALONE_REQUESTS, 1), ("batch32_loaded", LOADED_REQUESTS, LOADED_SEQS)):
         speeds: dict[str, list[float]] = {name: [] for name in engines}
         for repetition in range(config.repetitions + 1):
             for which, core in engines.items():
@@ -333,9 +337,10 @@ def table(result: dict[str, Any]) -> Group:
     for name, key in (("batch1", "speedup_batch1"), ("batch32_loaded", "ratio_batch32_loaded")):
         speeds.add_row(name, f"{result[name]['without']:.1f}", f"{result[name]['with']:.1f}", f"{result[key]:.2f}")
     parts: list[Any] = [lengths, budgets, speeds]
-    if result["specdecpp_over_best_fixed"] is not None:
+    for name, text in (("stopping", "greedy"), ("stopping_sampled", "temperature 1")):
+        got = result[name]
         parts.append(
-            f"stopping by the head at {result['threshold']} over the best fixed length {result['best_fixed_length']}: "
-            f"{result['specdecpp_over_best_fixed']:.3f} (a draft pass is {result['draft_pass_over_step']:.4f} steps)"
+            f"{text}: chains that go on from {got['go_on']:.2f} over the best fixed length {got['best_fixed_length']}: "
+            f"{got['over_best_fixed']:.3f} (a draft pass is {result['draft_pass_over_step']:.4f} steps)"
         )
     return Group(*parts)

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from jinja2.exceptions import TemplateError
 
 from .config_fields import ConfigFields, read_json
 from .errors import EngineStartError, RequestError
-from .template import MAX_SOURCE_CHARS, Template
+from .template import MAX_SOURCE_CHARS, Complaint, Template
 from .tokenizer import Tokenizer, check_encodable
 from .tool_prompt import with_tools
 
@@ -40,6 +40,22 @@ CONTINUE_MARK = "\ue000continue here\ue000"
 PROBE = '{"probe": 1}'
 
 
+# What every chat template has to be able to write, or to refuse in its own words.
+GREETING = [{"role": "user", "content": "Hello"}]
+GREETING_TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+
+
+class Renderer(Protocol):
+    """A compiled template, here or in a worker (`rendering.py`): as `template.Template`."""
+
+    source: str
+    variables: frozenset[str]
+
+    def render(self, variables: Mapping[str, Any]) -> str:
+        """Raises TemplateError."""
+        ...
+
+
 class ChatTemplate:
     """A model's way of writing conversations.
 
@@ -50,10 +66,20 @@ class ChatTemplate:
     reads_tools  whether it does
     """
 
-    def __init__(self, source: str, named_tokens: Mapping[str, str], tool_source: str | None = None) -> None:
-        """Raises TemplateError. `named_tokens`: what bos_token and its like stand for."""
-        self._plain = Template(source)
-        self._with_tools = Template(tool_source) if tool_source is not None else self._plain
+    def __init__(
+        self,
+        source: str,
+        named_tokens: Mapping[str, str],
+        tool_source: str | None = None,
+        compile: Callable[[str], Renderer] = Template,
+    ) -> None:
+        """Raises TemplateError.
+
+        named_tokens  what bos_token and its like stand for
+        compile       where the template runs: in this process, or in a worker
+        """
+        self._plain = compile(source)
+        self._with_tools = compile(tool_source) if tool_source is not None else self._plain
         self._named_tokens = dict(named_tokens)
         self.tool_source = self._with_tools.source
         self.reads_tools = "tools" in self._with_tools.variables
@@ -67,6 +93,16 @@ class ChatTemplate:
     @property
     def source(self) -> str:
         return self._plain.source
+
+    def try_out(self) -> None:
+        """Write a greeting with each template. Raises TemplateError unless it can, or refuses it in its own words."""
+        for template in dict.fromkeys((self._plain, self._with_tools)):
+            tools = None if template is self._plain else [GREETING_TOOL]
+            greeting = {"messages": GREETING, "tools": tools, "add_generation_prompt": True}
+            try:
+                template.render({**self._named_tokens, **greeting})
+            except Complaint:
+                continue
 
     def render(
         self,
@@ -120,7 +156,7 @@ class ChatTemplate:
             )
         except TemplateError as error:
             raise RequestError(
-                f"the model's chat template cannot write this conversation: {_reason(error)}; "
+                f"the model's chat template cannot write this conversation: {reason(error)}; "
                 "see which roles and fields the model's card allows",
                 "messages",
             ) from error
@@ -145,18 +181,20 @@ class ChatTemplate:
             return None
 
 
-def load_chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
+def load_chat_template(tokenizer: Tokenizer, compile: Callable[[str], Renderer] = Template) -> ChatTemplate | None:
     """The template of the tokenizer's folder: chat_template.jinja, else tokenizer_config.json; None if it has neither.
 
-    Raises EngineStartError for one that cannot be read or compiled.
+    Raises EngineStartError for one that cannot be read, compiled or rendered. `compile` as in `ChatTemplate`.
     """
     path, sources = _read_sources(tokenizer.folder)
     if "default" not in sources:
         return None
     try:
-        return ChatTemplate(sources["default"], tokenizer.named_tokens, sources.get("tool_use"))
+        template = ChatTemplate(sources["default"], tokenizer.named_tokens, sources.get("tool_use"), compile)
+        template.try_out()
     except TemplateError as error:
-        raise EngineStartError(f"{path}: the chat template is not usable: {error.message}") from error
+        raise EngineStartError(f"{path}: the chat template is not usable: {reason(error)}") from error
+    return template
 
 
 def require_chat_template(template: ChatTemplate | None) -> ChatTemplate:
@@ -318,7 +356,7 @@ def _cut_at_mark(text: str) -> str:
     return text[:cut].rstrip() if strips else text[:cut]
 
 
-def _reason(error: TemplateError) -> str:
+def reason(error: TemplateError) -> str:
     """The template's complaint, short and without the addresses of objects that it may quote."""
     return re.sub(r" at 0x[0-9a-fA-F]+", "", error.message or type(error).__name__)[:MAX_REASON_CHARS]
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -39,14 +38,15 @@ from .kv_scales import load_kv_scales
 from .layout import count_parameters
 from .loader import load_decoder, locate_model
 from .memory import CudaMeter, describe, measure
-from .messages import Abort, AddRequest, Down, EngineReady, Shutdown, StepOutputs, StepStats, Up
+from .messages import Abort, AddRequest, Busy, Down, EngineReady, Shutdown, StepOutputs, StepStats, Up
 from .model_config import DecoderConfig
 from .recorded import recorded, share_threads
 from .resolve import Resolved, choose_kernels, look_at_machine, resolve, with_kv_cache
 from .runner import Launched, ModelRunner
-from .sampler import Sampler
+from .sampler import NAN_LOGITS, Sampler
 from .slots import SlotTable
 from .spec.build import Drafter, load_draft_config, load_drafter, make_proposers
+from .startup import Startup
 from .tokenizer import load_tokenizer
 from .validation import check_request, limits_of
 
@@ -69,17 +69,19 @@ class Step(NamedTuple):
 
 
 class EngineCore:
-    def __init__(self, config: EngineConfig) -> None:
-        """Load the model and get everything ready to serve. Raises EngineStartError."""
+    def __init__(self, config: EngineConfig, startup: Startup | None = None) -> None:
+        """Load the model and get everything ready to serve, and tell `startup` of it. Raises EngineStartError."""
         self.config = config
-        self._phases: dict[str, float] = {}
-        with self._phase("read configuration"):
+        self.announce: Callable[[float], None] = _tell_nobody  # called before a step that is predicted to be a long one
+        startup = startup or Startup()
+        with startup.phase("read configuration"):
             path = locate_model(config.model, config.revision)
             model = load_config(path)
             draft = load_draft_config(config, path)
             settings = resolve(config, model, look_at_machine(config.device), draft)
+        startup.settle()
         torch.set_num_threads(settings.threads)
-        with self._phase("load weights"):
+        with startup.phase("load weights"):
             kernels = choose_kernels(config, settings, model, settings.kv_cache_dtype)
             decoder = load_decoder(
                 path,
@@ -90,11 +92,12 @@ class EngineCore:
                 settings.max_model_len,
                 rounding=settings.rounding,
                 turn_values=kv_format(settings.kv_cache_dtype).rotates_keys,
+                advance=startup.advance,
             )
             drafter = load_drafter(config, settings, path, decoder, kernels)
         memory = {"weights": settings.weight_bytes}
         if settings.memory_share is not None:
-            with self._phase("measure memory"):
+            with startup.phase("measure memory"):
                 # Graphs hold on to the cache that they were captured over: this runner goes, with its own.
                 trial = self._runner(path, model, replace(settings, num_blocks=2), kernels, decoder, drafter)
                 measured = measure(trial, settings, meter := CudaMeter())
@@ -104,11 +107,11 @@ class EngineCore:
             memory = measured.table(settings.kv_cache_bytes)
             log.info("memory of the GPU:\n%s", describe(memory))
         memory["kv_cache"] = settings.kv_cache_bytes
-        with self._phase("allocate KV cache"):
+        with startup.phase("allocate KV cache"):
             self.runner = self._runner(path, model, settings, kernels, decoder, drafter)
-        with self._phase("warm up"):
+        with startup.phase("warm up"):
             self.runner.warm_up(min(settings.max_num_batched_tokens, settings.max_model_len))
-        with self._phase("time steps"):
+        with startup.phase("time steps"):
             cost = calibrate(self.runner, settings)
         self.scheduler = Scheduler(
             SchedulerConfig(
@@ -137,6 +140,7 @@ class EngineCore:
         self._ahead = int(settings.overlap)  # steps launched before one is collected
         self._out: deque[Step] = deque()
         self._compiling = Compiling(self.grammars)
+        self._unplanned: Exception | None = None  # why there is no next step; the scheduler has to start over
         self._collected = 0.0  # when the last step was, on the clock of perf_counter
         self._update_seconds = 0.0
         self.stats = StepStats(kv_blocks_total=settings.num_blocks - 1)
@@ -162,7 +166,7 @@ class EngineCore:
             eos_token_ids=list(model.eos_token_ids),
             kernels=kernels.describe(),
             reasons=settings.reasons,
-            startup_seconds=self._phases,
+            startup_seconds=startup.seconds,
             memory_bytes=memory,
             tenant_weights=dict(config.tenant_weights),
             speculative_method=settings.draft_method,
@@ -174,15 +178,9 @@ class EngineCore:
         for name, reason in settings.reasons.items():
             log.info("%s = %s (%s)", name, str(getattr(settings, name)).removeprefix("torch."), reason)
         log.info("kernels: %s", ", ".join(f"{op}={name}" for op, name in kernels.describe().items()))
-        log.info("started: %s", ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in self._phases.items()))
+        log.info("started: %s", ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in startup.seconds.items()))
 
     # ---------------------------------------------------------------- start
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self._phases[name] = round(time.perf_counter() - started, 3)
 
     def _runner(
         self,
@@ -262,6 +260,14 @@ class EngineCore:
         )
 
     def _abort(self, request_id: str, index: int | None) -> list[Chunk]:
+        """What cannot be aborted goes on to its own end, unheard: the API side has forgotten it."""
+        try:
+            return self._end(request_id, index)
+        except Exception:
+            log.exception("request %s cannot be aborted", request_id)
+            return []
+
+    def _end(self, request_id: str, index: int | None) -> list[Chunk]:
         chunks = self._compiling.abort(request_id, index)
         if chunks is None:
             return self.scheduler.abort(request_id, index)
@@ -282,25 +288,42 @@ class EngineCore:
         if not self.scheduler.has_work and not self._out:
             self._compiling.wait(COMPILING_SECONDS)
         expired = self._add_compiled() + self.scheduler.expire(time.monotonic())
-        while len(self._out) <= self._ahead and (not self._out or self.scheduler.may_plan_ahead()):
+        while self._may_launch():
             if not self._launch():
                 break
-        return expired + self._collect() if self._out else expired
+        if self._out:
+            return expired + self._collect()
+        if self._unplanned is not None:
+            error, self._unplanned = self._unplanned, None
+            return expired + self.scheduler.start_over(error)
+        return expired
+
+    def _may_launch(self) -> bool:
+        if self._unplanned is not None or len(self._out) > self._ahead:
+            return False
+        return not self._out or self.scheduler.may_plan_ahead()
 
     def _launch(self) -> bool:
         """Plan the next step and set it going; False when there is nothing to run."""
         started = time.perf_counter()
-        plan = self.scheduler.schedule(time.monotonic())
+        try:
+            plan = self.scheduler.schedule(time.monotonic())
+        except Exception as error:
+            log.exception("the next step cannot be planned")
+            self._unplanned = error
+            return False
         if plan is None:
             return False
         predicted = self.scheduler.steps.cost.seconds(self.scheduler.shape)
         scheduled = time.perf_counter()
+        self._announce(predicted)
         self._out.append(Step(plan, self.runner.launch(plan), predicted, started, scheduled - started))
         return True
 
     def _collect(self) -> list[Chunk]:
         """Wait for the step that was launched first, and take in what it gave."""
         step = self._out.popleft()
+        self._announce(step.predicted)
         result = self.runner.collect(step.launched)
         now = time.perf_counter()
         # The device began with it when it was launched, or was done with the one before.
@@ -320,7 +343,12 @@ class EngineCore:
         self.stats.forward_seconds = seconds if self._out else seconds - step.scheduling
         self.stats.schedule_seconds = step.scheduling + self._update_seconds
         self.stats.steps_total += 1
+        self.stats.nan_total += sum(chunk.error == NAN_LOGITS for chunk in chunks)
         return chunks
+
+    def _announce(self, seconds: float) -> None:
+        if seconds > HEARTBEAT_SECONDS:
+            self.announce(seconds)
 
     def outputs(self, chunks: list[Chunk]) -> StepOutputs:
         """The chunks with the figures of now."""
@@ -348,6 +376,7 @@ class EngineCore:
 
 def run(core: EngineCore, receive: Callable[[float], list[Down]], send: Callable[[Up], None]) -> None:
     """Serve until told to shut down. receive(seconds) waits that long at most, and returns what came."""
+    core.announce = lambda seconds: send(Busy(seconds))
     while True:
         chunks: list[Chunk] = []
         for message in receive(0.0 if core.has_work else HEARTBEAT_SECONDS):
@@ -356,3 +385,7 @@ def run(core: EngineCore, receive: Callable[[float], list[Down]], send: Callable
             chunks += core.handle(message)
         chunks += core.step()
         send(core.outputs(chunks))
+
+
+def _tell_nobody(seconds: float) -> None:
+    pass

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import queue
 import threading
-import time
 
-from .client import OnMessage
+from .client import Heartbeat, OnMessage
 from .config import EngineConfig
 from .core import EngineCore, run
 from .errors import EngineDeadError, EngineStartError
-from .messages import Abort, AddRequest, Down, EngineDead, EngineReady, Shutdown, StepOutputs, Up
+from .messages import Abort, AddRequest, Busy, Down, EngineDead, EngineReady, Shutdown, StepOutputs, Up
 
 
 class InprocClient:
@@ -22,7 +21,7 @@ class InprocClient:
         self._inbox: queue.SimpleQueue[Down] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._dead: str | None = None
-        self._last_news = -math.inf
+        self._heartbeat = Heartbeat()
 
     def start(self, on_message: OnMessage) -> EngineReady:
         self._on_message = on_message
@@ -42,7 +41,10 @@ class InprocClient:
         self._inbox.put(message)
 
     def heartbeat_age(self) -> float:
-        return math.inf if self._dead is not None else time.monotonic() - self._last_news
+        return math.inf if self._dead is not None else self._heartbeat.age()
+
+    def kill(self) -> None:
+        self._inbox.put(Shutdown())
 
     def close(self) -> None:
         self._inbox.put(Shutdown())
@@ -59,7 +61,7 @@ class InprocClient:
         except BaseException as error:
             started.put(EngineStartError(f"{type(error).__name__}: {error}"))
             raise
-        self._last_news = time.monotonic()
+        self._heartbeat.beat()
         started.put(core.ready)
         try:
             run(core, self._receive, self._send)
@@ -78,6 +80,6 @@ class InprocClient:
             return messages
 
     def _send(self, message: Up) -> None:
-        self._last_news = time.monotonic()
+        self._heartbeat.beat(message.seconds if isinstance(message, Busy) else 0.0)
         if isinstance(message, StepOutputs):
             self._on_message(message)

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from ..scheduler.params import SamplingParams, Slo, Speculative
 from ..scheduler.plan import TokenLogprob
 from .chat import load_chat_template, require_chat_template
-from .client import EngineClient
+from .client import EngineClient, News
 from .config import BUNDLED_MODEL, EngineConfig
 from .errors import EngineDeadError, RequestError
 from .grammar import Grammars, Vocabulary
@@ -108,7 +108,7 @@ class LLM:
 
     def _connect(self, client: EngineClient) -> None:
         self._client = client
-        self._inbox: queue.SimpleQueue[StepOutputs | EngineDead] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[News] = queue.SimpleQueue()
         self._one_call = threading.Lock()
         self._caller: int | None = None  # the thread whose call runs
         try:
@@ -391,13 +391,11 @@ class LLM:
                 with suppress(EngineDeadError):
                     self._client.send(Abort(list(unfinished)))
 
-    def _fold(
-        self, message: StepOutputs | EngineDead, unfinished: dict[str, _Request]
-    ) -> Iterator[tuple[_Request, SampleOutput]]:
+    def _fold(self, message: News, unfinished: dict[str, _Request]) -> Iterator[tuple[_Request, SampleOutput]]:
         """Fold one message; the samples that it ended. Chunks of requests that are over are the engine's last words."""
         if isinstance(message, EngineDead):
             raise EngineDeadError(message.reason)
-        for chunk in message.chunks:
+        for chunk in message.chunks if isinstance(message, StepOutputs) else ():
             request = unfinished.get(chunk.request_id)
             if request is None:
                 continue

@@ -90,12 +90,14 @@ def load_decoder(
     *,
     rounding: Packing | None = None,
     turn_values: bool = False,
+    advance: Callable[[float], None] | None = None,
 ) -> Decoder:
     """Read the weights of the folder into a decoder.
 
     max_positions: the length of the tables of rotary angles; None = the model's context.
     rounding: what float matrices of the layers become; None = they stay.
     turn_values: the cache holds values rotated (its format `rotates_keys`).
+    advance: told, now and then, which part of the layers is there, 0 to 1.
     Raises EngineStartError naming the tensor, its shape and the expected one.
     """
     started = time.perf_counter()
@@ -104,7 +106,8 @@ def load_decoder(
         spare = [*all_kv_scale_names(config), *(["lm_head.weight"] if config.tied else [])]
         checkpoint.check(iter_weights(weights), spare=spare)
         reader = Reader(checkpoint, kernels, dtype, device, rounding)
-        decoder = _Builder(config, kernels, reader, max_positions or config.max_position, turn_values).decoder()
+        builder = _Builder(config, kernels, reader, max_positions or config.max_position, turn_values)
+        decoder = builder.decoder(advance or (lambda done: None))
     log.info("loading %s took %.1f s", path, time.perf_counter() - started)
     return decoder
 
@@ -143,11 +146,12 @@ class _Builder:
         table = rope_table(rope.rotary_dim, max_positions, rope.base, rope.scaling, self.config.max_position)
         return table.to(self.reader.device)
 
-    def decoder(self) -> Decoder:
+    def decoder(self, advance: Callable[[float], None]) -> Decoder:
         weights = model_weights(self.config)
         embedding = self.reader.floats(weights.embedding)
         blocks: list[Block] = []
         for index, layer in enumerate(weights.layers):
+            advance(index / len(weights.layers))
             blocks.append(self._attention(index, layer.attention))
             blocks.append(self._moe(layer.ffn) if isinstance(layer.ffn, MoeWeights) else self._feed_forward(layer.ffn))
         if weights.lm_head is None:

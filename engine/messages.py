@@ -1,15 +1,25 @@
 """What crosses between the API side and the engine: typed msgpack, never pickle.
 
-down  AddRequest  Abort  Shutdown
-up    EngineReady  StepOutputs (one a step, for all requests)  EngineDead
+down  Launch (once, before all else)  AddRequest  Abort  Shutdown
+up    Progress  EngineReady  Busy  StepOutputs (one a step, for all requests)  EngineDead
 """
 
 from __future__ import annotations
+
+from itertools import zip_longest
 
 import msgspec
 
 from ..scheduler.params import SamplingParams, Slo, Speculative
 from ..scheduler.plan import Chunk, TokenLogprob
+
+
+class Launch(msgspec.Struct, frozen=True):
+    """All that an engine process is told at its start, before anything else."""
+
+    config: dict[str, object]  # the fields of EngineConfig
+    log_level: int
+    parent: int  # the process that the engine must not outlive
 
 
 class AddRequest(msgspec.Struct, frozen=True, tag="add", omit_defaults=True):
@@ -64,6 +74,7 @@ class StepStats(msgspec.Struct, array_like=True, gc=False):
     expired_total: int = 0  # samples that ran out of time, waiting or running
     aborted_total: int = 0
     failed_total: int = 0
+    nan_total: int = 0  # of these, by logits or hidden states that are not numbers
     discarded_tokens_total: int = 0  # drawn for samples that had ended while the step was out
     graph_steps_total: int = 0  # forward passes that replayed a CUDA graph
     eager_steps_total: int = 0  # forward passes launched kernel by kernel
@@ -74,6 +85,19 @@ class StepStats(msgspec.Struct, array_like=True, gc=False):
     drafted_by_position: list[int] = []  # [k]: drafts that guessed a (k + 1)-th token behind the last real one
     accepted_by_position: list[int] = []  # [k]: of these, those of which k + 1 tokens at least were accepted
     draft_depths: list[int] = []  # [k]: times that depth k was chosen for a sequence that could have been drafted for
+
+
+_TOTALS = [name for name in StepStats.__struct_fields__ if name.endswith("_total") and name != "kv_blocks_total"]
+_LISTED_TOTALS = ("drafted_by_position", "accepted_by_position", "draft_depths")
+
+
+def add_totals(stats: StepStats, before: StepStats) -> StepStats:
+    """`stats`, changed: what counts from an engine's start goes on from what was counted `before`."""
+    for name in _TOTALS:
+        setattr(stats, name, getattr(stats, name) + getattr(before, name))
+    for name in _LISTED_TOTALS:
+        setattr(stats, name, [a + b for a, b in zip_longest(getattr(stats, name), getattr(before, name), fillvalue=0)])
+    return stats
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag="step"):
@@ -114,19 +138,52 @@ class EngineReady(msgspec.Struct, frozen=True, tag="ready"):
     speculative_adaptive: bool = True  # whether less is guessed where that pays
 
 
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """The engine is starting, and this is what it does now."""
+
+    phase: str
+    seconds: dict[str, float]  # the phases that are over
+    done: float | None = None  # of this one, 0 to 1; None = nobody knows
+    settled: bool = False  # the settings are right: nothing is refused for their sake any more
+
+
+class Busy(msgspec.Struct, frozen=True, tag="busy"):
+    """The engine's loop turns, and will be silent for a while: the next step is a long one."""
+
+    seconds: float  # predicted
+
+
+class EngineHung(msgspec.Struct, frozen=True, tag="hung"):
+    """Nothing has been heard of the engine for so long that it is taken to hang. It may yet come back, or be killed."""
+
+    seconds: float
+
+
 class EngineDead(msgspec.Struct, frozen=True, tag="dead"):
+    """The engine has ended; what it was working on is lost.
+
+    kind   "crash", "hang" (it was killed), "start" (it could not be started again)
+    final  no other will be started in its place
+    """
+
     reason: str
+    kind: str = "crash"
+    final: bool = True
 
 
 Down = AddRequest | Abort | Shutdown
-Up = EngineReady | StepOutputs | EngineDead
+Up = Progress | EngineReady | Busy | StepOutputs | EngineDead
 
 __all__ = [
     "Abort",
     "AddRequest",
+    "Busy",
     "Chunk",
     "EngineDead",
+    "EngineHung",
     "EngineReady",
+    "Launch",
+    "Progress",
     "Shutdown",
     "Slo",
     "Speculative",

@@ -1,13 +1,14 @@
 """The engine as a process of its own, and the client that starts, feeds and watches it.
 
-    API process                                  engine process (python -m quire.engine.process)
-    ProcessClient ── stdin: configuration, then silence; its end means that the parent is gone ──▶ exit
-      send() ──────── unix socket, PUSH → PULL: AddRequest, Abort, Shutdown ─────────────────────▶ run()
-      receiver thread ◀── unix socket, PULL ← PUSH: EngineReady, StepOutputs, EngineDead ───────── run()
-      receiver thread ◀── a pipe: the process has ended ──────────────────────────────────────────
+    API process                                  engine process (python -m quire.engine.process FOLDER)
+    ProcessClient ── stdin: silence; its end means that the parent is gone ────────────────────────▶ exit
+      send() ──────── unix socket, PUSH → PULL: Launch, AddRequest, Abort, Shutdown ────────────────▶ run()
+      receiver thread ◀── unix socket, PULL ← PUSH: Progress, EngineReady, StepOutputs, EngineDead ── run()
+      receiver thread ◀── a pipe: the process has ended ─────────────────────────────────────────────
 
-Both sockets lie in a folder of mode 0700. No signal is part of the protocol: the engine ignores those that a terminal
-sends to the whole group, and whoever started it decides when it ends.
+Both sockets lie in a folder of mode 0700 until the two sides are connected, and then nowhere: whatever is killed later
+leaves nothing behind. No signal is part of the protocol: the engine ignores those that a terminal sends to the whole
+group, and whoever started it decides when it ends.
 """
 
 from __future__ import annotations
@@ -23,21 +24,23 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
-from typing import IO
 
 import msgspec
 import zmq
 
-from .client import OnMessage
+from .client import Heartbeat, OnMessage
 from .config import EngineConfig
 from .errors import EngineDeadError, EngineStartError
+from .lifeline import die_with_parent, exit_at_end_of
 from .messages import (
     Abort,
     AddRequest,
+    Busy,
     Down,
     EngineDead,
     EngineReady,
+    Launch,
+    Progress,
     Shutdown,
     StepOutputs,
     Up,
@@ -45,18 +48,12 @@ from .messages import (
     encoder,
     up_decoder,
 )
+from .startup import Startup
 
 log = logging.getLogger(__name__)
 
 EXIT_SECONDS = 2.0  # an engine that was told to stop and has not by then is killed; a step takes less
-
-
-class Launch(msgspec.Struct, frozen=True):
-    """All that an engine process is told at its start."""
-
-    folder: str
-    log_level: int
-    config: dict[str, object]
+KILL_SECONDS = 10.0  # a killed process that has not ended by then is stuck in the kernel: nobody waits for it
 
 
 # ---------------------------------------------------------------- the API side
@@ -68,40 +65,38 @@ class ProcessClient:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._dead: str | None = None
-        self._last_news = -math.inf
-        self._folder = tempfile.mkdtemp(prefix="quire-")
-        self._context = zmq.Context()
-        self._down = self._socket(zmq.PUSH, "down")
-        self._down_lock = threading.Lock()  # a zmq socket serves one thread at a time, and anybody may send
-        self._up = self._socket(zmq.PULL, "up")
-        self._process: subprocess.Popen[bytes] | None = None
+        self._heartbeat = Heartbeat()
+        self._child: _Child | None = None
         self._receiver: threading.Thread | None = None
-        self._closed = False
+        self._killed = self._closed = False
+        self._opening = threading.RLock()  # held while the engine starts: sockets may not be closed under it
+        self._down_lock = threading.Lock()  # a zmq socket serves one thread at a time, and anybody may send
+        self._folder: str | None = None
 
     @property
     def pid(self) -> int | None:
-        return self._process.pid if self._process else None
+        return self._child.pid if self._child else None
 
     def start(self, on_message: OnMessage) -> EngineReady:
         self._on_message = on_message
-        launch = Launch(self._folder, log.getEffectiveLevel(), dataclasses.asdict(self._config))
-        data = encoder.encode(launch)
-        # -P: the working directory is not searched for modules, whatever lies there.
-        command = [sys.executable, "-P", "-m", "quire.engine.process"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE)
-        self._exit = _ExitWatch(self._process)
-        try:
-            with contextlib.suppress(BrokenPipeError):
-                self._stdin.write(len(data).to_bytes(4, "little") + data)
-                self._stdin.flush()
-            ready = self._await_ready()
-        except BaseException:
-            self._process.kill()
-            self.close()
-            raise
-        self._receiver = threading.Thread(target=self._receive, name="engine-receiver", daemon=True)
-        self._receiver.start()
-        return ready
+        with self._opening:
+            if self._closed:
+                raise EngineStartError("the engine was closed before it started")
+            self._open_sockets()
+            try:
+                # -P: the working directory is not searched for modules, whatever lies there.
+                self._child = _Child([sys.executable, "-P", "-m", "quire.engine.process", str(self._folder)])
+                if self._killed:
+                    self._child.kill()
+                self._launch()
+                ready = self._await_ready()
+            except BaseException:
+                self.kill()
+                self.close()
+                raise
+            self._receiver = threading.Thread(target=self._receive, name="engine-receiver", daemon=True)
+            self._receiver.start()
+            return ready
 
     def send(self, message: AddRequest | Abort) -> None:
         if self._dead is not None:
@@ -109,41 +104,44 @@ class ProcessClient:
         self._post(message)
 
     def heartbeat_age(self) -> float:
-        return math.inf if self._dead is not None else time.monotonic() - self._last_news
+        return math.inf if self._dead is not None else self._heartbeat.age()
+
+    def kill(self) -> None:
+        self._killed = True
+        if self._child is not None:
+            self._child.kill()
 
     def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        if self._process is not None:
-            with contextlib.suppress(EngineDeadError, subprocess.TimeoutExpired):
-                self._post(Shutdown())
-                self._process.wait(EXIT_SECONDS)
-            self._process.kill()
-            self._process.wait()
-            if self._receiver is not None:
+        if self._receiver is None:
+            self.kill()  # ends a start that another thread is waiting for
+        with self._opening:
+            if not self._closed:
+                self._closed = True
+                self._close()
+
+    def _close(self) -> None:
+        if self._child is not None:
+            if not self._killed:
+                with contextlib.suppress(EngineDeadError):
+                    self._post(Shutdown())
+                self._child.wait(EXIT_SECONDS)
+            self._child.kill()
+            if not self._child.wait(KILL_SECONDS):
+                log.error("engine process %d was killed and does not end: it is left to the kernel", self._child.pid)
+            elif self._receiver is not None:
                 self._receiver.join()
-            with contextlib.suppress(BrokenPipeError):
-                self._stdin.close()
+            self._child.release()
         self._dead = self._dead or "the engine was closed"
-        self._down.close(linger=0)
-        self._up.close(linger=0)
-        self._context.term()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder is not None:
+            self._down.close(linger=0)
+            self._up.close(linger=0)
+            self._context.term()
+            self._forget_folder()
 
-    @property
-    def _stdin(self) -> IO[bytes]:
-        assert self._process is not None
-        assert self._process.stdin is not None
-        return self._process.stdin
-
-    def _post(self, message: Down) -> None:
-        data = encoder.encode(message)
-        try:
-            with self._down_lock:
-                self._down.send(data, zmq.NOBLOCK)
-        except zmq.Again:  # no peer is left; with one, an unbounded queue never says this
-            raise EngineDeadError("the engine process has gone") from None
+    def _open_sockets(self) -> None:
+        self._folder = tempfile.mkdtemp(prefix="quire-")
+        self._context = zmq.Context()
+        self._down, self._up = self._socket(zmq.PUSH, "down"), self._socket(zmq.PULL, "up")
 
     def _socket(self, kind: int, name: str) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = self._context.socket(kind)
@@ -152,31 +150,65 @@ class ProcessClient:
         os.chmod(f"{self._folder}/{name}", 0o600)
         return socket
 
+    def _forget_folder(self) -> None:
+        shutil.rmtree(str(self._folder), ignore_errors=True)
+
+    def _post(self, message: Down | Launch) -> None:
+        data = encoder.encode(message)
+        try:
+            with self._down_lock:
+                self._down.send(data, zmq.NOBLOCK)
+        except zmq.Again:  # no peer is left; with one, an unbounded queue never says this
+            raise EngineDeadError("the engine process has gone") from None
+
+    def _launch(self) -> None:
+        """Wait until the engine listens, and tell it what it is to be; nothing, if it ends before."""
+        assert self._child is not None
+        poller = zmq.Poller()
+        poller.register(self._down, zmq.POLLOUT)
+        poller.register(self._child.fd, zmq.POLLIN)
+        if self._down in dict(poller.poll()):
+            self._post(Launch(dataclasses.asdict(self._config), log.getEffectiveLevel(), os.getpid()))
+
     def _await_ready(self) -> EngineReady:
         while (message := self._next()) is not None:
+            self._forget_folder()  # it has answered the launch, so both sockets are connected
             if isinstance(message, EngineReady):
                 return message
             if isinstance(message, EngineDead):
                 raise EngineStartError(message.reason)
-        raise EngineStartError(f"the engine process ended while it started ({self._exit.describe()})")
+            if isinstance(message, Progress):
+                self._on_message(message)
+        raise EngineStartError(f"the engine process ended while it started ({self._exit_code()})")
 
     def _receive(self) -> None:
-        while (message := self._next()) is not None:
-            if isinstance(message, StepOutputs):
-                self._on_message(message)
-            elif isinstance(message, EngineDead):
-                self._die(message.reason)
-        self._die(f"the engine process ended ({self._exit.describe()})")
+        try:
+            while (message := self._next()) is not None:
+                if isinstance(message, StepOutputs):
+                    self._on_message(message)
+                elif isinstance(message, EngineDead):
+                    self._die(message.reason)
+            self._die(f"the engine process ended ({self._exit_code()})")
+        except Exception as error:  # nobody hears the engine any more: it is as good as dead
+            log.exception("the engine's messages cannot be read")
+            self._die(f"its messages cannot be read: {type(error).__name__}")
+            self.kill()
 
     def _next(self) -> Up | None:
         """The engine's next message; None once it has ended and nothing is left to read."""
+        assert self._child is not None
         poller = zmq.Poller()
         poller.register(self._up, zmq.POLLIN)
-        poller.register(self._exit.fd, zmq.POLLIN)
+        poller.register(self._child.fd, zmq.POLLIN)
         if self._up in dict(poller.poll()):
-            self._last_news = time.monotonic()
-            return up_decoder.decode(self._up.recv())
+            message = up_decoder.decode(self._up.recv())
+            self._heartbeat.beat(message.seconds if isinstance(message, Busy) else 0.0)
+            return message
         return None
+
+    def _exit_code(self) -> str:
+        assert self._child is not None
+        return self._child.describe()
 
     def _die(self, reason: str) -> None:
         if self._dead is None and not self._closed:
@@ -185,44 +217,73 @@ class ProcessClient:
             self._on_message(EngineDead(reason))
 
 
-class _ExitWatch:
-    """A file descriptor that becomes readable when a process ends: no timeout, on any Unix."""
+class _Child:
+    """A process, started and awaited on a thread that lives exactly as long as it does.
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self._process = process
-        self.fd, writing = os.pipe()
+    The kernel kills the engine when the thread that started it ends (lifeline.py), so no other will do.
+    fd: becomes readable when the process ends: no timeout, on any Unix.
+    """
 
-        def wait() -> None:
-            process.wait()
-            os.close(writing)
+    def __init__(self, command: list[str]) -> None:
+        """Raises EngineStartError if there can be no process."""
+        self.fd, self._end = os.pipe()
+        self._begun = threading.Event()
+        self._over = threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._refusal: OSError | None = None
+        threading.Thread(target=self._live, args=(command,), name="engine-exit", daemon=True).start()
+        self._begun.wait()
+        if self._refusal is not None:
+            self.release()
+            raise EngineStartError(f"no process can be started: {self._refusal}") from None
 
-        threading.Thread(target=wait, name="engine-exit", daemon=True).start()
+    @property
+    def pid(self) -> int:
+        return self._process.pid if self._process is not None else 0
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it ends within so many seconds."""
+        return self._over.wait(seconds)
 
     def describe(self) -> str:
-        code = self._process.wait()
+        self._over.wait()
+        code = self._process.returncode if self._process is not None else 0
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
-    def __del__(self) -> None:
+    def release(self) -> None:
         os.close(self.fd)
+
+    def _live(self, command: list[str]) -> None:
+        try:
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE)
+        except OSError as error:
+            self._refusal = error
+        self._begun.set()
+        if self._process is not None:
+            self._process.wait()
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+        self._over.set()
+        os.close(self._end)
 
 
 # ---------------------------------------------------------------- the engine side
 
 
-def main() -> None:
-    """Entry point of the engine process."""
+def main(folder: str) -> None:
+    """Entry point of the engine process; `folder` holds the sockets."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    size = int.from_bytes(sys.stdin.buffer.read(4), "little")
-    launch = msgspec.msgpack.decode(sys.stdin.buffer.read(size), type=Launch)
-    threading.Thread(target=_exit_with_parent, name="parent-watch", daemon=True).start()
-    logging.basicConfig(level=launch.log_level, format="%(asctime)s %(levelname)s engine: %(message)s")
-
+    exit_at_end_of(sys.stdin.buffer, lambda: shutil.rmtree(folder, ignore_errors=True))
     context = zmq.Context()
     down, up = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     up.set_hwm(0)
-    down.connect(f"ipc://{launch.folder}/down")
-    up.connect(f"ipc://{launch.folder}/up")
+    down.connect(f"ipc://{folder}/down")
+    up.connect(f"ipc://{folder}/up")
 
     def send(message: Up) -> None:
         up.send(encoder.encode(message))
@@ -232,15 +293,24 @@ def main() -> None:
         if down.poll(int(1000 * seconds)):
             with contextlib.suppress(zmq.Again):
                 while True:
-                    messages.append(down_decoder.decode(down.recv(zmq.NOBLOCK)))
+                    frame = down.recv(zmq.NOBLOCK)
+                    try:
+                        messages.append(down_decoder.decode(frame))
+                    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+                        log.error("a frame of %d bytes is no message: %s", len(frame), type(error).__name__)
         return messages
 
+    launch = msgspec.msgpack.decode(down.recv(), type=Launch)
+    logging.basicConfig(level=launch.log_level, format="%(asctime)s %(levelname)s engine: %(message)s")
+    startup = Startup(send)
     code = 0
     try:
-        # Here, not above: the API side imports this module for its client, and needs no torch.
-        from .core import EngineCore, run
+        with startup.phase("import libraries"):
+            die_with_parent(launch.parent)  # the parent clears the sockets away from here on
+            # Here, not above: the API side imports this module for its client, and needs no torch.
+            from .core import EngineCore, run
 
-        core = EngineCore(EngineConfig(**launch.config))  # type: ignore[arg-type]
+        core = EngineCore(EngineConfig(**launch.config), startup)  # type: ignore[arg-type]
         send(core.ready)
         run(core, receive, send)
     except EngineStartError as error:
@@ -259,11 +329,5 @@ def main() -> None:
     os._exit(code)
 
 
-def _exit_with_parent() -> None:
-    """The pipe closes when the parent ends, however it ends: no orphan keeps memory or a GPU."""
-    sys.stdin.buffer.read()
-    os._exit(0)
-
-
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

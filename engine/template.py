@@ -9,7 +9,8 @@ What holds, whatever the template says:
 * memory is bounded: text made anywhere in a render (output, captured blocks, `~`, `*`, calls, filters) adds up to at
   most MAX_WORK_CHARS, and repetition, padding and powers are refused by size before they are computed.
 
-What does not hold: one single built-in operation on data within those sizes runs to its end (milliseconds).
+What does not hold here: one single built-in operation on data within those sizes runs to its end (milliseconds). A
+server renders in workers (`rendering.py`), where the kernel bounds that too.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from jinja2.exceptions import SecurityError, TemplateError
 MAX_SOURCE_CHARS = 1 << 20  # the longest published template is about 30 kB
 MAX_OUTPUT_CHARS = 4 << 20  # a million tokens; more than any context here
 MAX_WORK_CHARS = 64 << 20  # text copied on the way: templates pass a message through a handful of macros and filters
-MAX_CPU_SECONDS = 2.0  # a hundred messages with tools take a few milliseconds
+MAX_CPU_SECONDS = 0.8  # a hundred messages with tools take a few milliseconds; `rendering.py` ends all at one second
 MAX_ITEMS = 500_000  # of lists and objects together with all they hold; as JSON, a full output's worth
 MAX_INTEGER_BITS = 256
 MAX_WIDTH = 10_000  # padding, indentation and repetition counts given as numbers
@@ -43,6 +44,10 @@ MAX_WIDTH = 10_000  # padding, indentation and repetition counts given as number
 REMOVED_FILTERS = ("urlize", "wordwrap", "random", "pprint", "xmlattr")
 WIDE_FIELD = re.compile(r"\d{5}|%[^a-zA-Z%]*\*|\{[^{}]*\{[^{]")
 REMOVED_METHODS = frozenset({"expandtabs", "translate", "format_map", "maketrans"})
+
+
+class Complaint(TemplateError):
+    """The template's own words about a conversation, by `raise_exception`: it runs, and refuses this one."""
 
 
 class _Budget(threading.local):
@@ -299,7 +304,7 @@ def _to_json(
 
 
 def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
+    raise Complaint(message)
 
 
 def _strftime_now(format: str) -> str:

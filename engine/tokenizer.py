@@ -17,7 +17,7 @@ from typing import Any
 
 import tokenizers
 
-from .config_fields import ConfigFields, read_json
+from .config_fields import MAX_VOCAB, ConfigFields, read_json
 from .errors import EngineStartError, RequestError, TooLongError
 
 # Vocabularies hold runs of up to 256 spaces, but text that averages more than this per token is padding, not a prompt:
@@ -57,9 +57,13 @@ class Tokenizer:
         self.eos_token_ids = eos_token_ids(self.folder)
         self.generation_defaults = generation_defaults(self.folder)
         self.vocab_size = self._encoder.get_vocab_size(with_added_tokens=True)
+        vocabulary = self._encoder.get_vocab()
+        largest = max(vocabulary.values(), default=-1)
+        if largest >= MAX_VOCAB:
+            raise EngineStartError(f"{path}: a token has the id {largest}; ids are less than {MAX_VOCAB}")
         to_bytes, self._drops_first_space = _byte_reader(path, description)
-        pieces = {token_id: to_bytes(piece) for piece, token_id in self._encoder.get_vocab().items()}
-        self._bytes = [pieces.get(token_id, b"") for token_id in range(max(pieces, default=-1) + 1)]
+        pieces = {token_id: to_bytes(piece) for piece, token_id in vocabulary.items()}
+        self._bytes = [pieces.get(token_id, b"") for token_id in range(largest + 1)]
         self._longest = max(map(len, self._bytes), default=1)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:

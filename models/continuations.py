@@ -15,14 +15,23 @@ from .export import FOLDERS, MODELS
 from .llama import Llama, rotate
 from .tokenizer import END_OF_TEXT, load_tokenizer
 
-# Batches of BATCH prompts. A head has some ten thousand weights, and 100,000 tokens are enough for it.
-BATCHES = {"train": 4, "validate": 1, "held_out": 2}
-BATCH, CONTINUATION = 128, 192
+
+class Part(NamedTuple):
+    """Batches of BATCH prompts; the seed of the first, others follow."""
+
+    batches: int
+    seed: int
+
+
+# A head has some three hundred weights; the held-out texts are as many as the gains in tokens a second need to be known
+# to half a per cent at temperature 1.
+PARTS = {"train": Part(4, 0), "held_out": Part(4, 2000)}
+BATCH, CONTINUATION = 144, 192
 PROMPT_LENGTHS = (64, 128, 256)  # of one batch after another
-TEMPERATURES = (1.0, 0.5)  # of one prompt after another
+TEMPERATURES = (1.0, 0.5, 0.0)  # of one prompt after another; 0 = greedy
 ROWS = 16  # sequences whose distributions are held at once: 50 MB each for target and draft
-# Of the training modules every tenth is kept for choosing among heads and thresholds; the held-out ones judge.
-VALIDATE_EVERY = 10
+# Every tenth training module is kept apart: what heads look at was chosen on those; the held-out ones judge.
+APART_EVERY = 10
 
 Cache = list[tuple[Tensor, Tensor]]  # by layer: keys and values [batch, kv_heads, room, head_dim]
 
@@ -60,10 +69,21 @@ def forward_cached(model: Llama, tokens: Tensor, start: int, cache: Cache, width
     return model.norm(x)
 
 
+def next_logits(model: Llama, hidden: Tensor) -> Tensor:
+    """[..., V] float32 of hidden states [..., d]."""
+    return F.linear(hidden.float(), model.embed_tokens.weight.float())
+
+
+def tempered(logits: Tensor, temperatures: Tensor) -> Tensor:
+    """Next-token distributions [batch, ..., V] of logits [batch, ..., V]; temperatures [batch], 0 = greedy."""
+    t = temperatures.view(-1, *[1] * (logits.ndim - 1))
+    likeliest = F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+    return torch.where(t == 0, likeliest, (logits / t.clamp(min=1e-4)).softmax(-1))
+
+
 def probabilities(model: Llama, hidden: Tensor, temperatures: Tensor) -> Tensor:
-    """Next-token distributions [batch, ..., V] of hidden states [batch, ..., d]; temperatures [batch] above 0."""
-    logits = F.linear(hidden.float(), model.embed_tokens.weight.float())
-    return (logits / temperatures.view(-1, *[1] * (logits.ndim - 1))).softmax(-1)
+    """The same of hidden states [batch, ..., d]."""
+    return tempered(next_logits(model, hidden), temperatures)
 
 
 @torch.no_grad()
@@ -118,13 +138,13 @@ def prepare(folder: Path, target: Llama) -> dict[str, list[Batch]]:
     folder.mkdir(parents=True, exist_ok=True)
     split = split_library()
     tokenizer = load_tokenizer(MODELS / FOLDERS["target"] / "tokenizer.json")
-    training = [m for i, m in enumerate(split.library) if i % VALIDATE_EVERY]
-    modules = {"train": training, "validate": split.library[::VALIDATE_EVERY], "held_out": split.held_out}
-    parts: dict[str, list[Batch]] = {part: [] for part in BATCHES}
-    for part, number in ((part, i) for part, count in BATCHES.items() for i in range(count)):
+    training = [m for i, m in enumerate(split.library) if i % APART_EVERY]
+    modules = {"train": training, "held_out": split.held_out}
+    parts: dict[str, list[Batch]] = {part: [] for part in PARTS}
+    for part, number in ((name, i) for name, (batches, _) in PARTS.items() for i in range(batches)):
         file = folder / f"continuations_{part}_{number}.safetensors"
         if not file.exists():
-            generator = torch.Generator().manual_seed(1000 * list(BATCHES).index(part) + number)
+            generator = torch.Generator().manual_seed(PARTS[part].seed + number)
             length = PROMPT_LENGTHS[number % len(PROMPT_LENGTHS)]
             prompts = cut_prompts(modules[part], tokenizer, BATCH, length, generator)
             temperatures = torch.tensor(TEMPERATURES).repeat(BATCH // len(TEMPERATURES))

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .continuations import Batch, Cache, distributions, draw, empty_cache, forward_cached, probabilities
+from .acceptance import features
+from .continuations import Batch, Cache, distributions, draw, empty_cache, forward_cached, next_logits, tempered
 from .llama import Layer, Llama, rotate
 
 LONGEST = 12  # drafts of one round, at the most
@@ -20,19 +21,23 @@ LONGEST = 12  # drafts of one round, at the most
 class Trace(NamedTuple):
     """Of sequences [S] with C places each, which the target has written.
 
-    rejected  [S, C] bool: a draft that has followed the text guesses wrong here
-    states    [S, C, d] final states of the draft where the text's token is the input
-    chances   [S, C] the draft's q of the text's token
-    tails     [R, LONGEST, d] states of a wrong guess and of what the draft went on with behind it, for each True of
-              `rejected` in row-major order
-    doubts    [R, LONGEST] the draft's q of these
+    temperatures  [S]
+    rejected      [S, C] bool: a draft that has followed the text guesses wrong here
+    text          [S, C, FEATURES] of the text's tokens, as drafted ones
+    tails         [R, LONGEST, FEATURES] of a wrong guess and of what the draft went on with behind it, for each True of
+                  `rejected` in row-major order
     """
 
+    temperatures: Tensor
     rejected: Tensor
-    states: Tensor
-    chances: Tensor
+    text: Tensor
     tails: Tensor
-    doubts: Tensor
+
+    def at(self, temperature: float) -> "Trace":
+        """Its sequences of this temperature."""
+        rows = self.temperatures == temperature
+        tails = self.tails[rows[self.rejected.nonzero()[:, 0]]]
+        return Trace(self.temperatures[rows], self.rejected[rows], self.text[rows], tails)
 
 
 @torch.no_grad()
@@ -41,19 +46,21 @@ def trace(target: Llama, draft: Llama, width: int, batch: Batch, generator: torc
     parts: list[Trace] = []
     for tokens, temperatures, p in distributions(target, batch):
         cache = empty_cache(draft, *tokens.shape)
-        states = forward_cached(draft, tokens, 0, cache, width)
-        q = probabilities(draft, states[:, first - 1 : -1], temperatures)
-        written = tokens[:, first:, None]
-        chances = q.gather(-1, written)[..., 0]
-        rejected = torch.rand(chances.shape, generator=generator) >= chances / p.gather(-1, written)[..., 0]
+        logits = next_logits(draft, forward_cached(draft, tokens, 0, cache, width)[:, first - 1 : -1])
+        q = tempered(logits, temperatures)
+        written = tokens[:, first:]
+        chances = (x.gather(-1, written[..., None])[..., 0] for x in (q, p))
+        rejected = torch.rand(written.shape, generator=generator) >= torch.div(*chances)
         tails = []
         for i, places in enumerate(rejected):
             wrong = draw((q[i, places] - p[i, places]).clamp(min=0), generator)
-            text = [(keys[i], values[i]) for keys, values in cache]
+            own = [(keys[i], values[i]) for keys, values in cache]
             positions = first + places.nonzero()[:, 0]
-            doubt = q[i, places].gather(-1, wrong[:, None])[:, 0]
-            tails.append(_tails(draft, width, wrong, doubt, positions, text, temperatures[i : i + 1], generator))
-        parts.append(Trace(rejected, states[:, first:], chances, *map(torch.cat, zip(*tails, strict=True))))
+            tails.append(
+                _tails(draft, width, wrong, logits[i, places], positions, own, temperatures[i : i + 1], generator)
+            )
+        text = features(logits, written, temperatures[:, None])
+        parts.append(Trace(temperatures, rejected, text, torch.cat(tails)))
     return Trace(*map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -61,28 +68,27 @@ def _tails(
     draft: Llama,
     width: int,
     tokens: Tensor,
-    chances: Tensor,
+    logits: Tensor,
     positions: Tensor,
     text: Cache,
     temperature: Tensor,
     generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """(states [R, LONGEST, d], q [R, LONGEST]) of tokens [R], each in the place of the text's, and of what follows."""
+) -> Tensor:
+    """[R, LONGEST, FEATURES] of tokens [R], each in the place of the text's, drawn by logits [R, V], and of what
+    follows."""
     own: list[list[tuple[Tensor, Tensor]]] = [[] for _ in draft.layers]
     before = torch.arange(len(text[0][0][0])) < positions[:, None]
-    states, all_chances = [], [chances]
-    for i in range(LONGEST):
+    known = [features(logits, tokens, temperature)]
+    for i in range(LONGEST - 1):
         cos, sin = draft.cos[positions + i, None, None], draft.sin[positions + i, None, None]
         x = draft.embed_tokens(tokens)
         for layer, (keys, values), tail in zip(draft.layers, text, own, strict=True):
             x = x + _attend(layer, layer.input_layernorm(x), cos, sin, keys, values, before, tail)
             x = x + layer.mlp(layer.post_attention_layernorm(x), width)
-        states.append(draft.norm(x))
-        if i + 1 < LONGEST:
-            q = probabilities(draft, states[-1][None], temperature)[0]
-            tokens = draw(q, generator)
-            all_chances.append(q.gather(-1, tokens[:, None])[:, 0])
-    return torch.stack(states, 1), torch.stack(all_chances, 1)
+        logits = next_logits(draft, draft.norm(x))
+        tokens = draw(tempered(logits[None], temperature)[0], generator)
+        known.append(features(logits, tokens, temperature))
+    return torch.stack(known, 1)
 
 
 def _attend(
@@ -129,16 +135,15 @@ class Played(NamedTuple):
 
 
 def play(
-    rejected: list[list[bool]], states: list[list[float]], tails: list[list[float]], threshold: float, limit: int
+    rejected: list[list[bool]], text: list[list[float]], tails: list[list[float]], go_on: float, limit: int
 ) -> Played:
-    """Speculate over the traces' texts: `limit` drafts a round, fewer once P(some draft is rejected) > threshold.
+    """Speculate over the traces' texts: a round drafts one token, and another, up to `limit`, while the probability
+    that all so far are accepted is at least `go_on`; 0 = all rounds are `limit` long.
 
-    states [S][C] and tails [R][LONGEST] are probabilities of acceptance. As at run time a guess's probability is known
-    when it has been the input of the draft's next pass, so the rule lags by a token. With threshold 1 all rounds are
-    `limit` long.
+    text [S][C] and tails [R][LONGEST] are probabilities of acceptance, known as soon as a token is drafted.
     """
     rounds = drafted = won = tail = 0
-    for wrong, right in zip(rejected, states, strict=True):
+    for wrong, right in zip(rejected, text, strict=True):
         place, end = 0, len(wrong) - limit
         numbers = []  # of each place's tail, if it has one
         for is_wrong in wrong:
@@ -146,13 +151,11 @@ def play(
             tail += is_wrong
         while place < end:
             stop = next((i for i in range(place, place + limit) if wrong[i]), place + limit)
-            count, every = 1, 1.0
-            while count < limit:
-                last = place + count - 1
-                every *= right[last] if last < stop else tails[numbers[stop]][last - stop]
+            count, every = 0, 1.0
+            while count < limit and every >= go_on:
+                drawn = place + count
+                every *= right[drawn] if drawn < stop else tails[numbers[stop]][drawn - stop]
                 count += 1
-                if 1 - every > threshold:
-                    break
             won += min(count, stop - place) + 1
             place += min(count, stop - place) + 1
             rounds += 1

@@ -8,6 +8,7 @@ Guesses come last into a step, and take only tokens, promised seconds and blocks
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from .config import Counters, SchedulerConfig
@@ -40,7 +41,9 @@ class Drafting:
         shape = step_shape(rows.values())
         tokens = self._config.max_num_batched_tokens - shape.num_tokens
         depths = self.speculation.choose(wishes, shape, tokens, seconds)
-        for (request, most), depth in zip(wishes, depths, strict=True):
+        guessing = Counter(wish.most.method for wish, depth in zip(wishes, depths, strict=True) if depth)
+        for wish, depth in zip(wishes, depths, strict=True):
+            request, most = wish
             while depth and not self._residency.has_room_ahead(request, most.shape.cut(depth).nodes):
                 depth -= 1
             self.is_on = self.is_on or depth > 0
@@ -48,7 +51,9 @@ class Drafting:
                 continue
             self._counters.depths[depth] += 1
             if depth:
-                rows[request] = self._with_draft(request, rows[request], most, depth)
+                go_on = self.speculation.go_on(wish, guessing[most.method])
+                order = DraftOrder(most.method, most.shape.cut(depth), go_on)
+                rows[request] = self._with_draft(request, rows[request], order)
 
     def learn(self, request: Request, order: DraftOrder, got: RowResult) -> None:
         """How the guesses of one row fared."""
@@ -82,7 +87,7 @@ class Drafting:
         and its blocks have to have room for all nodes."""
         if request.draft is None or row.num_tokens > 1 or not request.num_output or not row.samples:
             return None
-        method, shape = request.draft
+        method, shape, _ = request.draft
         left = request.group.max_len - request.num_tokens - 1
         if left >= MAX_NODES:
             return request.draft
@@ -91,10 +96,10 @@ class Drafting:
             shape = shape.cut(shape.depth - 1)
         return DraftOrder(method, shape) if shape.depth else None
 
-    def _with_draft(self, request: Request, row: Row, most: DraftOrder, depth: int) -> Row:
-        shape = most.shape.cut(depth)
-        new = row.new_block_ids + self._residency.grow_ahead(request, shape.nodes)
-        return row._replace(num_tokens=1 + shape.nodes, new_block_ids=new, draft=DraftOrder(most.method, shape))
+    def _with_draft(self, request: Request, row: Row, order: DraftOrder) -> Row:
+        nodes = order.shape.nodes
+        new = row.new_block_ids + self._residency.grow_ahead(request, nodes)
+        return row._replace(num_tokens=1 + nodes, new_block_ids=new, draft=order)
 
 
 def step_shape(rows: Iterable[Row]) -> StepShape:

@@ -70,7 +70,13 @@ def parse_shape(text: str, depth: int) -> DraftShape:
 
 
 class DraftOrder(NamedTuple):
-    """What is to be guessed behind one sequence's last token. Less may come of it, never more."""
+    """What is to be guessed behind one sequence's last token. Less may come of it, never more.
 
-    method: str  # of the proposer: "ngram", or the engine's own method
+    method  of the proposer: "ngram", or the engine's own method
+    go_on   a chain takes another guess only while all before it are right with at least this probability, as far as
+            the proposer can tell; 0 = always
+    """
+
+    method: str
     shape: DraftShape
+    go_on: float = 0.0

@@ -117,6 +117,7 @@ class Speculation:
         self._adaptive = config.adaptive_drafts
         self._depth = config.draft_shape.depth if config.draft_shape is not None else 0
         self._methods: dict[str, Trials] = {}
+        self._rate = 0.0  # tokens per second of the step that was chosen last, as far as is known
         self._debt = 0.0  # seconds lost by probes that have yet to be made up for
         self._probe: _Probe | None = None  # in the latest plan, or the one before: it may have to wait
         self._probes = 0
@@ -160,7 +161,7 @@ class Speculation:
         self._probes += 1
         self._since_probe = 0
         if self._probes > FREE_PROBES:
-            cost, (method, most) = self._steps.cost, probe.most
+            cost, (method, most, _) = self._steps.cost, probe.most
             before, after = most.cut(probe.depth), most.cut(probe.depth + 1)
             more = probe.shape.guessing(probe.request.num_tokens - 1, after.nodes - before.nodes)
             seconds = cost.seconds(more) - cost.seconds(probe.shape) + self.cost.seconds([DraftOrder(method, after)])
@@ -202,6 +203,7 @@ class Speculation:
             better = self._best(levels, wishes, shape, room, deepest, rate)
             if better[0] > rate:
                 rate, chosen = better
+        self._rate = rate
         if any(chosen):
             if self._forbear(chosen, wishes):
                 return chosen
@@ -221,6 +223,22 @@ class Speculation:
             return chosen
         self._rest = 0
         return probing
+
+    def go_on(self, wish: Wish, streams: int) -> float:
+        """How likely all guesses of a chain must be right for one more to pay, in the step that was chosen last.
+
+        One more wins a token if it is right as well, and takes seconds that bring `_rate` tokens each otherwise: it
+        pays while P(all so far) · P(the next) >= rate · seconds. What would be won behind it is left out: a chain that
+        is in doubt rarely gets there. streams: those that share the passes of this method.
+        """
+        if not self._adaptive:
+            return 0.0
+        request, most = wish
+        guessing, own = self.cost.of(most.method), self._own(request)
+        seconds = guessing.a / streams + guessing.b + self.cost.verifying.b
+        seconds += self._steps.cost.work_seconds(request.num_tokens, 1)
+        belief = BELIEF_WEIGHT * method_rates(self._method(most.method))[0]
+        return self._rate * seconds * (own.tried[0] + BELIEF_WEIGHT) / (own.accepted[0] + belief)
 
     def _forbear(self, chosen: list[int], wishes: Sequence[Wish]) -> bool:
         """Of a method whose cost is not known leave only one stream: it may be large. Whether any had to go."""

@@ -20,10 +20,11 @@ from ..engine.chat import load_chat_template
 from ..engine.client import EngineClient
 from ..engine.errors import QuireError
 from ..engine.grammar import Grammars, Vocabulary
-from ..engine.messages import EngineReady, StepStats
+from ..engine.messages import EngineDead, EngineReady, StepStats
+from ..engine.rendering import shared_workers
 from ..engine.tokenizer import generation_defaults, load_tokenizer
 from ..engine.validation import limits_of
-from . import errors, logs, routes_admin, routes_chat, routes_completions
+from . import errors, logs, routes_admin, routes_chat, routes_completions, routes_decisions, routes_fleet, routes_render
 from .admission import Admission
 from .auth import Door
 from .config import ServerConfig
@@ -33,11 +34,13 @@ from .inputs import TextSide
 from .keys import Key, KeyRing
 from .keys_file import Stamp, follow, load_keys, stamp_of
 from .lag import watch_lag
+from .life import LifeMetrics
 from .logs import logger
 from .messages import routes as messages
 from .metrics import Metrics
 from .middleware import LOOPBACK_HOSTS, Outermost
 from .parsing.markup import markup_of
+from .registry import Registry
 from .responses import routes as responses
 from .state import State, state_of
 from .throughput import report_throughput
@@ -46,10 +49,26 @@ from .throughput import report_throughput
 def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
     """The ASGI application of one engine. Its lifespan starts `client` and closes it.
 
-    Start-up raises EngineStartError before any port is open: an orchestrator sees a failed start, not a sick server.
+    Start-up is over, and a port may open, when the engine's settings have turned out to be right; before, it raises
+    EngineStartError: an orchestrator sees a failed start, not a sick server. The model is loaded behind an open port,
+    where probes and metrics tell how far it is; if that fails, `Life.over` says that nothing will ever be served.
     """
-
+    dispatcher = Dispatcher(client, config.hang_timeout)
     door = Door(KeyRing(config.api_key))
+    path = config.api_keys_file
+
+    async def bring_up(app: FastAPI) -> None:
+        try:
+            if path is not None:
+                door.use_keys(load_keys(path))
+            app.state.quire = await _start(dispatcher, config, door)
+        except Exception as error:
+            if not dispatcher.stopping:
+                logger.error("cannot start: %s", error if isinstance(error, QuireError) else logs.where(error))
+            dispatcher.life.ends(EngineDead("it could not be started"))
+            await dispatcher.stop()
+            raise
+        dispatcher.life.has_started()
 
     def use_keys(named: Sequence[Key]) -> None:
         door.use_keys(named)
@@ -57,34 +76,39 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        path = config.api_keys_file
-        seen: Stamp = ()
-        try:
-            if path is not None:
-                seen = stamp_of(path)
-                door.use_keys(load_keys(path))
-            state = await _start(client, config, door)
-        except Exception as error:
-            logger.error("cannot start: %s", error if isinstance(error, QuireError) else logs.where(error))
-            raise
-        app.state.quire = state
-        chores = [asyncio.create_task(report_throughput(state.metrics)), asyncio.create_task(watch_lag(state.metrics))]
-        if path is not None:
-            chores.append(asyncio.create_task(follow(path, seen, use_keys)))
+        async def chores() -> None:
+            await starting
+            metrics = app.state.quire.metrics
+            following = [] if path is None else [follow(path, seen, use_keys)]
+            await asyncio.gather(report_throughput(metrics), watch_lag(metrics), *following)
+
+        seen: Stamp = () if path is None else stamp_of(path)
+        starting = asyncio.create_task(bring_up(app))
+        settled = asyncio.create_task(dispatcher.settled.wait())
+        await asyncio.wait((starting, settled), return_when=asyncio.FIRST_COMPLETED)
+        settled.cancel()
+        if starting.done():
+            await starting
+        working = asyncio.create_task(chores())
         try:
             yield
         finally:
-            for chore in chores:
-                chore.cancel()
-            state.dispatcher.fail_all(errors.draining())
-            await state.dispatcher.stop()
-            state.pool.shutdown(wait=False, cancel_futures=True)
+            dispatcher.fail_all(errors.draining())
+            await dispatcher.stop()
+            working.cancel()
+            await asyncio.wait((starting, working))
+            if app.state.quire is not None:
+                app.state.quire.pool.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(
         title="Quire", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
     )
-    for module in (routes_completions, routes_chat, responses, messages, routes_admin):
+    asking = (routes_completions, routes_chat, responses, messages, routes_decisions, routes_render)
+    for module in (*asking, routes_admin, routes_fleet):
         app.include_router(module.router)
+    app.state.quire = None  # until the engine serves
+    app.state.dispatcher = dispatcher
+    app.state.life_metrics = LifeMetrics(dispatcher.life)
     app.state.door = door
     app.add_middleware(Outermost, allowed_hosts=_allowed_hosts(config))
     for kind in (errors.ApiError, QuireError, RequestValidationError, HTTPException):
@@ -92,25 +116,10 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
     return app
 
 
-async def _start(client: EngineClient, config: ServerConfig, door: Door) -> State:
-    dispatcher = Dispatcher(client, config.hang_timeout)
-    try:
-        ready = await dispatcher.start()
-        folder = Path(ready.model_path)
-        tokenizer = load_tokenizer(folder)
-        template = load_chat_template(tokenizer)
-        text = TextSide(
-            tokenizer=tokenizer,
-            template=template,
-            limits=limits_of(ready),
-            ready=ready,
-            defaults=_sampling_defaults(config, folder),
-            markup=markup_of(config.tool_call_parser, config.reasoning_parser, template, tokenizer),
-            grammars=Grammars(lambda: Vocabulary(tokenizer, ready.vocab_size)),
-        )
-    except BaseException:
-        await dispatcher.stop()
-        raise
+async def _start(dispatcher: Dispatcher, config: ServerConfig, door: Door) -> State:
+    ready = await dispatcher.start()
+    folder = Path(ready.model_path)
+    text = await asyncio.to_thread(_text_side, ready, folder, config)
     names = config.served_model_name or (folder.name,)
     metrics = Metrics(ready, names[0], tenants={*ready.tenants, *door.ring.named}, vllm_aliases=config.vllm_metrics)
     experience = Experience(ready)
@@ -128,7 +137,7 @@ async def _start(client: EngineClient, config: ServerConfig, door: Door) -> Stat
 
     dispatcher.on_stats = saw_step
     _log_facts(ready, names)
-    if template is not None:
+    if text.template is not None:
         markup = text.markup
         logger.info(
             "calls of tools are read as %s, thinking as %s",
@@ -144,12 +153,31 @@ async def _start(client: EngineClient, config: ServerConfig, door: Door) -> Stat
         admission=admission,
         dispatcher=dispatcher,
         metrics=metrics,
+        registry=Registry(),
         experience=experience,
         text=text,
         pool=ThreadPoolExecutor(config.text_threads, thread_name_prefix="text"),
     )
     state.name_tenants()
     return state
+
+
+def _text_side(ready: EngineReady, folder: Path, config: ServerConfig) -> TextSide:
+    """Not on the event loop: a large tokenizer takes a second, and probes want their answer."""
+    tokenizer = load_tokenizer(folder)
+    workers = shared_workers()
+    workers.warm(config.text_threads)
+    template = load_chat_template(tokenizer, workers.compile)
+    return TextSide(
+        tokenizer=tokenizer,
+        template=template,
+        compile=workers.compile if config.trust_request_chat_template else None,
+        limits=limits_of(ready),
+        ready=ready,
+        defaults=_sampling_defaults(config, folder),
+        markup=markup_of(config.tool_call_parser, config.reasoning_parser, template, tokenizer),
+        grammars=Grammars(lambda: Vocabulary(tokenizer, ready.vocab_size)),
+    )
 
 
 def _sampling_defaults(config: ServerConfig, folder: Path) -> dict[str, float | int]:
@@ -202,7 +230,8 @@ async def _answer(request: Request, error: Exception) -> Response:
         headers = error.headers or {}  # 405 says what is allowed
     else:
         answer = error if isinstance(error, errors.ApiError) else errors.from_engine(error)
-    state_of(request).metrics.error(answer.status, answer.code)
+    if request.app.state.quire is not None:
+        state_of(request).metrics.error(answer.status, answer.code)
     response = answer.response(request.scope["path"])
     response.headers.update(headers)
     return response

@@ -269,6 +269,12 @@ def serve(
     insecure_no_auth: Annotated[
         bool, option(ACCESS, "Listen beyond this machine without any key.", "--insecure-no-auth")
     ] = False,
+    trust_request_chat_template: Annotated[
+        bool,
+        option(
+            ACCESS, "Take templates from requests.", "--trust-request-chat-template/--no-trust-request-chat-template"
+        ),
+    ] = SERVER.trust_request_chat_template,
     max_queued_requests: Annotated[
         int,
         option(LIMITS, "Samples that may wait; past it, 503 with Retry-After.", min=0),
@@ -304,8 +310,14 @@ def serve(
         option(LIMITS, "Seconds of silence after which a stream gets a comment.", min=0),
     ] = SERVER.keep_alive_interval,
     hang_timeout: Annotated[
-        float, option(LIMITS, "Seconds without a sign of life from the engine until /health says 503.", min=0)
+        float,
+        option(
+            LIMITS, "Seconds of silence from the engine until /health says 503; at twice as many it is killed.", min=0
+        ),
     ] = SERVER.hang_timeout,
+    max_engine_restarts: Annotated[
+        int, option(LIMITS, "Times in a row that an engine which ended is started again.", min=0)
+    ] = SERVER.max_engine_restarts,
     vllm_metrics: Annotated[
         bool, option(LOGS, "Repeat metrics under their vllm: names.", "--vllm-metrics/--no-vllm-metrics")
     ] = SERVER.vllm_metrics,
@@ -328,9 +340,16 @@ def serve(
 def run(engine_config: EngineConfig, server_config: ServerConfig) -> bool:
     """Serve from an engine in a process of its own until told to stop; False if that went wrong."""
     from ..engine.process import ProcessClient
+    from ..engine.supervisor import Supervisor
     from .serve import serve as serve_until_stopped
 
-    return serve_until_stopped(ProcessClient(engine_config), server_config)
+    engine = Supervisor(
+        ProcessClient,
+        engine_config,
+        hang_timeout=server_config.hang_timeout,
+        max_restarts=server_config.max_engine_restarts,
+    )
+    return serve_until_stopped(engine, server_config)
 
 
 def read_settings(ctx: typer.Context) -> tuple[EngineConfig, ServerConfig]:

@@ -21,7 +21,7 @@ class ServerConfig:
     api_keys_file         further keys, with names and quotas (keys_file.py). With neither, open to all who reach it
     allowed_hosts         names accepted in the Host header; empty = loopback names when bound to loopback, else any
     max_queued_requests   samples that may wait beyond those that can run; past it new requests get 503 with Retry-After
-    max_queued_tokens     prompt tokens that may wait, those of texts as estimated; past it 503 as well; None = no bound
+    max_queued_tokens     prompt tokens that may wait, known or estimated from bytes; past it 503 as well; None = none
     max_queue_seconds     predicted wait in the queue past which new requests get 503 as well; None = no such bound
     max_connections       open connections; past it a new one gets 503 before anything is read from it
     max_body_bytes        of a request body; past it 413
@@ -30,8 +30,11 @@ class ServerConfig:
     drain_timeout         seconds that running requests get to finish after SIGTERM
     write_timeout         seconds that one write to a client may take before its request is aborted: nobody reads there
     keep_alive_interval   seconds without a token after which a stream gets a comment, so that proxies keep it open
-    hang_timeout          seconds without a sign of life from the engine's loop after which /health and /ready say 503
-    text_threads          threads that tokenize and render chat templates
+    hang_timeout          seconds without a sign of life from the engine's loop after which /health and /ready say 503;
+                          after twice as many the engine is killed, and started again
+    max_engine_restarts   times in a row that the engine is started again when it has ended; past it the server ends
+    text_threads          threads that tokenize, and processes that render chat templates for them
+    trust_request_chat_template   requests may bring a template of their own; it runs in the same sandbox
     generation_config     "auto" = the model's own sampling defaults, "none" = OpenAI's
     tool_call_parser      how the model spells calls of tools: "auto" = as its chat template does, "none" = no tools
     reasoning_parser      how it marks its thinking: "auto" = as its chat template does, "none" = all text is content
@@ -57,7 +60,9 @@ class ServerConfig:
     write_timeout: float = 60.0
     keep_alive_interval: float = 15.0
     hang_timeout: float = 10.0
+    max_engine_restarts: int = 5
     text_threads: int = 2
+    trust_request_chat_template: bool = False
     generation_config: str = "auto"
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"

@@ -14,10 +14,22 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable
 
-from ..engine.client import EngineClient
+from ..engine.client import EngineClient, News
 from ..engine.errors import EngineDeadError
-from ..engine.messages import Abort, AddRequest, Chunk, EngineDead, EngineReady, StepOutputs, StepStats
+from ..engine.messages import (
+    Abort,
+    AddRequest,
+    Chunk,
+    EngineDead,
+    EngineHung,
+    EngineReady,
+    Progress,
+    StepOutputs,
+    StepStats,
+    add_totals,
+)
 from . import errors
+from .life import Life
 from .logs import logger
 from .metrics import Metrics
 from .promises import SampleClock
@@ -148,36 +160,44 @@ def _merge(held: Chunk, chunk: Chunk) -> None:
 
 
 class Dispatcher:
-    """The one user of the engine client. `on_stats` is called with the figures of every step."""
+    """The one user of the engine client. `on_stats` is called with the figures of every step.
+
+    An engine that was started again counts from zero. What its predecessors counted is added here, so that every total
+    only grows for whoever looks at it from this side.
+    """
 
     def __init__(self, client: EngineClient, hang_timeout: float) -> None:
         self.on_stats: Callable[[StepStats], None] = _ignore
+        self.life = Life(lambda: self._client.heartbeat_age(), hang_timeout)
+        self.settled = asyncio.Event()  # the settings of the engine that starts are right
+        self.stopping = False  # what fails from here on fails on purpose
+        self.requests_sent = 0  # AddRequests; StepStats.requests_total says how many of them the engine has taken in
         self._client = client
-        self._hang_timeout = hang_timeout
         self._mailboxes: dict[str, Mailbox] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.requests_sent = 0  # AddRequests; StepStats.requests_total says how many of them the engine has taken in
-        self.dead = False
+        self._stats = StepStats()
+        self._before: StepStats | None = None  # totals of the engines that have ended
 
     async def start(self) -> EngineReady:
         """Raises EngineStartError with the reason."""
         self._loop = asyncio.get_running_loop()
+        self.life.begins()
         return await asyncio.to_thread(self._client.start, self._on_message)
 
     async def stop(self) -> None:
-        await asyncio.to_thread(self._client.close)
+        self.stopping = True
+        if self._loop is not None:
+            await asyncio.to_thread(self._client.close)
 
     def trouble(self) -> str | None:
-        """Why the engine cannot serve now: "dead", "hung", or None."""
-        if self.dead:
-            return "dead"
-        return "hung" if self._client.heartbeat_age() > self._hang_timeout else None
+        """Why the engine cannot serve now, as `Life.trouble`."""
+        return self.life.trouble()
 
     def send(self, requests: Iterable[AddRequest], mailbox: Mailbox) -> None:
         """Hand requests to the engine; what comes of them goes to `mailbox`. Raises 503 if the engine is gone."""
+        if (refusal := self.life.refusal()) is not None:
+            raise refusal
         try:
-            if self.dead:
-                raise errors.engine_dead()
             for request in requests:
                 self._mailboxes[request.request_id] = mailbox
                 self._client.send(request)
@@ -188,12 +208,17 @@ class Dispatcher:
     def forget(self, request_ids: Iterable[str], *, abort: bool) -> bool:
         """Deliver nothing more for these requests and, with `abort`, end them. False if all were forgotten before."""
         known = [request_id for request_id in request_ids if self._mailboxes.pop(request_id, None) is not None]
-        if known and abort and not self.dead:
+        if known and abort:
             try:
                 self._client.send(Abort(known))
             except EngineDeadError:
                 logger.debug("the engine was gone before an abort reached it")
         return bool(known)
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """End these requests; the engine tells their mailbox."""
+        with contextlib.suppress(EngineDeadError):  # then the mailbox learns of it
+            self._client.send(Abort(list(request_ids)))
 
     def end_sample(self, request_id: str, index: int) -> None:
         """The text of one sample is complete; the request's others go on."""
@@ -204,20 +229,43 @@ class Dispatcher:
         for mailbox in set(self._mailboxes.values()):
             mailbox.fail(failure)
 
-    def _on_message(self, message: StepOutputs | EngineDead) -> None:
+    def _on_message(self, message: News) -> None:
         """On the client's thread."""
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop has closed: the server has stopped
                 self._loop.call_soon_threadsafe(self._deliver, message)
 
-    def _deliver(self, message: StepOutputs | EngineDead) -> None:
-        if isinstance(message, EngineDead):
-            self.dead = True
-            logger.error("the engine is gone: %s", message.reason)
-            self.fail_all(errors.engine_dead())
-            return
+    def _deliver(self, message: News) -> None:
+        match message:
+            case StepOutputs():
+                self._deliver_step(message)
+            case Progress():
+                self.life.progresses(message)
+                if message.settled:
+                    self.settled.set()
+            case EngineReady():
+                logger.info("the engine serves again, after %.1f s", sum(message.startup_seconds.values()))
+                self._count_on()
+                self.life.serves()
+            case EngineHung():
+                logger.error("the engine has given no sign of life for %.1f s", message.seconds)
+                self.life.hangs_now()
+            case EngineDead():
+                logger.error("the engine is gone: %s", message.reason)
+                self.life.ends(message)
+                self.fail_all(errors.engine_dead())
+
+    def _count_on(self) -> None:
+        """A new engine: its figures continue those of the ones before it, which have had all that was sent so far."""
+        self._before = add_totals(StepStats(kv_blocks_total=self._stats.kv_blocks_total), self._stats)
+        self._before.requests_total = self.requests_sent
+        self._stats = self._before
+        self.on_stats(self._stats)
+
+    def _deliver_step(self, message: StepOutputs) -> None:
         now = time.monotonic()
-        self.on_stats(message.stats)
+        self._stats = message.stats if self._before is None else add_totals(message.stats, self._before)
+        self.on_stats(self._stats)
         for chunk in message.chunks:
             mailbox = self._mailboxes.get(chunk.request_id)
             if mailbox is not None:  # else it was forgotten a moment ago, and the abort is on its way

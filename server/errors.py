@@ -185,6 +185,11 @@ def engine_dead() -> ApiError:
     return ApiError(503, "The engine is not running.", code="engine_dead", retry_after=random.uniform(1, 4))
 
 
+def engine_starting(wait: float) -> ApiError:
+    """`wait`: seconds that the start should still take."""
+    return ApiError(503, "The engine is starting. Try again later.", code="engine_starting", retry_after=wait)
+
+
 def engine_failed() -> ApiError:
     return ApiError(500, "The engine could not finish this request.", code="engine_error")
 

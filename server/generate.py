@@ -17,7 +17,7 @@ from ..engine.messages import AddRequest, Chunk, Slo, Speculative
 from ..engine.outputs import Delta, RequestStream, TextOptions
 from ..engine.tokenizer import Tokenizer
 from ..scheduler.params import SamplingParams
-from . import errors
+from . import errors, logs
 from .admission import Slot
 from .config import ServerConfig
 from .cost import Experience
@@ -28,6 +28,7 @@ from .pacing import paced
 from .parsing.reading import AnswerFormat
 from .promises import SampleClock, verdict
 from .quotas import Lease
+from .registry import Name, Registry
 
 # The engine ends what is out of time. One that does not answer is given this much longer before its caller is told.
 WALL_SECONDS = 5.0
@@ -100,6 +101,8 @@ class Generation:
         self,
         request: GenerateRequest,
         *,
+        name: Name,
+        registry: Registry,
         dispatcher: Dispatcher,
         tokenizer: Tokenizer,
         metrics: Metrics,
@@ -109,6 +112,8 @@ class Generation:
         lease: Lease,
     ) -> None:
         self.request = request
+        self._name = name
+        self._registry = registry
         self.usage = Usage(prompt_tokens=sum(len(prompt.token_ids) for prompt in request.prompts))
         self._dispatcher = dispatcher
         self._metrics = metrics
@@ -130,6 +135,7 @@ class Generation:
         self._ordered = list(self._parts.values())
         self._open_parts = len(self._parts)
         self._open_samples = first_choice
+        registry.enter(name, self)
 
     def start(self) -> None:
         """Hand the prompts to the engine. Raises 503 if it is gone."""
@@ -181,7 +187,7 @@ class Generation:
                 self._failure = failure
                 raise
             if news or time.monotonic() < wall:
-                yield [self._fold(chunk) for chunk in news]
+                yield self._fold_all(news)
             else:
                 self._expired = "timeout"
             if self._expired is not None:
@@ -190,6 +196,15 @@ class Generation:
                 self._failure = self._out_of_time(self._expired)
             if self._failure is not None:
                 raise self._failure
+
+    def _fold_all(self, news: list[Chunk]) -> list[Delta]:
+        """Raises the 500 that ends this request, and says so in its stream, when what it drew cannot become text."""
+        try:
+            return [self._fold(chunk) for chunk in news]
+        except Exception as error:
+            logger.error("what a request drew cannot become text: %s", logs.where(error))
+            self._failure = errors.internal()
+            raise self._failure from None
 
     def _fold(self, chunk: Chunk) -> Delta:
         part = self._parts[chunk.request_id]
@@ -272,8 +287,14 @@ class Generation:
         for promise, kept in verdict(self.request.slo, self.request.arrival, clock, finished=finished).items():
             self._metrics.promise(promise, kept, self.request.tenant, count)
 
+    def abort(self) -> None:
+        """End its samples where they are; their last news, which are still to come, say so."""
+        self._metrics.aborted("running" if self._mailbox.has_begun else "waiting")
+        self._dispatcher.abort(self._parts)
+
     def close(self) -> None:
         """Idempotent."""
+        self._registry.leave(self._name, self)
         self._mailbox.close()
         self._slot.release()
         prompt_tokens = sum(len(part.prompt.token_ids) for part in self._ordered if part.computed)

@@ -17,6 +17,7 @@ from .config import ServerConfig
 WRITE_NOW = "write_now"  # Callable[[bytes], bool]; False: nothing was written, use ASGI's `send`, which can wait
 MAX_HEADER_BYTES = 16 * 1024  # as nginx and Node; a long bearer token is 2 KiB
 MAX_HEADERS = 100
+REST_SECONDS = 5.0  # for the rest of a body whose request has been answered: closed at once, the answer would be lost
 HEADER_SECONDS = 10.0  # from the connection, or from a request's first byte: a person's client needs milliseconds
 
 
@@ -38,6 +39,8 @@ def bounded_protocol(config: ServerConfig) -> type[BoundedProtocol]:
 class BoundedProtocol(HttpToolsProtocol):
     """503 past max_connections, 431 past the size of headers, 400 for what is not HTTP; silence for who takes longer
     than HEADER_SECONDS to send them, or reads nothing for `write_timeout` seconds.
+
+    The body of a request that was refused before it was read may go on for REST_SECONDS; nobody reads it.
     """
 
     max_connections = _DEFAULTS.max_connections
@@ -49,6 +52,8 @@ class BoundedProtocol(HttpToolsProtocol):
         self._refused = False
         self._header_bytes = 0
         self._header_timer: asyncio.TimerHandle | None = None
+        self._rest_timer: asyncio.TimerHandle | None = None
+        self._body_is_in = True
         self._write_timer: asyncio.TimerHandle | None = None
         if len(self.connections) > 2 * self.max_connections:  # those that were told, and do not leave
             transport.abort()
@@ -59,6 +64,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._headers_are_in()
+        self._rest_is_in()
         self._reads_again()
         super().connection_lost(exc)
 
@@ -83,7 +89,19 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._body_is_in = False
         self._expect_headers()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._body_is_in = True
+        self._rest_is_in()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        begun_anew = self._header_timer is not None or not self.cycle.response_complete
+        if not self._body_is_in and not begun_anew:
+            self._rest_timer = self.loop.call_later(REST_SECONDS, self.transport.close)
 
     def on_headers_complete(self) -> None:
         self._headers_are_in()
@@ -107,6 +125,11 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
+
+    def _rest_is_in(self) -> None:
+        if self._rest_timer is not None:
+            self._rest_timer.cancel()
+            self._rest_timer = None
 
     def _reads_again(self) -> None:
         if self._write_timer is not None:

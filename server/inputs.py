@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..engine.chat import ChatTemplate, require_chat_template
+from jinja2.exceptions import TemplateError
+
+from ..engine.chat import ChatTemplate, Renderer, reason, require_chat_template
 from ..engine.errors import RequestError
 from ..engine.grammar import Grammars
 from ..engine.messages import EngineReady
@@ -47,13 +49,33 @@ class TextSide:
     defaults: Mapping[str, float | int]  # the model's own sampling defaults
     markup: Markup
     grammars: Grammars
+    compile: Callable[[str], Renderer] | None = None  # of templates that requests bring; None = they may not
+
+    def template_for(self, source: str | None) -> ChatTemplate:
+        """The request's own template, else the model's. Raises 400 where there is none, or none may be brought."""
+        if source is None:
+            return require_chat_template(self.template)
+        if self.compile is None:
+            raise errors.unsupported(
+                "chat_template",
+                "`chat_template` is not supported by this server; leave it out. (A server that trusts its callers' "
+                "templates is started with --trust-request-chat-template.)",
+            )
+        try:
+            return ChatTemplate(source, self.tokenizer.named_tokens, compile=self.compile)
+        except TemplateError as error:
+            raise errors.invalid(f"`chat_template` is not usable: {reason(error)}.", "chat_template") from None
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Whose request it is and what it was promised; as in `AddRequest`, and the key whose quotas it is charged to."""
+    """Whose request it is and what it was promised; as in `AddRequest`, and the key whose quotas it is charged to.
+
+    label  what its caller calls it
+    """
 
     key: Key
+    label: str
     arrival: float
     tenant: str
     weight: float | None
@@ -158,7 +180,7 @@ def chat_prompt(body: ChatBody, text: TextSide) -> list[int]:
 def render_chat(body: ChatBody | TokenizeBody, text: TextSide, tools: list[dict[str, Any]] | None) -> str:
     """The conversation as the model's template writes it, with the tools that may be used."""
     continue_final = bool(body.continue_final_message)
-    template = require_chat_template(text.template)
+    template = text.template_for(body.chat_template)
     return template.render(
         body.messages,
         tools=tools,

@@ -280,6 +280,7 @@ class _EngineCollector(Collector):
             "engine_expired": ("Samples that ran out of time, waiting or running.", stats.expired_total),
             "engine_aborted": ("Samples ended from outside.", stats.aborted_total),
             "engine_failed": ("Samples ended by an error of their own.", stats.failed_total),
+            "engine_nan_logits": ("Of these, by logits that were not numbers.", stats.nan_total),
             "discarded_tokens": ("Tokens drawn for samples that had just ended.", stats.discarded_tokens_total),
             "graph_steps": ("Forward passes that replayed a CUDA graph.", stats.graph_steps_total),
             "eager_steps": ("Forward passes launched kernel by kernel.", stats.eager_steps_total),

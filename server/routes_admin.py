@@ -11,12 +11,12 @@ from starlette.responses import Response
 
 from .. import __version__
 from ..engine.validation import valid_token_ids
-from . import errors
+from . import errors, life
 from .inputs import encode_chat, render_chat
 from .metrics import CONTENT_TYPE
 from .protocol import DetokenizeBody, TokenizeBody
 from .routing import GuardedRoute
-from .state import State, state_of
+from .state import State, life_of, state_of
 
 router = APIRouter(route_class=GuardedRoute)
 
@@ -35,20 +35,25 @@ async def show_model(model: str, request: Request) -> Response:
 
 @router.get("/health", response_model=None)
 async def health(request: Request) -> Response:
-    """Liveness: the engine's loop turns. Load and drain do not change it."""
-    return _probe(state_of(request).dispatcher.trouble())
+    return _answer(life.health(life_of(request)))
 
 
 @router.get("/ready", response_model=None)
 async def ready(request: Request) -> Response:
-    """Readiness: a request sent now would be let in."""
-    state = state_of(request)
-    return _probe(state.dispatcher.trouble() or ("draining" if state.admission.draining else None))
+    state = request.app.state.quire
+    return _answer(life.ready(life_of(request), draining=state is not None and state.admission.draining))
+
+
+@router.get("/live", response_model=None)
+async def live(request: Request) -> Response:
+    return _answer(life.live(life_of(request)))
 
 
 @router.get("/metrics", response_model=None)
 async def metrics(request: Request) -> Response:
-    text = state_of(request).metrics.render()
+    """While the engine starts, of its life alone."""
+    state = request.app.state.quire
+    text = request.app.state.life_metrics.render() + (b"" if state is None else state.metrics.render())
     return Response(text, media_type=CONTENT_TYPE)
 
 
@@ -114,10 +119,8 @@ def _model(state: State, name: str) -> dict[str, Any]:
     }
 
 
-def _probe(trouble: str | None) -> Response:
-    if trouble is None:
-        return _json({"status": "ok"})
-    return Response(msgspec.json.encode({"status": trouble}), 503, {"Retry-After": "5"}, errors.JSON)
+def _answer(report: life.Report) -> Response:
+    return Response(msgspec.json.encode(report.body), report.status, report.headers, errors.JSON)
 
 
 def _json(content: Any) -> Response:

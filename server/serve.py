@@ -1,15 +1,18 @@
 """Run the server until it is told to stop, and stop it gently.
 
 first SIGTERM or SIGINT   /ready says 503, new requests get 503, running ones finish within drain_timeout
-second                    now
+second                    now; any further one changes nothing
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import signal
 import socket
 import threading
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -18,6 +21,7 @@ from ..engine.client import EngineClient
 from . import errors, logs
 from .app import create_app
 from .config import ServerConfig
+from .dispatcher import Dispatcher
 from .http_protocol import bounded_protocol
 from .logs import logger
 from .probes import Probes
@@ -32,9 +36,11 @@ KEEP_ALIVE_SECONDS = 65  # longer than the usual proxy's 60: whoever closes firs
 
 
 def serve(client: EngineClient, config: ServerConfig) -> bool:
-    """Start `client`, then listen; returns when stopped. False if the start failed or the engine died.
+    """Start `client`, and listen; returns when stopped. False if the start failed or the engine is gone for good.
 
-    The port opens when the model is ready: what goes wrong before is in the log, and no probe ever sees half a server.
+    The port opens when the engine's settings are known to be right; what is wrong with them is in the log, and no port
+    was ever open. From here on SIGTERM and SIGINT are the server's, and after it nobody's: the process is to end, and a
+    late one shall not break that off.
     """
     logs.setup(config.log_level, config.log_json)
     try:
@@ -42,14 +48,22 @@ def serve(client: EngineClient, config: ServerConfig) -> bool:
     except OSError as error:
         logger.error("cannot start: nothing can listen on health_port %s: %s", config.health_port, error.strerror)
         return False
+    _on_signals(server.handle_exit)
     try:
         server.run()
+        return server.told_to_stop or not server.engine_is_gone
     except SystemExit:  # uvicorn's word for a failed start; the reason has been logged
-        return False
+        return server.told_to_stop
     finally:
         if server.probes is not None:
             server.probes.stop()
-    return not server.engine_died
+        _on_signals(signal.SIG_IGN)  # a handler of ours would give way to the default one when the interpreter ends
+
+
+def _on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, handler)
 
 
 def _settle_memory() -> None:
@@ -65,8 +79,10 @@ class _Server(uvicorn.Server):
     def __init__(self, client: EngineClient, config: ServerConfig) -> None:
         self._client = client
         self._app = create_app(client, config)
+        self._dispatcher: Dispatcher = self._app.state.dispatcher
         self.probes = None if config.health_port is None else Probes(self._app, config, config.health_port)
         self._drain_timeout = config.drain_timeout
+        self.told_to_stop = False
         self._stopping: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
         super().__init__(
@@ -86,24 +102,32 @@ class _Server(uvicorn.Server):
         )
 
     @property
-    def engine_died(self) -> bool:
-        return bool(self._app.state.quire.dispatcher.dead)
+    def engine_is_gone(self) -> bool:
+        return self._dispatcher.life.over
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         _settle_memory()
-        logger.info("serving on http://%s:%d", self.config.host, self.config.port)
+        if self.started:
+            logger.info("listening on http://%s:%d", self.config.host, _port(self) or self.config.port)
         if self.probes is not None:
             self.probes.start()
 
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second; True ends the server."""
+        return await super().on_tick(counter) or self.engine_is_gone
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """In place of uvicorn's: that one closes the port first, and lets the signal kill the process in the end."""
+        self.told_to_stop = True
         if not self.started:
             self.should_exit = True
+            self._dispatcher.stopping = True
             threading.Thread(target=self._client.close).start()  # ends the start that the main thread waits for
         else:
-            self._loop.call_soon_threadsafe(self._stop)
+            with contextlib.suppress(RuntimeError):  # the loop has closed: it is all over but the exit
+                self._loop.call_soon_threadsafe(self._stop)
 
     def _stop(self) -> None:
         if self._stopping is None:
@@ -113,6 +137,9 @@ class _Server(uvicorn.Server):
 
     async def _drain(self) -> None:
         state = self._app.state.quire
+        if state is None:  # nobody could have begun anything
+            self.should_exit = True
+            return
         logger.info("stopping: %d requests may finish within %g s", state.admission.requests, self._drain_timeout)
         drained = asyncio.ensure_future(state.admission.drain(self._drain_timeout))
         hurried = asyncio.ensure_future(self._hurry.wait())
@@ -121,5 +148,10 @@ class _Server(uvicorn.Server):
         drained.cancel()
         if state.admission.requests:
             logger.warning("stopping: %d requests are cut off", state.admission.requests)
-            state.dispatcher.fail_all(errors.draining())
+            self._dispatcher.fail_all(errors.draining())
         self.should_exit = True
+
+
+def _port(server: uvicorn.Server) -> int | None:
+    """The one that was found, where any free one was asked for."""
+    return next((int(listener.getsockname()[1]) for one in server.servers for listener in one.sockets), None)

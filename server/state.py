@@ -21,10 +21,12 @@ from .dispatcher import Dispatcher
 from .generate import GenerateRequest, Generation
 from .inputs import Order, TextSide
 from .keys import TENANT, Key
+from .life import Life
 from .metrics import Metrics
 from .promises import TIMEOUT_HEADER, header_timeout
 from .protocol import OrderBody
 from .quotas import Lease
+from .registry import Registry
 
 T = TypeVar("T")
 
@@ -39,6 +41,7 @@ class State:
     admission: Admission
     dispatcher: Dispatcher
     metrics: Metrics
+    registry: Registry
     experience: Experience
     text: TextSide
     pool: ThreadPoolExecutor
@@ -66,6 +69,7 @@ class State:
             raise errors.foreign_tenant(tenant)
         order = Order(
             key=key,
+            label=body.request_id or request.state.request_id,
             arrival=request.state.arrival,
             tenant=tenant,
             weight=ring.named[tenant].weight if tenant in ring.named else None,
@@ -85,14 +89,16 @@ class State:
 
     async def open_generation(self, asked: Asked, order: Order, prepare: Callable[[], GenerateRequest]) -> Generation:
         """Let a request in, then tokenize it. Raises ApiError; whoever gets the Generation must close it."""
-        if self.dispatcher.trouble() is not None:
-            raise errors.engine_dead()
+        if (refusal := self.dispatcher.life.refusal()) is not None:
+            raise refusal
         slot, lease = self._let_in(asked, order)
         try:
             prepared = await self.in_pool(prepare)
             self.experience.saw_prompts(asked, sum(len(prompt.token_ids) for prompt in prepared.prompts))
             return Generation(
                 prepared,
+                name=(order.key.name, order.label),
+                registry=self.registry,
                 dispatcher=self.dispatcher,
                 tokenizer=self.text.tokenizer,
                 metrics=self.metrics,
@@ -135,4 +141,12 @@ def _shorter(one: float | None, other: float | None) -> float | None:
 
 
 def state_of(request: Request) -> State:
-    return cast(State, request.app.state.quire)
+    """Raises 503 while the first engine starts: there is no state before it serves."""
+    state = request.app.state.quire
+    if state is None:
+        raise life_of(request).starting()
+    return cast(State, state)
+
+
+def life_of(request: Request) -> Life:
+    return cast(Life, request.app.state.dispatcher.life)

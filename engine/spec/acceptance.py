@@ -1,4 +1,4 @@
-"""The acceptance head of SpecDec++ (arXiv 2405.19715): how likely the target accepts what a draft model guessed.
+"""Acceptance heads from files, and that of SpecDec++ (arXiv 2405.19715): how likely the target accepts a guess.
 
     x = final hidden state where the guess Y is the input     D times: x += SiLU(W x + b)     a(Y) = softmax(V x + c)[1]
 
@@ -6,12 +6,13 @@ A chain stops once 1 - a(Y_1) · a(Y_2) · ... exceeds the threshold: some guess
 input, the pass that judges it draws the next guess already; that one is kept. Whether to go on so depends on nothing
 but what was drawn before, and the output keeps its distribution.
 
-A head is a file beside its draft model's weights, in one of two layouts:
+A head is a file beside its draft model's weights, in one of three layouts:
 
-    blocks.{i}.weight [d, d], blocks.{i}.bias [d], out.weight [2, d], out.bias [2]                      our own
-    model.{i}.linear.weight, model.{i}.linear.bias, model.{D}.weight, model.{D}.bias                    as published
+    hidden.weight, hidden.bias, out.weight, out.bias                                  judges at once: confidence.py
+    blocks.{i}.weight [d, d], blocks.{i}.bias [d], out.weight [2, d], out.bias [2]    of SpecDec++
+    model.{i}.linear.weight, model.{i}.linear.bias, model.{D}.weight, model.{D}.bias  the same, as it was published
 
-The published blocks are one module D times, and a safetensors file holds it once, as block 0. Our own may do so, too.
+The published blocks are one module D times, and a safetensors file holds it once, as block 0. The others may, too.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +30,7 @@ from torch.nn.functional import linear, silu
 from ...kernels import Kernels
 from ..errors import EngineStartError
 from ..linear import Linear, make_linear
+from .confidence import Confidence, Drawn, confidence_of
 
 PAPER_THRESHOLD = 0.7  # the paper's choice for all of its tasks (section 4), for files that carry none
 MAX_BLOCKS = 64  # the paper's have up to 4; bounds what a broken file may ask for
@@ -50,12 +52,19 @@ class AcceptanceHead(NamedTuple):
     dtype: torch.dtype = torch.float32
     product: Callable[[Tensor, Any], Tensor] = lambda x, dense: linear(x, *dense)
 
-    def acceptance(self, hidden: Tensor) -> Tensor:
-        """Of the tokens that are the inputs of these final hidden states [R, d]: probabilities [R] float32."""
-        x = hidden.to(self.dtype)
+    late: ClassVar[bool] = True  # it judges what a pass consumed, not what it drew
+
+    def acceptance(self, drawn: Drawn) -> Tensor:
+        """Of the tokens that are the inputs of these final hidden states: probabilities [R] float32."""
+        x = drawn.hidden.to(self.dtype)
         for block in self.blocks:
             x = x + silu(self.product(x, block))
         return self.product(x, self.out).float().softmax(dim=-1)[:, 1]
+
+    def least(self, asked: float) -> float:
+        """Below which probability of all guesses a chain ends: the file's own. Its probabilities need not be true ones,
+        and only the threshold that it was tuned with goes with them."""
+        return 1 - self.threshold
 
     def on(self, kernels: Kernels) -> AcceptanceHead:
         """The same by a table of kernels.
@@ -74,7 +83,7 @@ def head_path(folder: Path, width: int | None = None) -> Path:
     return folder / ("acceptance_head.safetensors" if width is None else f"acceptance_head_ffn{width}.safetensors")
 
 
-def load_head(path: Path, hidden: int, dtype: torch.dtype, device: torch.device) -> AcceptanceHead:
+def load_head(path: Path, hidden: int, dtype: torch.dtype, device: torch.device) -> AcceptanceHead | Confidence:
     """The head in a file, for a draft model whose hidden states have this size.
 
     Raises EngineStartError naming the tensor or the value, and what it should be.
@@ -85,6 +94,8 @@ def load_head(path: Path, hidden: int, dtype: torch.dtype, device: torch.device)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
     except (SafetensorError, OSError) as error:
         raise EngineStartError(f"{path} is not a whole safetensors file ({error}); make or download it again") from None
+    if "hidden.weight" in tensors:
+        return confidence_of(path, tensors, device)
     depth, prefix, out = _layout(path, tensors, metadata)
 
     def dense(name: str, outputs: int) -> Dense:

@@ -19,6 +19,7 @@ from ..recorded import recorded
 from ..resolve import Resolved, choose_kernels
 from ..sampler import Sampler
 from .acceptance import AcceptanceHead, head_path, load_head
+from .confidence import Confidence
 from .contents import CacheContents
 from .model import ModelProposer
 from .ngram import NgramProposer
@@ -35,7 +36,7 @@ class Drafter(NamedTuple):
     decoder: Decoder
     kernels: Kernels
     cached: bool
-    head: AcceptanceHead | None = None
+    head: AcceptanceHead | Confidence | None = None
 
 
 def load_draft_config(config: EngineConfig, folder: Path) -> DecoderConfig | None:
@@ -114,10 +115,13 @@ def _own_cache(config: DecoderConfig, settings: Resolved) -> list[LayerKV]:
     return allocate(spec, config.num_layers, settings.num_blocks, settings.device)
 
 
-def _head(path: Path, config: DecoderConfig, settings: Resolved, kernels: Kernels) -> AcceptanceHead | None:
+def _head(
+    path: Path, config: DecoderConfig, settings: Resolved, kernels: Kernels
+) -> AcceptanceHead | Confidence | None:
     if not path.exists():
         return None
-    return load_head(path, config.hidden, settings.dtype, settings.device).on(kernels)
+    head = load_head(path, config.hidden, settings.dtype, settings.device)
+    return head.on(kernels) if isinstance(head, AcceptanceHead) else head
 
 
 def _width(asked: str, ffn: int) -> int:

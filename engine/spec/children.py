@@ -42,10 +42,12 @@ class Parent(NamedTuple):
 
 
 class Children(NamedTuple):
-    """best: of each parent; q: what they were drawn from, [V] float32, None = they are the likeliest."""
+    """best: of each parent; q: what they were drawn from, [V] float32, None = they are the likeliest; edited: logits
+    [R, V] with the requests' edits, before temperature and filters."""
 
     best: list[Best]
     q: list[Tensor | None]
+    edited: Tensor
 
 
 def choose_children(sampler: Sampler, logits: Tensor, parents: Sequence[Parent], width: int) -> Children:
@@ -55,7 +57,7 @@ def choose_children(sampler: Sampler, logits: Tensor, parents: Sequence[Parent],
     """
     edited = sampler.edited(logits, [parent.state for parent in parents], [parent.path for parent in parents])
     width = min(width, edited.shape[1])
-    chosen = Children([NOBODY] * len(parents), [None] * len(parents))
+    chosen = Children([NOBODY] * len(parents), [None] * len(parents), edited)
     greedy = [row for row, parent in enumerate(parents) if parent.state.params.temperature == 0]
     drawn = [row for row, parent in enumerate(parents) if parent.state.params.temperature > 0]
     if greedy:

@@ -27,8 +27,10 @@ from ...scheduler.plan import DraftPass
 from ..decoder import Decoder
 from ..recorded import RecordedDecoder
 from ..sampler import Sampler
+from ..transfer import upload
 from .acceptance import AcceptanceHead
-from .children import Parent, choose_children
+from .children import Children, Parent, choose_children
+from .confidence import Confidence, Drawn
 from .contents import CacheContents
 from .proposer import Draft, View
 from .segments import Segment, gather
@@ -42,7 +44,7 @@ class _Guess:
         self.view, self.growth, self.known = view, growth, known
         self.length = len(view.token_ids)
         self.q: dict[int, Tensor] = {}  # node -> what its children were drawn from
-        self.acceptance = 1.0  # of all guesses that the model has consumed
+        self.acceptance = 1.0  # of all guesses that were judged
 
     @property
     def is_chain(self) -> bool:
@@ -90,7 +92,7 @@ class ModelProposer:
         max_tokens: int,
         eos_token_ids: Sequence[int],
         contents: CacheContents | None = None,
-        head: AcceptanceHead | None = None,
+        head: AcceptanceHead | Confidence | None = None,
     ) -> None:
         """
         decoder     takes max_tokens rows at once, and gives as many logits as the frontiers of a step have nodes
@@ -160,12 +162,12 @@ class ModelProposer:
             logits = self._decoder.logits_at(hidden, batch.logit_rows)[:, : self._sampler.vocab_size]
             if self._missing > 0:
                 logits = pad(logits, (0, self._missing), value=-math.inf)
-            self._extend([guess for guess, _ in wanting], logits)
+            children = self._extend([guess for guess, _ in wanting], logits)
             if self.head is not None:
-                self._doubt(self.head, wanting, hidden, batch.logit_rows)
+                self._doubt(self.head, wanting, hidden[batch.logit_rows], children.edited)
         return batch.num_tokens
 
-    def _extend(self, guesses: Sequence[_Guess], logits: Tensor) -> None:
+    def _extend(self, guesses: Sequence[_Guess], logits: Tensor) -> Children:
         """The next level of each. logits [R, V]: behind all nodes of their frontiers."""
         parents = [guess.parents() for guess in guesses]
         width = max(guess.growth.width for guess in guesses)
@@ -178,27 +180,35 @@ class ModelProposer:
                     guess.q[parent.node] = q
             guess.growth.extend(children.best[first:last])
             first = last
+        return children
 
     def _doubt(
         self,
-        head: AcceptanceHead,
+        head: AcceptanceHead | Confidence,
         passes: Sequence[tuple[_Guess, Segment]],
         hidden: Tensor,
-        rows: Tensor,
+        edited: Tensor,
     ) -> None:
-        """End the chains of which some guess is likely rejected. A guess is judged in the pass that consumes it, by
-        which the next has been drawn: that one stays."""
-        judged, row = {}, 0  # a chain's row among those with logits -> the chain
+        """End the chains whose guesses are not worth another. What a pass has drawn stays, whatever is thought of it.
+
+        hidden [R, d], edited [R, V]: behind all nodes of the frontiers. A late head has nothing to say of the last real
+        token.
+        """
+        judged, row = {}, 0  # a chain's row -> the chain
         for guess, segment in passes:
-            if guess.is_chain and segment.start >= guess.length:
+            if guess.is_chain and guess.growth.frontier and (segment.start >= guess.length or not head.late):
                 judged[row] = guess
             row += len(segment.wanted)
-        if judged:
-            states = hidden[rows[list(judged)]]
-            for guess, acceptance in zip(judged.values(), head.acceptance(states).tolist(), strict=True):
-                guess.acceptance *= acceptance
-                if 1 - guess.acceptance > head.threshold:
-                    guess.growth.stop()
+        if not judged:
+            return
+        chains, rows = list(judged.values()), list(judged)
+        whats = [(guess.growth.tokens[-1], guess.view.state.params.temperature) for guess in chains]
+        tokens, temperatures = upload([np.array(column) for column in zip(*whats, strict=True)], hidden.device)
+        drawn = Drawn(hidden[rows], edited[rows], tokens, temperatures.float())
+        for guess, acceptance in zip(chains, head.acceptance(drawn).tolist(), strict=True):
+            guess.acceptance *= acceptance
+            if guess.acceptance < head.least(guess.view.go_on):
+                guess.growth.stop()
 
 
 def _record(contents: CacheContents, guess: _Guess, segment: Segment) -> None:

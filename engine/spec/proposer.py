@@ -68,6 +68,7 @@ class View:
     block_table  [B] int32: its KV blocks, with room for shape.nodes tokens behind the last
     state        its sampling parameters, and what they make of logits
     salt         sequences of different salts must not learn of each other
+    go_on        see DraftOrder
     """
 
     slot: int
@@ -77,6 +78,7 @@ class View:
     state: SequenceState
     shape: DraftShape
     salt: str = ""
+    go_on: float = 0.0
 
 
 class Proposer(Protocol):

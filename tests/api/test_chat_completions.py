@@ -130,3 +130,27 @@ async def test_a_model_without_a_template_says_so(serve, folder, fake, tmp_path)
         assert response.status_code == 400
         assert response.json()["error"]["param"] == "messages"
         assert (await http.post("/v1/completions", json={"prompt": "x"})).status_code == 200
+
+
+async def test_a_template_of_the_request_is_taken_where_callers_are_trusted(serve, fake):
+    body = {"messages": [{"role": "user", "content": "Hi"}], "chat_template": "[{{ messages[0].content }}{{ mood }}]"}
+    async with serve(trust_request_chat_template=True) as http:
+        kwargs = {"chat_template_kwargs": {"mood": "!"}}
+        assert (await http.post("/v1/chat/completions", json=body | kwargs)).status_code == 200
+        assert bytes(fake.added[0].prompt_ids) == b"[Hi!]"
+        assert bytes((await http.post("/tokenize", json=body)).json()["tokens"]) == b"[Hi]"
+        for source, says in (
+            ("{% for %}", "not usable"),
+            ("{{ 'x' * 10**10 }}", "cannot write"),
+            ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "runs for more than"),
+            ("x" * 2**21, None),
+        ):
+            response = await http.post("/v1/chat/completions", json=body | {"chat_template": source})
+            assert response.status_code in (400, 413)
+            assert says is None or says in response.json()["error"]["message"]
+        assert (await http.post("/v1/chat/completions", json=body)).status_code == 200
+    async with serve() as http:
+        for path in ("/v1/chat/completions", "/tokenize"):
+            response = await http.post(path, json=body)
+            assert response.status_code == 400
+            assert response.json()["error"]["param"] == "chat_template"

@@ -58,6 +58,20 @@ def client(server):
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
 
+def test_openai_decisions(client):
+    questions = [
+        {"type": "predicate", "instructions": "It is urgent."},
+        {"type": "choice", "name": "who", "instructions": "Who?", "choices": [{"value": "billing"}, {"value": True}]},
+        {"type": "score", "instructions": "How angry?", "levels": [{"label": "calm"}, {"label": "cross"}]},
+    ]
+    decision = client.decisions.create(model="tiny", input="I was charged twice.", questions=questions)
+    predicate, choice, score = decision.answers
+    assert 0 <= predicate.probability <= 1
+    assert choice.choice in ("billing", True)
+    assert sum(level.probability for level in score.probabilities) == pytest.approx(1)
+    assert decision.usage.input_tokens_details.cached_tokens == 0
+
+
 def test_openai_models(client):
     assert [model.id for model in client.models.list()] == ["tiny"]
     assert client.models.retrieve("tiny").id == "tiny"
@@ -90,6 +104,35 @@ def test_openai_streams(client):
     assert chunks[-1].usage.completion_tokens == 14
     texts = [c.choices[0].text for c in client.completions.create(model="tiny", prompt="x", stream=True)]
     assert "".join(texts) == "Hello, world!"
+
+
+@pytest.fixture
+def roomy(fake) -> None:
+    """A context in which tools have a place."""
+    fake.facts["max_model_len"] = 4096
+
+
+def test_openai_tools(roomy, client, fake):
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": [2, "ä"]}}\n</tool_call>'
+    fake.answer = lambda request, index: [*f"Sure.\n{call}\n{call}".encode(), 256]
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
+    ask = {"model": "tiny", "messages": MESSAGES, "tools": tools, "max_tokens": 200}
+    whole = client.chat.completions.create(**ask).choices[0]
+    assert whole.finish_reason == "tool_calls"
+    with client.chat.completions.stream(**ask) as stream:
+        events = list(stream)
+        final = stream.get_final_completion().choices[0]
+    assert [event.arguments for event in events if event.type == "tool_calls.function.arguments.done"] == [
+        '{"a": 1, "b": [2, "ä"]}'
+    ] * 2
+    for choice in (whole, final):
+        assert choice.message.content == "Sure."
+        assert [json.loads(each.function.arguments) for each in choice.message.tool_calls] == [
+            {"a": 1, "b": [2, "ä"]}
+        ] * 2
+        again = {"role": "tool", "tool_call_id": choice.message.tool_calls[0].id, "content": "3"}
+        history = [*MESSAGES, choice.message.to_dict(), again]
+        assert client.chat.completions.create(**{**ask, "messages": history}).choices[0].message.tool_calls
 
 
 def test_openai_stream_helper(client):
@@ -341,6 +384,33 @@ def test_slow_headers_and_slow_bodies_are_cut_off(server, monkeypatch):
     assert answer_to(server[0], b"GET /hea") == b""
     with raw(server[0], {}, **{"Content-Length": "500"}) as connection:
         assert connection.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+def test_a_body_that_goes_on_after_its_refusal_is_cut_off(server, monkeypatch):
+    monkeypatch.setattr(http_protocol, "REST_SECONDS", 0.2)
+    with raw(server[0], {}, **{"Content-Length": str(1 << 40)}) as connection:
+        assert connection.recv(1000).startswith(b"HTTP/1.1 413")
+
+        def is_cut_off() -> bool:
+            try:
+                connection.sendall(b" " * 65536)
+            except OSError:
+                return True
+            return False
+
+        wait_until(is_cut_off)
+
+
+def test_a_refused_body_that_ends_leaves_the_connection_whole(server, monkeypatch):
+    monkeypatch.setattr(http_protocol, "REST_SECONDS", 30)
+    connection = http.client.HTTPConnection("127.0.0.1", server[0], timeout=20)
+    for _ in range(3):
+        headers = {"Authorization": "Bearer right", "Content-Type": "application/json"}
+        connection.request("POST", "/v1/completions", b" " * (3 << 20), headers)
+        answer = connection.getresponse()
+        assert answer.status == 413
+        answer.read()
+    connection.close()
 
 
 def test_keep_alive_connections_outlive_the_header_timer(server, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,19 +19,28 @@ import pytest
 START_SECONDS = 120  # a start takes 3 s; a machine that runs much else may take far longer
 
 
-class Server:
-    """`quire serve` on a free port; its output goes to `log`."""
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
-    def __init__(self, model: Path, log: Path, *options: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+
+class Server:
+    """`quire serve` on a free port; its output goes to `log`, its temporary files into a folder beside it."""
+
+    def __init__(self, model: Path, log: Path, *options: str, port: int | None = None) -> None:
+        self.port = port or free_port()
+        self.temporary = log.with_suffix(".tmp")
+        self.temporary.mkdir()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         command = [sys.executable, "-P", "-m", "quire.server.cli", "serve", str(model), "--port", str(self.port)]
         with log.open("wb") as out:
             self.process = subprocess.Popen(
-                [*command, "--dtype", "float32", "--threads", "1", *options], stdout=out, stderr=subprocess.STDOUT
+                [*command, "--dtype", "float32", "--threads", "1", *options],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "TMPDIR": str(self.temporary)},
             )
 
     def wait_until_ready(self) -> Server:
@@ -46,7 +56,10 @@ class Server:
             return None
 
     def engine_pid(self) -> int:
-        return next(pid for pid in _descendants(self.process.pid) if b"quire.engine.process" in _cmdline(pid))
+        return self.engine_pids()[0]
+
+    def engine_pids(self) -> list[int]:
+        return [pid for pid in _descendants(self.process.pid) if b"quire.engine.process" in _cmdline(pid)]
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = 30) -> None:
         _wait_for(condition, seconds)
@@ -58,7 +71,7 @@ class Server:
     def metric(self, name: str) -> float:
         """Sum of a metric's samples."""
         lines = httpx.get(f"{self.url}/metrics", timeout=5).text.splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0] == name)
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.split("[{ ]", line)[0] == name)
 
 
 def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
@@ -89,17 +102,27 @@ def _descendants(pid: int) -> list[int]:
 
 
 @pytest.fixture
-def start_server(tiny_model: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """start_server(*options) -> Server that is ready; everything is killed at the end."""
+def launch_server(tiny_model: Path, tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """launch_server(*options, port=None, model=None) -> Server that has just begun; everything is killed at the end."""
     servers: list[Server] = []
 
-    def start(*options: str) -> Server:
-        servers.append(Server(tiny_model, tmp_path / f"server{len(servers)}.log", *options))
-        return servers[-1].wait_until_ready()
+    def launch(*options: str, port: int | None = None, model: Path | None = None) -> Server:
+        servers.append(Server(model or tiny_model, tmp_path / f"server{len(servers)}.log", *options, port=port))
+        return servers[-1]
 
-    yield start
+    yield launch
     for server in servers:
         for pid in server.family():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         server.process.wait()
+
+
+@pytest.fixture
+def start_server(launch_server: Callable[..., Server]) -> Callable[..., Server]:
+    """As launch_server, and the server is ready."""
+
+    def start(*options: str, port: int | None = None) -> Server:
+        return launch_server(*options, port=port).wait_until_ready()
+
+    return start

@@ -150,6 +150,9 @@ def test_a_stopped_engine_is_noticed_and_one_that_goes_on_is_well_again(start_se
         os.kill(pid, signal.SIGCONT)
     server.wait_for(lambda: server.status("/health") == 200, 10)
     assert complete(server).status_code == 200
+    assert server.engine_pid() == pid
+    assert server.metric("quire_engine_hung_total") == 1
+    assert server.metric("quire_engine_restarts_total") == 0
 
 
 def test_sigterm_lets_running_streams_finish_and_refuses_new_ones(start_server: Callable[..., Any]):

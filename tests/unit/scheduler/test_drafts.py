@@ -12,6 +12,7 @@ from quire.scheduler.params import SamplingParams, Slo, Speculative
 from quire.scheduler.plan import Chunk, DraftPass, RowResult, StepPlan, StepResult
 from quire.scheduler.roster import Refused
 from quire.scheduler.scheduler import Scheduler
+from quire.scheduler.speculation import Wish
 from quire.scheduler.step_time import StepCost, StepShape
 
 COST = StepCost(tile=16, base=1e-2, per_tile=1e-3, per_context=1e-7, per_pair=1e-8)
@@ -63,6 +64,18 @@ def begin(s: Scheduler, *lengths: int, **more: object) -> None:
     while any(request.remaining > 1 for request in s.running) or s.num_waiting:
         plan = s.schedule(0.0)
         answer(s, plan, *[0] * len(plan.rows))
+
+
+def test_an_order_says_what_another_guess_must_be_worth():
+    s = scheduler(adaptive_drafts=True)
+    s.drafting.speculation.cost._times["draft"] = 2
+    s.drafting.speculation.cost.of("draft").a = COST.base / 20
+    begin(s, 6)
+    (row,) = s.schedule(0.0).rows
+    assert row.draft is not None
+    (request,) = s.running
+    assert row.draft.go_on == pytest.approx(s.drafting.speculation.go_on(Wish(request, row.draft), 1), rel=1e-3)
+    assert row.draft.go_on > 0.01
 
 
 def test_a_stream_gets_its_token_and_room_for_its_guesses():

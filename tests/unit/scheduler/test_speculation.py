@@ -277,3 +277,28 @@ def test_an_engine_that_guesses_nothing_refuses_methods_and_numbers():
     for wished in (Speculative(method="ngram"), Speculative(num_tokens=1)):
         with pytest.raises(Refused):
             most_for(plain, wished)
+
+
+def test_what_another_guess_must_be_worth_follows_its_cost():
+    """rate · seconds of a pass / acceptance of the next, in the step as it was chosen."""
+    control = controller(FREE)
+    stream = wish(0.8, control)
+    floors = []
+    for seconds in (0.0, 2e-4, 5e-4, 1e-3):
+        control.cost.of("draft").a = seconds
+        assert choose(control, [stream]) == [4]
+        floors.append(control.go_on(stream, 1))
+    tokens = 1 + 0.8 + 0.8**2 + 0.8**3 + 0.8**4
+    rate, row = tokens / (1e-2 + 1e-4 + 4 * 1e-3), 1e-4 / 64
+    assert floors[3] == pytest.approx(rate * (1e-3 + row) / 0.8, rel=0.01)
+    assert floors == sorted(floors)
+    assert floors[0] < 0.01, "what costs nothing may be worth next to nothing"
+    assert control.go_on(stream, 4) == pytest.approx(rate * (1e-3 / 4 + row) / 0.8, rel=0.01), "a pass is shared"
+
+
+def test_whole_shapes_are_asked_for_where_nothing_is_to_adapt():
+    control = controller(FREE, adaptive=False)
+    control.cost.of("draft").a = 1e-3
+    stream = wish(0.8, control)
+    assert choose(control, [stream]) == [4]
+    assert control.go_on(stream, 1) == 0.0

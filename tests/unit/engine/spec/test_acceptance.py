@@ -12,6 +12,7 @@ from torch.nn.functional import silu
 
 from quire.engine.errors import EngineStartError
 from quire.engine.spec.acceptance import AcceptanceHead, head_path, load_head
+from quire.engine.spec.confidence import Confidence, Drawn
 
 D = 8
 CPU = torch.device("cpu")
@@ -33,7 +34,9 @@ def write(path: Path, values: dict[str, Tensor], **metadata: str) -> Path:
 
 
 def load(path: Path, hidden: int = D) -> AcceptanceHead:
-    return load_head(path, hidden, torch.float32, CPU)
+    head = load_head(path, hidden, torch.float32, CPU)
+    assert isinstance(head, AcceptanceHead)
+    return head
 
 
 def formula(values: dict[str, Tensor], blocks: list[str], out: str, x: Tensor) -> Tensor:
@@ -44,6 +47,7 @@ def formula(values: dict[str, Tensor], blocks: list[str], out: str, x: Tensor) -
 
 
 X = torch.randn(5, D, generator=torch.Generator().manual_seed(9))
+SEEN = Drawn(X, torch.empty(0), torch.empty(0), torch.empty(0))
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
@@ -52,7 +56,7 @@ def test_blocks_of_their_own(depth: int, tmp_path: Path) -> None:
     head = load(write(tmp_path, values, depth=str(depth), threshold="0.35"))
     assert head.threshold == 0.35
     expected = formula(values, [f"blocks.{i}" for i in range(depth)], "out", X)
-    torch.testing.assert_close(head.acceptance(X), expected)
+    torch.testing.assert_close(head.acceptance(SEEN), expected)
 
 
 @pytest.mark.parametrize("stored", [1, 3])
@@ -64,19 +68,19 @@ def test_the_published_layout_repeats_one_block(stored: int, tmp_path: Path) -> 
     head = load(write(tmp_path, values))
     assert len(head.blocks) == 3
     assert head.threshold == 0.7
-    torch.testing.assert_close(head.acceptance(X), formula(values, ["model.0.linear"] * 3, "model.3", X))
+    torch.testing.assert_close(head.acceptance(SEEN), formula(values, ["model.0.linear"] * 3, "model.3", X))
 
 
 def test_a_shared_block_of_our_own(tmp_path: Path) -> None:
     values = tensors(1)
     head = load(write(tmp_path, values, depth="3"))
-    torch.testing.assert_close(head.acceptance(X), formula(values, ["blocks.0"] * 3, "out", X))
-    assert not torch.allclose(head.acceptance(X), formula(values, ["blocks.0"], "out", X))
+    torch.testing.assert_close(head.acceptance(SEEN), formula(values, ["blocks.0"] * 3, "out", X))
+    assert not torch.allclose(head.acceptance(SEEN), formula(values, ["blocks.0"], "out", X))
 
 
 def refusal(path: Path, hidden: int = D) -> str:
     with pytest.raises(EngineStartError) as caught:
-        load(path, hidden)
+        load_head(path, hidden, torch.float32, CPU)
     return str(caught.value)
 
 
@@ -101,3 +105,46 @@ def test_heads_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     path.write_bytes(b"no head")
     assert "not a whole safetensors file" in refusal(path)
     assert "not a whole safetensors file" in refusal(tmp_path / "nowhere")
+
+
+def units(count: int = 3) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"hidden.weight": (count, 6), "hidden.bias": (count,), "out.weight": (1, count), "out.bias": (1,)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def test_what_is_known_at_once(tmp_path: Path) -> None:
+    values = units()
+    head = load_head(write(tmp_path, values), D, torch.bfloat16, CPU)
+    assert isinstance(head, Confidence)
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(2))
+    logits[1, 3] = -torch.inf  # may not be drawn
+    tokens, temperatures = torch.tensor([1, 2, 8, 0]), torch.tensor([0.0, 1.0, 0.5, 1.0])
+    expected = []
+    for row, token, temperature in zip(logits, tokens, temperatures, strict=True):
+        q = row.softmax(-1)
+        first, second = q.sort(descending=True).values[:2]
+        entropy = -sum(x * x.log() for x in q if x > 0)
+        f = torch.stack([q[token].log(), first.log(), second.log(), entropy, q[token], temperature])
+        x = values["hidden.weight"] @ f + values["hidden.bias"]
+        expected.append((values["out.weight"][0] @ silu(x) + values["out.bias"][0]).sigmoid())
+    drawn = Drawn(torch.empty(0), logits, tokens, temperatures)
+    torch.testing.assert_close(head.acceptance(drawn), torch.stack(expected))
+    assert head.least(0.4) == 0.4
+
+
+def test_a_head_of_hidden_states_keeps_its_threshold(tmp_path: Path) -> None:
+    head = load(write(tmp_path, tensors(1), threshold="0.35"))
+    assert head.least(0.1) == head.least(0.9) == 0.65
+
+
+def test_heads_of_units_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    values = units()
+    path = write(tmp_path, values | {"hidden.weight": torch.zeros(3, 5)})
+    assert "hidden.weight has shape [3, 5], a head of 2 units has [2, 6]" in refusal(path)
+    path = write(tmp_path, {name: value for name, value in values.items() if name != "out.bias"})
+    assert "out.bias is missing" in refusal(path)
+    path = write(tmp_path, values | {"blocks.0.weight": torch.zeros(2, 2)})
+    assert "blocks.0.weight belongs to no head" in refusal(path)
+    assert "2000 units; at most 1024" in refusal(write(tmp_path, units(2000)))
+    assert "hidden.weight has shape []" in refusal(write(tmp_path, values | {"hidden.weight": torch.zeros(())}))

@@ -24,9 +24,10 @@ from quire.engine.sampler import Sampler
 from quire.engine.sequence_state import SequenceState
 from quire.engine.spec import contents as contents_module
 from quire.engine.spec.acceptance import AcceptanceHead, Dense
+from quire.engine.spec.confidence import Confidence, Drawn
 from quire.engine.spec.contents import CacheContents
 from quire.engine.spec.model import ModelProposer
-from quire.engine.spec.proposer import Draft, View
+from quire.engine.spec.proposer import Draft, DraftTree, View
 from quire.engine.spec.segments import Segment, gather
 from quire.kernels import Kernels, Target, implementations, resolve
 from quire.kernels.batch import KVSpec, LayerKV, RaggedBatch
@@ -64,7 +65,7 @@ class Bench:
         decoder: Decoder,
         kernels: Kernels,
         max_tokens: int = 256,
-        head: AcceptanceHead | None = None,
+        head: AcceptanceHead | Confidence | None = None,
         vocab: int | None = None,
     ) -> None:
         """vocab: of the target, if it is another than that of the model that guesses."""
@@ -77,7 +78,13 @@ class Bench:
         )
 
     def view(
-        self, tokens: Sequence[int], shape: str = "chain:4", slot: int = 0, first: int | None = None, **params: Any
+        self,
+        tokens: Sequence[int],
+        shape: str = "chain:4",
+        slot: int = 0,
+        first: int | None = None,
+        go_on: float = 0.0,
+        **params: Any,
     ) -> View:
         """first: the number of the first of its blocks, which follow each other; None = of the slot."""
         order = parse_shape(shape, 4)
@@ -85,7 +92,8 @@ class Bench:
         start = 1 + 8 * slot if first is None else first
         values = SamplingParams(**({"max_tokens": 64, "temperature": 1.0, "seed": 3} | params))
         state = SequenceState(values, 0, list(tokens), 1, (), self.vocab)
-        return View(slot, np.array(tokens), 1, np.arange(start, start + blocks, dtype=np.int32), state, order)
+        table = np.arange(start, start + blocks, dtype=np.int32)
+        return View(slot, np.array(tokens), 1, table, state, order, go_on=go_on)
 
     def draft(self, *views: View) -> list[Draft | None]:
         return self.proposer.propose(views)[0]
@@ -360,12 +368,76 @@ def test_a_chain_stops_where_the_head_doubts(decoder: Decoder, kernels: Kernels)
         assert draft is not None
         tokens = list(whole.tree.tokens)
         states = hidden_after(decoder, [*PROMPT, *tokens])[len(PROMPT) :]  # those where a guess is the input
-        survival = head.acceptance(states).cumprod(0).tolist()
+        survival = head.acceptance(judged(states)).cumprod(0).tolist()
         # Guess j is judged by the pass that draws guess j + 1, which is kept.
         stop = next((j for j in range(7) if 1 - survival[j] > head.threshold), 6)
         assert list(draft.tree.tokens) == tokens[: stop + 2]
         lengths.add(stop)
     assert len(lengths) > 2
+
+
+def judged(hidden: Tensor) -> Drawn:
+    """For a head that looks at hidden states alone."""
+    return Drawn(hidden, torch.empty(0), torch.empty(0), torch.empty(0))
+
+
+def by_chance(slope: float = 1.0, shift: float = 0.0) -> Confidence:
+    """Of log q(Y) alone: about sigmoid(slope · log q(Y) + shift)."""
+    weight = torch.zeros(2, 6)
+    weight[:, 0] = torch.tensor([1.0, -1.0])  # SiLU(x) - SiLU(-x) = x
+    return Confidence(weight, torch.zeros(2), torch.tensor([slope, -slope]), torch.tensor(shift))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_chain_stops_with_the_guess_that_is_in_doubt(temperature: float, decoder: Decoder, kernels: Kernels) -> None:
+    head, lengths = by_chance(0.6, 2.5), set()
+    for seed in range(12):
+        prompt = PROMPT[: 2 + seed % 9]
+        at = {"temperature": temperature, "seed": seed}
+        (whole,) = (bench := Bench(decoder, kernels)).draft(bench.view(prompt, "chain:8", **at))
+        bench = Bench(decoder, kernels, head=head)
+        (draft,) = bench.draft(bench.view(prompt, "chain:8", go_on=0.6, **at))
+        assert whole is not None
+        assert draft is not None
+        tokens, survival = list(whole.tree.tokens), 1.0
+        for count in range(1, 9):  # the guess that brings it below 0.6 is the last, and stays
+            log_q = logits_after(decoder, [*prompt, *tokens[: count - 1]]).log_softmax(-1)[tokens[count - 1]]
+            survival *= torch.sigmoid(0.6 * log_q + 2.5).item()
+            if survival < 0.6:
+                break
+        assert list(draft.tree.tokens) == tokens[:count]
+        lengths.add(count)
+    assert len(lengths) > 1
+
+
+def test_what_is_asked_for_decides_how_long_chains_are(decoder: Decoder, kernels: Kernels) -> None:
+    bench = Bench(decoder, kernels, head=by_chance(0.6, 2.5))
+    lengths = []
+    for go_on in (0.0, 0.4, 0.8, 2.0):
+        drafts = bench.draft(*(bench.view(PROMPT, "chain:8", slot, go_on=go_on, seed=slot) for slot in range(4)))
+        lengths.append([len(draft.tree.tokens) for draft in drafts if draft is not None])
+    assert lengths[0] == [8] * 4
+    assert lengths[3] == [1] * 4
+    assert all(a >= b for more, less in itertools.pairwise(lengths) for a, b in zip(more, less, strict=True))
+    assert sum(lengths[0]) > sum(lengths[1]) > sum(lengths[2]) > 4
+
+
+def test_doubts_of_batch_mates_do_not_matter(decoder: Decoder, kernels: Kernels) -> None:
+    """A tree between chains, and a chain that ends by itself: every chain is judged by its own row."""
+    order = [("chain:8", 0.1), ("rsd-c:2,2,1", 0.9), ("chain:8", 0.0), ("chain:1", 0.5), ("chain:8", 0.4)]
+
+    def views(bench: Bench) -> list[View]:
+        return [
+            bench.view(PROMPT[slot:], shape, slot, go_on=go_on, seed=slot, temperature=float(slot != 4))
+            for slot, (shape, go_on) in enumerate(order)
+        ]
+
+    together = (bench := Bench(decoder, kernels, head=by_chance(0.6, 2.5))).draft(*views(bench))
+    for i in range(len(order)):
+        (alone,) = (bench := Bench(decoder, kernels, head=by_chance(0.6, 2.5))).draft(views(bench)[i])
+        assert alone is not None
+        assert together[i] is not None
+        assert together[i].tree == alone.tree
 
 
 def test_trees_do_not_ask_the_head(decoder: Decoder, kernels: Kernels) -> None:
@@ -385,6 +457,10 @@ generator = torch.Generator().manual_seed(11)
 TARGET, DRAFT = torch.randn(V, V, generator=generator) * 1.5, torch.randn(V, V, generator=generator) * 1.5
 
 
+# Likely guesses go on, unlikely ones end their chain.
+DOUBTFUL = by_chance(1.0, 1.2)
+
+
 class TableDecoder:
     """Its hidden states are its inputs. known: so many tokens have logits."""
 
@@ -398,19 +474,35 @@ class TableDecoder:
         return DRAFT[hidden[rows, 0], : self.config.vocab_size]
 
 
-def verified(kernels: Kernels, shape: str, spoil: bool = False, known: int = V, **params: Any) -> float:
-    """The p-value of the first two tokens behind token 0. spoil: q is not what guesses were drawn from. known: to the
-    model that guesses."""
+def verified(
+    kernels: Kernels,
+    shape: str,
+    spoil: bool = False,
+    known: int = V,
+    head: Confidence | None = None,
+    drops: bool = False,
+    **params: Any,
+) -> float:
+    """The p-value of the first two tokens behind token 0.
+
+    spoil: q is not what guesses were drawn from. known: to the model that guesses. drops: a guess that ended its chain
+    by being in doubt is not verified.
+    """
     sampler = Sampler(kernels, V, 1, (), CPU)
     cache = [LayerKV(KVSpec(SIZE, 1, 16, "fp32"), torch.zeros(1), torch.zeros(1))]
     decoder: Any = TableDecoder(known)
-    proposer = ModelProposer("nested", decoder, cache, sampler, max_tokens=COUNT, eos_token_ids=())
+    proposer = ModelProposer("nested", decoder, cache, sampler, max_tokens=COUNT, eos_token_ids=(), head=head)
     states = [
         SequenceState(SamplingParams(**({"max_tokens": 9, "temperature": 1.0} | params)), i, [0], 1, (), V)
         for i in range(COUNT)
     ]
     order, table = parse_shape(shape, 4), np.zeros(4, np.int32)
-    drafts, _ = proposer.propose([View(0, np.zeros(1, np.int64), 1, table, state, order) for state in states])
+    views = [View(0, np.zeros(1, np.int64), 1, table, state, order, go_on=0.5) for state in states]
+    drafts, _ = proposer.propose(views)
+    if head is not None:
+        assert {len(draft.tree.tokens) for draft in drafts if draft} == set(range(1, order.depth + 1))
+    if drops:
+        drafts = [draft and shortened(draft, order.depth) for draft in drafts]
     rows = 1 + max(len(draft.tree.tokens) for draft in drafts if draft)
     tokens, parents = torch.zeros(COUNT, rows, dtype=torch.int64), torch.full((COUNT, rows), -1)
     q = torch.zeros(COUNT, rows, V)
@@ -438,6 +530,26 @@ def verified(kernels: Kernels, shape: str, spoil: bool = False, known: int = V, 
     assert seen.keys() <= set(cells)
     expected = np.array([joint[cell] for cell in cells])
     return float(stats.chisquare([seen[cell] for cell in cells], expected / expected.sum() * COUNT).pvalue)
+
+
+def shortened(draft: Draft, depth: int) -> Draft:
+    """Without its last guess, if it is no whole chain."""
+    count = len(draft.tree.tokens)
+    if count == depth or draft.q is None:
+        return draft
+    tree = DraftTree(draft.tree.tokens[: count - 1], draft.tree.parents[: count - 1])
+    return Draft(tree, draft.q[:count])
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.6, "top_k": 3}, {"known": 3}], ids=str)
+@pytest.mark.parametrize("shape", ["chain:2", "chain:3"])
+def test_stopped_chains_are_distributed_as_the_target(shape: str, params: dict[str, Any], kernels: Kernels) -> None:
+    assert verified(kernels, shape, head=DOUBTFUL, **params) > ALPHA
+
+
+def test_dropping_what_is_in_doubt_is_caught(kernels: Kernels) -> None:
+    for shape in ("chain:2", "chain:3"):
+        assert verified(kernels, shape, head=DOUBTFUL, drops=True) < ALPHA
 
 
 @pytest.mark.parametrize("params", [{}, {"temperature": 0.6, "top_k": 3}, {"known": 3}], ids=str)

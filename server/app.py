@@ -33,6 +33,7 @@ from .dispatcher import Dispatcher
 from .inputs import TextSide
 from .keys import Key, KeyRing
 from .keys_file import Stamp, follow, load_keys, stamp_of
+from .lag import watch_lag
 from .life import LifeMetrics
 from .logs import logger
 from .messages import routes as messages
@@ -80,8 +81,9 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async def chores() -> None:
             await starting
+            metrics = app.state.quire.metrics
             following = [] if path is None else [follow(path, seen, use_keys)]
-            await asyncio.gather(report_throughput(app.state.quire.metrics), *following)
+            await asyncio.gather(report_throughput(metrics), watch_lag(metrics), *following)
 
         seen: Stamp = () if path is None else stamp_of(path)
         starting = asyncio.create_task(bring_up(app))
@@ -130,6 +132,7 @@ async def _start(dispatcher: Dispatcher, config: ServerConfig, door: Door) -> St
     admission = Admission(
         ready.max_num_seqs + config.max_queued_requests,
         places=ready.max_num_seqs,
+        max_queued_tokens=config.max_queued_tokens,
         max_queue_seconds=config.max_queue_seconds,
     )
 

@@ -87,6 +87,8 @@ class ServerConfig:
         endpoint = self.otlp_traces_endpoint
         if endpoint is not None and not endpoint.startswith(("http://", "https://")):
             raise ValueError(f"otlp_traces_endpoint must be an http:// or https:// address, not {endpoint!r}")
+        if self.health_port is not None and self.health_port == self.port:
+            raise ValueError(f"health_port must be another port than {self.port}, where everything else is answered")
         for name, (low, high) in _SECONDS.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:

@@ -17,7 +17,7 @@ from ..engine.messages import AddRequest, Chunk, Slo, Speculative
 from ..engine.outputs import Delta, RequestStream, TextOptions
 from ..engine.tokenizer import Tokenizer
 from ..scheduler.params import SamplingParams
-from . import errors
+from . import errors, logs
 from .admission import Slot
 from .config import ServerConfig
 from .cost import Experience
@@ -207,7 +207,7 @@ class Generation:
                 self._failure = failure
                 raise
             if news or time.monotonic() < wall:
-                yield [self._fold(chunk) for chunk in news]
+                yield self._fold_all(news)
             else:
                 self._expired = "timeout"
             if self._expired is not None:
@@ -216,6 +216,15 @@ class Generation:
                 self._failure = self._out_of_time(self._expired)
             if self._failure is not None:
                 raise self._failure
+
+    def _fold_all(self, news: list[Chunk]) -> list[Delta]:
+        """Raises the 500 that ends this request, and says so in its stream, when what it drew cannot become text."""
+        try:
+            return [self._fold(chunk) for chunk in news]
+        except Exception as error:
+            logger.error("what a request drew cannot become text: %s", logs.where(error))
+            self._failure = errors.internal()
+            raise self._failure from None
 
     def _fold(self, chunk: Chunk) -> Delta:
         part = self._parts[chunk.request_id]
@@ -240,6 +249,7 @@ class Generation:
         metrics = self._metrics
         if not part.computed and not unbegun:
             part.computed = True
+            self._slot.prompt_computed(len(part.prompt.token_ids) / self.usage.prompt_tokens)
             metrics.prompt_tokens.inc(len(part.prompt.token_ids))
             metrics.request_prompt_tokens.observe(len(part.prompt.token_ids))
         if delta.num_drawn:

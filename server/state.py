@@ -23,6 +23,7 @@ from .inputs import Order, TextSide
 from .keys import TENANT, Key
 from .life import Life
 from .metrics import Metrics
+from .promises import TIMEOUT_HEADER, header_timeout
 from .protocol import OrderBody
 from .quotas import Lease
 from .registry import Registry
@@ -76,7 +77,7 @@ class State:
             priority=self._priority(key, body.priority),
             cache_salt=ring.cache_salt(key.name and tenant, body.cache_salt or ""),
             slo=body.promises,
-            timeout=body.timeout,
+            timeout=_shorter(body.timeout, header_timeout(request.headers.get(TIMEOUT_HEADER))),
         )
         if limits.tenants and body.tenant is None and order.tenant not in limits.tenants:
             raise errors.invalid("`tenant` is required: this server shares itself out between named ones.", "tenant")
@@ -120,7 +121,8 @@ class State:
         try:
             lease = self.door.quotas.lease(order.key, self.experience.most_tokens(asked))
             try:
-                return self.admission.admit(asked.samples, self.experience.cost(asked), order.tenant), lease
+                cost, tokens = self.experience.cost(asked), self.experience.prompt_tokens(asked)
+                return self.admission.admit(asked.samples, cost, order.tenant, prompt_tokens=tokens), lease
             except errors.ApiError:
                 lease.settle(0)
                 raise
@@ -136,6 +138,10 @@ class State:
         if asked is not None and asked < key.priority:
             raise errors.too_urgent(asked, key.priority)
         return key.priority if asked is None else asked
+
+
+def _shorter(one: float | None, other: float | None) -> float | None:
+    return min((limit for limit in (one, other) if limit is not None), default=None)
 
 
 def state_of(request: Request) -> State:

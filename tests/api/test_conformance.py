@@ -212,6 +212,7 @@ HERMES = '<tool_call>\n{"name": "f", "arguments": {"x": "é}"}}\n</tool_call>'
 async def test_12_a_stream_is_the_whole_answer_for_text_tools_and_thinking(serve, events, fake, text, per_step):
     fake.answer = lambda request, index: [*text.encode(), EOS]
     fake.tokens_per_step = per_step
+    fake.facts = {"max_model_len": 4096}  # the tools are a part of the prompt
     body = {**CHAT, "tools": [TOOL], "max_tokens": 300}
     async with serve(tool_call_parser="hermes", reasoning_parser="deepseek_r1") as http:
         (whole,) = (await ask(http, PATHS[1], **body))["choices"]

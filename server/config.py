@@ -84,11 +84,11 @@ class ServerConfig:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}")
         if "" in self.api_key:
             raise ValueError("api_key is empty: give a key, or leave it out")
+        if self.health_port is not None and self.health_port == self.port:
+            raise ValueError(f"health_port must be another port than {self.port}, where everything else is answered")
         endpoint = self.otlp_traces_endpoint
         if endpoint is not None and not endpoint.startswith(("http://", "https://")):
             raise ValueError(f"otlp_traces_endpoint must be an http:// or https:// address, not {endpoint!r}")
-        if self.health_port is not None and self.health_port == self.port:
-            raise ValueError(f"health_port must be another port than {self.port}, where everything else is answered")
         for name, (low, high) in _SECONDS.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:

@@ -214,7 +214,7 @@ async def test_12_a_stream_is_the_whole_answer_for_text_tools_and_thinking(serve
     fake.tokens_per_step = per_step
     fake.facts = {"max_model_len": 4096}  # the tools are a part of the prompt
     body = {**CHAT, "tools": [TOOL], "max_tokens": 300}
-    async with serve(tool_call_parser="hermes", reasoning_parser="deepseek_r1") as http:
+    async with serve(tool_call_parser="hermes", reasoning_parser="qwen3") as http:
         (whole,) = (await ask(http, PATHS[1], **body))["choices"]
         streamed = events((await http.post(PATHS[1], json={**body, "stream": True})).text)
     content, thoughts, calls, ends = "", "", {}, []

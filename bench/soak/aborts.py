@@ -14,15 +14,26 @@ import aiohttp
 
 from .clients import VICTIM, Pace, Victim, in_background, leave, session, stay
 from .mix import Ask, any_request
-from .served import Served, wait_for
-from .verdict import Row, all_of
+from .served import Served, SoakError, wait_for
+from .verdict import Row, all_of, none
 
 CHECK = "aborts"
 AT_ONCE = 32
 SPECULATION = ("none", "ngram", "draft")
 # Fewer places than clients, so that some leave while they wait; a cache that long prompts must share.
 OPTIONS = (
-    *("--max-num-seqs", "12", "--kv-cache-bytes", "32MiB", "--text-threads", "2", "--log-level", "warning"),
+    *(
+        "--dtype",
+        "float32",
+        "--max-num-seqs",
+        "12",
+        "--kv-cache-bytes",
+        "32MiB",
+        "--text-threads",
+        "2",
+        "--log-level",
+        "warning",
+    ),
     *("--speculative-method", "draft", "--speculative-model", "bundled", "--num-speculative-tokens", "3"),
 )
 PLANTS = {
@@ -51,10 +62,10 @@ async def _check(served: Served, count: int, seed: int) -> list[Row]:
         left = await asyncio.to_thread(served.leaks, before)
         now = await asyncio.to_thread(served.metrics)
         rows = [Row(CHECK, "requests left by their clients", _told(moments, seen, now), f"{count}", None)]
-        rows += [Row(CHECK, f"{name} left behind", f"{left.get(name, 0):g}", "0", name not in left) for name in COUNTED]
-        objects = {name: more for name, more in left.items() if name.startswith("object ")}
-        rows.append(Row(CHECK, "objects left behind", str(objects or 0), "0", not objects))
-        rows.append(Row(CHECK, "engine restarts", f"{now['quire_engine_restarts_total']:g}", "0", not now['quire_engine_restarts_total']))
+        left_by_kind = {name: left.get(name, 0) for name in COUNTED}
+        left_by_kind["objects"] = sum(more for name, more in left.items() if name.startswith("object "))
+        rows += [none(CHECK, f"{name} left behind", more) for name, more in left_by_kind.items()]
+        rows.append(none(CHECK, "engine restarts", now["quire_engine_restarts_total"]))
         rows.append(all_of(CHECK, "neighbour's answers unchanged", victim.asked - victim.changed, victim.asked))
         rows.append(await _find_planted(served, ends))
     return rows
@@ -73,7 +84,9 @@ def _told(moments: Counter[str], before: dict[str, float], after: dict[str, floa
         for stage in ("waiting", "running")
     }
     left = ", ".join(f"{number} {moment}" for moment, number in sorted(moments.items()))
-    return f"{sum(moments.values())}: {left}; the server saw {stages['waiting']:g} waiting, {stages['running']:g} running"
+    return (
+        f"{sum(moments.values())}: {left}; the server saw {stages['waiting']:g} waiting, {stages['running']:g} running"
+    )
 
 
 async def _leave(
@@ -91,6 +104,8 @@ async def _leave(
         while sum(moments.values()) < count:
             ask = any_request(rng, speculation=SPECULATION)
             moment = await leave(rng.choice((ends, resets)), served.url, ask, rng, pace)
+            if moment.startswith("HTTP"):
+                raise SoakError(f"{ask} got {moment}")
             if moment != "ended" and sum(moments.values()) < count:
                 moments[moment] += 1
 

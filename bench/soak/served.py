@@ -50,9 +50,7 @@ class Served:
     window    whether its inside can be looked into (`window.py`)
     """
 
-    def __init__(
-        self, folder: Path, model: str, *options: str, port: int | None = None, window: bool = False
-    ) -> None:
+    def __init__(self, folder: Path, model: str, *options: str, port: int | None = None, window: bool = False) -> None:
         folder.mkdir(parents=True)
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -71,7 +69,9 @@ class Served:
     def __enter__(self) -> Served:
         """Raises SoakError if it does not start."""
         try:
-            wait_for(lambda: self.process.poll() is not None or self.status("/ready") == 200, START_SECONDS, "the start")
+            wait_for(
+                lambda: self.process.poll() is not None or self.status("/ready") == 200, START_SECONDS, "the start"
+            )
             self.start_seconds = time.monotonic() - self.began
             if self.process.poll() is not None:
                 raise SoakError(f"the server ended: {self.log.read_text()[-2000:]}")
@@ -123,6 +123,11 @@ class Served:
     def family(self) -> list[int]:
         return [self.process.pid, *descendants(self.process.pid)]
 
+    def traces(self) -> set[Path]:
+        """What it has in the file system while it runs, and must not leave there: temporary files, shared memory."""
+        maps = b"".join(_read(pid, "maps") for pid in self.family()).decode(errors="replace")
+        return {*self.temporary.rglob("*"), *map(Path, re.findall(r"/dev/shm/[^\s]+", maps))}
+
     def rss(self) -> dict[str, float]:
         """MB (10^6 bytes) of each of the two processes."""
         page = os.sysconf("SC_PAGE_SIZE") / 1e6
@@ -130,7 +135,7 @@ class Served:
         return {name: int(_read(pid, "statm").split()[1]) * page for name, pid in pids.items()}
 
     def holdings(self) -> dict[str, float]:
-        """All that is counted and must come back: what requests hold, tasks, objects, descriptors, threads, children."""
+        """All that is counted and must come back: blocks, samples, tasks, objects, descriptors, threads, children."""
         self._window.unlink(missing_ok=True)
         self.process.send_signal(signal.SIGUSR1)
         wait_for(self._window.exists, SETTLE_SECONDS, "a look inside")

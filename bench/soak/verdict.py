@@ -24,6 +24,10 @@ def at_most(check: str, what: str, seconds: float, bound: float) -> Row:
     return Row(check, what, f"{seconds:.2f} s", f"≤ {bound:g} s", seconds <= bound)
 
 
+def none(check: str, what: str, count: float) -> Row:
+    return Row(check, what, f"{count:g}", "0", count == 0)
+
+
 def all_of(check: str, what: str, count: int, total: int) -> Row:
     return Row(check, what, f"{count} of {total}", "all", count == total > 0)
 

@@ -1,6 +1,6 @@
 # Everything a person types. Each target makes what it needs; a second call is instant.
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all sanitize lint format bench clean
+.PHONY: help serve test test-all sanitize lint format bench soak clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -54,6 +54,9 @@ format: $(VENV)/.installed-lint  ## repair style
 
 bench: $(VENV)/.installed  ## load the server that runs on 127.0.0.1:8000; ARGS="--request-rate 4 …"
 	$(BIN)/quire bench serve --concurrency 8 $(ARGS)
+
+soak: $(VENV)/.installed-test  ## lean on servers of its own for hours and judge; ARGS="--quick" for minutes, ARGS="aborts faults" for some
+	$(BIN)/python -m quire.bench.soak $(ARGS)
 
 clean:  ## remove everything that can be made again
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis kernels/cpu/native/*.so

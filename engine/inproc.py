@@ -11,7 +11,6 @@ from .config import EngineConfig
 from .core import EngineCore, run
 from .errors import EngineDeadError, EngineStartError
 from .messages import Abort, AddRequest, Busy, Down, EngineDead, EngineReady, Shutdown, StepOutputs, Up
-from .startup import Startup
 
 
 class InprocClient:
@@ -55,7 +54,7 @@ class InprocClient:
 
     def _main(self, started: queue.SimpleQueue[EngineReady | BaseException]) -> None:
         try:
-            core = EngineCore(self._config, Startup(self._on_message))
+            core = EngineCore(self._config)
         except EngineStartError as error:
             started.put(error)
             return

@@ -139,7 +139,8 @@ def _chosen(choice: object, schemas: Mapping[str, object]) -> tuple[bool, str | 
 def required_calls(body: ChatBody, use: ToolUse | None, markup: Markup) -> tuple[Grammar, str] | None:
     """The grammar of calls that have to be made, and the field that asks for it; None if nothing has to.
 
-    Beside a form of the answer that is JSON, an answer is either of the two. Raises 400 for another form beside tools.
+    Beside a form of the answer that is JSON, an answer is either of the two, where a mark tells them apart. Raises 400
+    for another form beside tools.
     """
     asked = body.grammar
     if use is None or markup.syntax is None or (asked is None and not use.required):
@@ -147,10 +148,10 @@ def required_calls(body: ChatBody, use: ToolUse | None, markup: Markup) -> tuple
     otherwise = None
     if asked is not None:
         grammar, field = asked
-        if use.required or grammar.kind not in ("json_object", "json_schema"):
+        if use.required or markup.syntax.bare is not None or grammar.kind not in ("json_object", "json_schema"):
             raise errors.invalid(
                 f"`{field}` and the calls of `tools` both constrain the answer; leave one of them out, or set "
-                '`tool_choice` to "auto" with a JSON schema, or to "none".',
+                '`tool_choice` to "none".',
                 field,
             )
         otherwise = msgspec.json.decode(grammar.source) if grammar.source else {"type": "object"}

@@ -194,7 +194,7 @@ def named(calls: Calls) -> Step[bool]:
     return (yield from _arguments(calls, name))
 
 
-FENCE = "```"
+FENCE = re.compile("`+")
 SEPARATOR = "<｜tool▁sep｜>"
 
 
@@ -209,7 +209,7 @@ def fenced(calls: Calls) -> Step[bool]:
     if (yield from reader.peek()) != "{":
         name = yield from reader.word(NAME, MAX_NAME)
         yield from reader.spaces()
-        if (yield from reader.starts(FENCE)):
+        if (yield from reader.word(FENCE, 3)):
             yield from reader.starts("json")
             yield from reader.spaces()
     if name is None:
@@ -217,7 +217,7 @@ def fenced(calls: Calls) -> Step[bool]:
     if not (yield from _arguments(calls, name)):
         return False
     yield from reader.spaces()
-    yield from reader.starts(FENCE)
+    yield from reader.word(FENCE, 3)
     return True
 
 

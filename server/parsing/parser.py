@@ -123,6 +123,9 @@ class AnswerParser:
         clean = yield from body(self._calls)
         consumed = self._reader.recorded()
         if self.num_calls == before:
+            if before and not (yield from self._reader.peek()):
+                self._mark()  # cut off in the next of several calls
+                return False
             if mark in self._hidden:
                 self._mark()
                 mark = ""

@@ -1,6 +1,6 @@
 """Calls that must be made, as a grammar: a model's own spelling of them, with arguments by their schemas.
 
-    start: first call (between call)* last          call: before (name middle arguments | name middle arguments …) after
+    start: first call (between call){0,15} last     call: before (name middle arguments | name middle arguments …) after
 
 Lark as llguidance reads it: %json embeds a JSON Schema, <[7]> is the token 7, which stands for markup that is a special
 token. What it lets through, the parser of the same syntax reads.
@@ -15,12 +15,12 @@ from typing import Any
 
 from ...scheduler.params import Grammar
 from .syntaxes import Syntax
-from .xml_calls import PARAMETER, PARAMETER_END, types_of
+from .xml_calls import PARAMETER, PARAMETER_END, Schema, resolved, types_of
 
-Schema = Mapping[str, Any]
-
-# Between the parts of JSON: a line break and an indent, but not without end.
-WHITESPACE = r"[ \n\t]{0,16}"
+# Between the parts of JSON: calls are written on one line.
+WHITESPACE = " ?"
+# A model that has lost its way repeats itself to the end of its tokens, and the last call is cut.
+MAX_CALLS = 16
 
 
 def tool_grammar(
@@ -31,7 +31,7 @@ def tool_grammar(
     parallel: bool = True,
     otherwise: Schema | None = None,
 ) -> Grammar:
-    """At least one call of these functions, exactly one unless `parallel`.
+    """At least one call of these functions; exactly one, or up to MAX_CALLS if `parallel`.
 
     tools        name -> JSON Schema of its arguments
     special_ids  markup that is a special token -> its id
@@ -47,7 +47,7 @@ def tool_grammar(
     for i, (name, schema) in enumerate(tools.items()):
         rules += list(_ARGUMENTS[how.arguments](f"a{i}", {"type": "object", **schema}))
         variants.append(f"{literal(name + how.middle)} a{i}")
-    more = f"({literal(how.between)} call)*" if parallel else ""
+    more = f"({literal(how.between)} call){{0,{MAX_CALLS - 1}}}" if parallel else ""
     answer = f"\n     | {_json(otherwise)}" if otherwise is not None else ""
     lines = [
         f"start: {literal(how.first)} call {more} {literal(how.last)}{answer}",
@@ -83,9 +83,10 @@ def _tagged_arguments(rule: str, schema: Schema) -> Iterator[str]:
     parts = []
     for i, (key, value) in enumerate(_properties(schema)):
         opening, ending = _literal(f"{PARAMETER}{key}>\n", {}), _literal(f"\n{PARAMETER_END}\n", {})
-        if isinstance(value.get("enum"), list) and all(isinstance(item, str) for item in value["enum"]):
-            yield f"{rule}_{i}: {opening} ({' | '.join(map(json.dumps, value['enum']))}) {ending}"
-        elif "string" in types_of(value) or not types_of(value):
+        choices = value.get("enum")
+        if isinstance(choices, list) and all(isinstance(item, str) for item in choices):
+            yield f"{rule}_{i}: {opening} ({' | '.join(map(json.dumps, choices))}) {ending}"
+        elif "string" in (types := types_of(value, schema)) or not types:
             yield f"{rule}_{i}: {opening} {rule}_{i}_text " + r'"\n"'
             yield f"{rule}_{i}_text[lazy]: {_UP_TO_END}"
         else:
@@ -114,10 +115,10 @@ _ARGUMENTS = {"json": _json_arguments, "tags": _tagged_arguments, "python": _pyt
 
 
 def _properties(schema: Schema) -> list[tuple[str, dict[str, Any]]]:
-    """Each with the definitions that it may refer to."""
+    """Each as what it refers to, with the definitions that this may refer to."""
     shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
-    properties = schema.get("properties", {})
-    return [(key, {**value, **shared} if isinstance(value, dict) else shared) for key, value in properties.items()]
+    found = [(key, resolved(value, schema)) for key, value in schema.get("properties", {}).items()]
+    return [(key, {**value, **shared} if isinstance(value, dict) else shared) for key, value in found]
 
 
 def _required(schema: Schema) -> list[str]:

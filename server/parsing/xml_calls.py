@@ -19,6 +19,8 @@ FUNCTION_END, PARAMETER_END = "</function>", "</parameter>"
 INSIDE = Marks([PARAMETER, FUNCTION_END])
 VALUE_END = Marks([PARAMETER_END])
 TAG_NAME = re.compile(r"[^<>\s]+")
+MAX_REFERENCES = 8  # one after another; a schema may run in circles
+Schema = Mapping[str, Any]
 TYPES = {dict: "object", list: "array", bool: "boolean", int: "integer", float: "number", type(None): "null"}
 
 
@@ -112,14 +114,15 @@ def _refuse(constant: str) -> None:
     raise ValueError(constant)  # NaN and Infinity, which are no JSON
 
 
-def _types(schema: Mapping[str, Any]) -> dict[str, frozenset[str]]:
+def _types(schema: Schema) -> dict[str, frozenset[str]]:
     """Of each parameter: the JSON types that it may have; none = its schema does not say."""
     properties = schema.get("properties")
-    return {key: types_of(value) for key, value in properties.items()} if isinstance(properties, dict) else {}
+    return {key: types_of(value, schema) for key, value in properties.items()} if isinstance(properties, dict) else {}
 
 
-def types_of(schema: object) -> frozenset[str]:
-    """The JSON types that a schema allows; none = it does not say."""
+def types_of(schema: object, root: Schema) -> frozenset[str]:
+    """The JSON types that a schema allows; none = it does not say. root: the whole, whose definitions it may name."""
+    schema = resolved(schema, root)
     if not isinstance(schema, dict):
         return frozenset()
     given = schema.get("type")
@@ -130,4 +133,16 @@ def types_of(schema: object) -> frozenset[str]:
     if isinstance(schema.get("enum"), list):
         return frozenset(TYPES.get(type(value), "string") for value in schema["enum"])
     branches = [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
-    return frozenset().union(*(types_of(branch) for branch in branches))
+    return frozenset().union(*(types_of(branch, root) for branch in branches))
+
+
+def resolved(schema: object, root: Schema) -> object:
+    """What a schema's `$ref` into the whole stands for; itself where there is none."""
+    for _ in range(MAX_REFERENCES):
+        reference = schema.get("$ref") if isinstance(schema, dict) else None
+        if not isinstance(reference, str) or not reference.startswith("#/"):
+            return schema
+        schema = root
+        for part in reference[2:].split("/"):
+            schema = schema.get(part) if isinstance(schema, dict) else None
+    return None

@@ -15,7 +15,7 @@ from quire.server.keys import METRICS
 from quire.server.routing import GuardedRoute
 
 KEY = "canary-key-5f1d"
-OPEN = {"/health", "/ready", "/metrics", "/version"}  # where the keys file has no key for /metrics
+OPEN = {"/health", "/ready", "/live", "/metrics", "/version"}  # where the keys file has no key for /metrics
 
 
 def routes_of(app):

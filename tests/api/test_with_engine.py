@@ -200,3 +200,33 @@ async def test_structured_output_whole_and_streamed_beside_free_requests(running
             choices = [choice for piece in pieces for choice in piece["choices"] if choice["index"] == index]
             assert "".join(choice["text"] for choice in choices) == texts[1][index]
             assert [choice["finish_reason"] for choice in choices if choice["finish_reason"]] == ["stop"]
+
+
+@pytest.mark.parametrize("syntax", ["auto", "qwen3_coder", "pythonic"])
+async def test_calls_that_have_to_be_made_are_made(running, syntax):
+    """By a model that has never seen a tool: whole and streamed, several samples, one function named."""
+    schema = {
+        "type": "object",
+        "properties": {"mode": {"enum": ["r", "w"]}, "count": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "required": ["mode", "count"],
+        "additionalProperties": False,
+    }
+    tools = [{"type": "function", "function": {"name": name, "parameters": schema}} for name in ("open", "close")]
+    named = {"type": "function", "function": {"name": "close"}}
+    ask = {"messages": [{"role": "user", "content": "open it"}], "tools": tools, "max_tokens": 150, "seed": 1, "n": 2}
+    async with running(engine={"model": "bundled", "num_blocks": 256}, tool_call_parser=syntax) as http:
+        for extra in ({"tool_choice": "required", "parallel_tool_calls": False}, {"tool_choice": named}):
+            whole = (await http.post("/v1/chat/completions", json={**ask, **extra})).json()
+            streamed = await http.post("/v1/chat/completions", json={**ask, **extra, "stream": True})
+            pieces = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")]
+            for choice in whole["choices"]:
+                (call,) = choice["message"]["tool_calls"]
+                assert choice["message"]["content"] is None
+                assert choice["finish_reason"] == ("tool_calls" if "parallel_tool_calls" in extra else "stop")
+                assert call["function"]["name"] in (("close",) if extra["tool_choice"] == named else ("open", "close"))
+                values = json.loads(call["function"]["arguments"])
+                assert values["mode"] in ("r", "w")
+                assert 0 <= values["count"] <= 99
+                deltas = [c["delta"] for p in pieces for c in p["choices"] if c["index"] == choice["index"]]
+                parts = [part["function"]["arguments"] for delta in deltas for part in delta.get("tool_calls", ())]
+                assert "".join(parts) == call["function"]["arguments"]

@@ -58,6 +58,7 @@ class Engine:
         self.facts: dict[str, Any] = {}
         self.fails: str | None = None
         self.takes_for_ever = False
+        self.tell: OnMessage = lambda message: None
         self.age = 0.0
         self.sent: list[object] = []
         self.killed = threading.Event()

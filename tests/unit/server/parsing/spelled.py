@@ -52,7 +52,7 @@ def _python(values: dict[str, Any], ascii_only: bool) -> str:
 
 
 def parser(syntax: Syntax | None, *, tags: str | None = None, **options: Any) -> AnswerParser:
-    return AnswerParser(syntax=syntax, tags=TAGS[tags] if tags else None, tools=TOOLS, **options)
+    return AnswerParser(syntax=syntax, tags=TAGS[tags] if tags else None, **{"tools": TOOLS, **options})
 
 
 def pieces(parser: AnswerParser, parts: Iterable[str]) -> list[Piece]:

@@ -369,12 +369,10 @@ REPEATS = [
 @pytest.mark.parametrize("repeat", REPEATS)
 @SYNTAX
 def test_adversarial_repeats_take_work_in_proportion(syntax, repeat):
-    """Behind each beginning of a call, byte by byte and at once: twice the text is at most about twice the work."""
+    """Behind each beginning of a call, byte by byte: twice the text is at most about twice the work."""
     begun = f"{syntax.spelling.first}{syntax.spelling.before}now{syntax.spelling.middle}"
     inside = {"json": '{"a": "', "tags": "<parameter=days>", "python": "a='"}[syntax.spelling.arguments]
     for opening in ("", begun, begun + inside):
-        for whole in (True, False):
-            small, large = (opening + repeat * (size // len(repeat)) for size in (400, 800))
-            costs = [_work(parser(syntax, tags="qwen3"), [text] if whole else text) for text in (small, large)]
-            assert costs[1] < 2.3 * costs[0] + 500
-            assert costs[1] < 120 * 800
+        costs = [_work(parser(syntax, tags="qwen3"), opening + repeat * (size // len(repeat))) for size in (520, 1040)]
+        assert costs[1] < 2.3 * costs[0] + 500
+        assert costs[1] < 120 * 1040

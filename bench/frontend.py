@@ -94,17 +94,12 @@ def run(config: FrontendConfig, serve: Serve) -> dict[str, Any]:
         if not ours.poll(START_SECONDS):
             raise ServerError(f"the server has not started in {START_SECONDS:g} s")
         port = ours.recv()
-        costs = [
-            min(
-                (
-                    _measure(server.pid or 0, port, name, streams, config.tokens, expected)
-                    for _ in range(config.repetitions)
-                ),
-                key=lambda cost: cost.loop_us,
-            )
-            for name in ENDPOINTS
-            for streams in config.streams
-        ]
+        repetitions = range(config.repetitions)
+        costs = []
+        for name in ENDPOINTS:
+            for streams in config.streams:
+                runs = [_measure(server.pid or 0, port, name, streams, config.tokens, expected) for _ in repetitions]
+                costs.append(min(runs, key=lambda cost: cost.loop_us))
     except EOFError:
         raise ServerError("the server could not start") from None
     finally:

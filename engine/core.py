@@ -43,7 +43,7 @@ from .model_config import DecoderConfig
 from .recorded import recorded, share_threads
 from .resolve import Resolved, choose_kernels, look_at_machine, resolve, with_kv_cache
 from .runner import Launched, ModelRunner
-from .sampler import Sampler
+from .sampler import NAN_LOGITS, Sampler
 from .slots import SlotTable
 from .spec.build import Drafter, load_draft_config, load_drafter, make_proposers
 from .startup import Startup
@@ -140,6 +140,7 @@ class EngineCore:
         self._ahead = int(settings.overlap)  # steps launched before one is collected
         self._out: deque[Step] = deque()
         self._compiling = Compiling(self.grammars)
+        self._unplanned: Exception | None = None  # why there is no next step; the scheduler has to start over
         self._collected = 0.0  # when the last step was, on the clock of perf_counter
         self._update_seconds = 0.0
         self.stats = StepStats(kv_blocks_total=settings.num_blocks - 1)
@@ -240,7 +241,7 @@ class EngineCore:
         self.scheduler.counters.failed += 1
         return [
             Chunk(message.request_id, index, [], finish_reason="error", error=reason)
-            for index in range(min(message.params.n, self.limits.max_n))
+            for index in range(min(max(message.params.n, 1), self.limits.max_n))
         ]
 
     def _add(self, message: AddRequest) -> None:
@@ -259,6 +260,14 @@ class EngineCore:
         )
 
     def _abort(self, request_id: str, index: int | None) -> list[Chunk]:
+        """What cannot be aborted goes on to its own end, unheard: the API side has forgotten it."""
+        try:
+            return self._end(request_id, index)
+        except Exception:
+            log.exception("request %s cannot be aborted", request_id)
+            return []
+
+    def _end(self, request_id: str, index: int | None) -> list[Chunk]:
         chunks = self._compiling.abort(request_id, index)
         if chunks is None:
             return self.scheduler.abort(request_id, index)
@@ -279,15 +288,30 @@ class EngineCore:
         if not self.scheduler.has_work and not self._out:
             self._compiling.wait(COMPILING_SECONDS)
         expired = self._add_compiled() + self.scheduler.expire(time.monotonic())
-        while len(self._out) <= self._ahead and (not self._out or self.scheduler.may_plan_ahead()):
+        while self._may_launch():
             if not self._launch():
                 break
-        return expired + self._collect() if self._out else expired
+        if self._out:
+            return expired + self._collect()
+        if self._unplanned is not None:
+            error, self._unplanned = self._unplanned, None
+            return expired + self.scheduler.start_over(error)
+        return expired
+
+    def _may_launch(self) -> bool:
+        if self._unplanned is not None or len(self._out) > self._ahead:
+            return False
+        return not self._out or self.scheduler.may_plan_ahead()
 
     def _launch(self) -> bool:
         """Plan the next step and set it going; False when there is nothing to run."""
         started = time.perf_counter()
-        plan = self.scheduler.schedule(time.monotonic())
+        try:
+            plan = self.scheduler.schedule(time.monotonic())
+        except Exception as error:
+            log.exception("the next step cannot be planned")
+            self._unplanned = error
+            return False
         if plan is None:
             return False
         predicted = self.scheduler.steps.cost.seconds(self.scheduler.shape)
@@ -319,6 +343,7 @@ class EngineCore:
         self.stats.forward_seconds = seconds if self._out else seconds - step.scheduling
         self.stats.schedule_seconds = step.scheduling + self._update_seconds
         self.stats.steps_total += 1
+        self.stats.nan_total += sum(chunk.error == NAN_LOGITS for chunk in chunks)
         return chunks
 
     def _announce(self, seconds: float) -> None:

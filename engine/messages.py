@@ -74,6 +74,7 @@ class StepStats(msgspec.Struct, array_like=True, gc=False):
     expired_total: int = 0  # samples that ran out of time, waiting or running
     aborted_total: int = 0
     failed_total: int = 0
+    nan_total: int = 0  # of these, by logits or hidden states that are not numbers
     discarded_tokens_total: int = 0  # drawn for samples that had ended while the step was out
     graph_steps_total: int = 0  # forward passes that replayed a CUDA graph
     eager_steps_total: int = 0  # forward passes launched kernel by kernel

@@ -28,12 +28,12 @@ from ..scheduler.plan import DraftPass, Draw, NewSeq, Row, RowResult, StepPlan, 
 from .decoder import Decoder
 from .graphs import Capture, Graphs
 from .recorded import RecordedDecoder
-from .sampler import Drawn, Rated, Sampler
+from .sampler import NAN_LOGITS, Drawn, Rated, Sampler
 from .slots import SlotTable
 from .spec.asking import ask
 from .spec.proposer import Draft, Proposer, View
 from .spec.verification import Verdict, judge
-from .transfer import upload
+from .transfer import Download, upload
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,7 @@ class Launched:
     draws: list[RowResult]  # beside StepPlan.draws
     drawn: list[tuple[list[NewSeq], list[RowResult], Drawn]] = field(default_factory=list)
     rated: list[tuple[RowResult, list[Rated]]] = field(default_factory=list)
+    chunks: list[tuple[list[RowResult], Download]] = field(default_factory=list)  # and whether each is finite
     drafting: list[DraftPass] = field(default_factory=list)
 
 
@@ -142,6 +143,11 @@ class ModelRunner:
             for new, result in zip(entered, results, strict=True):
                 if self._entered.get(new.slot) is new:
                     self.slots.learn(new.slot, result.token_ids)
+        for results, download in step.chunks:
+            (sound,) = download.wait()
+            for result, finite in zip(results, sound.tolist(), strict=True):
+                if not finite:
+                    result.error = result.error or NAN_LOGITS
         for result, ratings in step.rated:
             try:
                 result.prompt_logprobs = [logprob for rated in ratings for logprob in rated.wait()] or None
@@ -225,8 +231,23 @@ class ModelRunner:
                 for placed in rows:
                     self._try(step, [placed])
             return
+        self._watch_chunks(step, rows, hidden)
         self._draw(step, rows, hidden, drawing)
         self._rate_prompts(step, rows, hidden)
+
+    def _watch_chunks(self, step: Launched, rows: list[Placed], hidden: Tensor) -> None:
+        """Of rows that nothing is drawn from nobody sees logits: their hidden states are looked at instead, because
+        others may share what they wrote before their request draws its first token."""
+        chunks: list[RowResult] = []
+        sound: list[Tensor] = []
+        first = 0
+        for one in rows:
+            if not one.drawn:
+                chunks.append(one.result)
+                sound.append(hidden[first : first + one.row.num_tokens].isfinite().all())
+            first += one.row.num_tokens
+        if chunks:
+            step.chunks.append((chunks, Download([torch.stack(sound)])))
 
     def _forward(self, rows: list[Placed]) -> tuple[Tensor, Tensor]:
         """Hidden states of all tokens [T, d], and the numbers of those that the next tokens are drawn from."""
@@ -319,7 +340,18 @@ class ModelRunner:
     def _sample(
         self, step: Launched, logits: Tensor, slots: list[int], positions: list[int], results: list[RowResult]
     ) -> None:
-        drawn = self.sampler.draw(logits, slots, positions)
+        """One token each; if drawing them together raises, each is drawn alone, to find the one at fault."""
+        try:
+            drawn = self.sampler.draw(logits, slots, positions)
+        except Exception as error:
+            log.exception("drawing the tokens of %d sequences failed", len(slots))
+            if len(slots) == 1:
+                results[0].error = f"the request cannot be run: {type(error).__name__}"
+                return
+            for i in range(len(slots)):
+                one = slice(i, i + 1)
+                self._sample(step, logits[one], slots[one], positions[one], results[one])
+            return
         self.slots.remember(slots, drawn.ids)
         step.drawn.append(([self._entered[slot] for slot in slots], results, drawn))
 

@@ -155,14 +155,14 @@ class Sampler:
         """
         states = self.states(slots)
         chosen = self.choose(logits, states, [()] * len(states), positions)
-        for state in states:
-            state.num_drawn += 1
         wanted = rows_by_logprobs(states)
         found = [
             self._logprobs(self.select(logits, rows), self.select(chosen.ids, rows), rivals)
             for rivals, rows in wanted.items()
         ]
         download = Download([*chosen[:3], *(tensor for logprobs in found for tensor in logprobs)])
+        for state in states:  # last: if anything above raises, each may be drawn again alone
+            state.num_drawn += 1
         return Drawn(states, chosen.ids, chosen.errors, list(wanted.values()), download)
 
     def finish(self, drawn: Drawn, results: Sequence[RowResult]) -> None:
@@ -172,8 +172,12 @@ class Sampler:
         for state, result, token, fault in zip(drawn.states, results, ids.tolist(), why, strict=True):
             result.error = fault or result.error
             if result.error is None:
-                result.token_ids = [token]
-                state.append(token)
+                try:
+                    state.append(token)
+                    result.token_ids = [token]
+                except Exception as error:
+                    log.exception("what one sequence drew cannot be added to its state")
+                    result.error = f"the request cannot be run: {type(error).__name__}"
         width = len(Logprobs._fields)
         for i, rows in enumerate(drawn.logprobs):
             columns = found[i * width : (i + 1) * width]

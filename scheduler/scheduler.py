@@ -21,9 +21,10 @@ a step with guesses is known when they are verified, so nothing is planned while
 from __future__ import annotations
 
 import heapq
+import logging
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
 from operator import attrgetter
 from typing import NamedTuple
@@ -51,6 +52,8 @@ PASSED_BY = 64
 # Weight of the latest sample in the running mean of output lengths: the last 20 or so count.
 OUTPUT_MEMORY = 0.05
 
+
+log = logging.getLogger(__name__)
 
 _order = attrgetter("order")
 
@@ -92,6 +95,7 @@ class Scheduler:
         self._taken: list[Request] = []  # out of the queue while a plan is made
         self._mean_output = 0.0  # tokens of a finished sample
         self._step_id = 0
+        self._at: Request | None = None  # the request that is being planned for
 
     # ---------------------------------------------------------------- requests in and out
 
@@ -209,6 +213,7 @@ class Scheduler:
         While a plan is out only if `may_plan_ahead`; one at most. None may then mean: not before its result is known.
         """
         plan = StepPlan(self._step_id)
+        self._at = None
         rows = self._rows = {}
         self.pool.now = now
         self._entered.clear()
@@ -232,6 +237,20 @@ class Scheduler:
             request.num_pending += row.samples
         return plan
 
+    def start_over(self, error: Exception) -> list[Chunk]:
+        """After `schedule` raised, with nothing out: end the request that it was at, and put all others back to where
+        they waited. Nobody knows how far the plan had come, and what was computed can be found in the cache.
+
+        Raises `error` if it was at none: then nobody is at fault but the scheduler.
+        """
+        guilty = self._at
+        if guilty is None:
+            raise error
+        self._put_back()
+        for request in list(self.running):
+            self._preempt(request)
+        return [self._fail(guilty, f"the request cannot be run: {type(error).__name__}")]
+
     def update(self, plan: StepPlan, result: StepResult, seconds: float | None = None) -> list[Chunk]:
         """Take in what a step gave: append tokens, publish full blocks, end what is finished.
 
@@ -253,14 +272,22 @@ class Scheduler:
             if request.finished:
                 self.counters.discarded += len(got.token_ids)
             else:
-                chunks.append(self._take(request, got, request.num_prompt))
+                chunks.append(self._guarded(self._take, request, got, request.num_prompt))
         for request, row, got in zip(out.in_step, plan.rows, result.rows, strict=True):
             request.num_pending -= row.samples
             if request.finished:
                 self._discard(request, row, got, out)
             else:
-                chunks.append(self._advance(request, row, got))
+                chunks.append(self._guarded(self._advance, request, row, got))
         return [chunk for chunk in chunks if chunk is not None]
+
+    def _guarded(self, work: Callable[..., Chunk | None], request: Request, *rest: object) -> Chunk | None:
+        """The news of one request; if it cannot be had, the request ends by that, and no other."""
+        try:
+            return work(request, *rest)
+        except Exception as error:
+            log.exception("what a step gave to one request cannot be taken in")
+            return self._fail(request, f"the request cannot be run: {type(error).__name__}")
 
     # ---------------------------------------------------------------- filling a step
 
@@ -269,7 +296,9 @@ class Scheduler:
         preemptions = self.counters.preemptions
         for request in [request for request in self.running if request.remaining == 1]:
             if request.slot >= 0:  # not preempted meanwhile, for an earlier one
+                self._at = request
                 self._grow(request, rows)
+        self._at = None
         budget = self._budget(shape_of((row.start, row.num_tokens) for row in rows.values()), list(rows))
         # What was just freed by a preemption was freed for somebody else: nobody enters then.
         self._spend(plan, rows, budget, now, admit=self.counters.preemptions == preemptions)
@@ -326,13 +355,14 @@ class Scheduler:
         """Give the budget to prompts in progress and, if `admit`, to who waits; then free slots to further samples."""
         admit = admit and (bool(self.residency.free_slots) or self.policy.displaces is not never)
         asking = self._asking(budget, admit)
+        self._at = None
         entering = {request for request in asking if request.slot < 0}
         while asking:
             packed = pack([_want(request) for request in asking], copy(budget))
             for i in packed.passed_over:
                 asking[i].passed_over += 1
             for i, count in packed.chosen:
-                request = asking[i]
+                request = self._at = asking[i]
                 if request in entering and (count or request.forks) and not self._enter(plan, request, now):
                     admit = False
                     break
@@ -347,6 +377,7 @@ class Scheduler:
             asking = [request for request in asking if request.slot >= 0 and request.remaining and request not in rows]
         self._fork(plan, budget, now, admit=admit)
         self._put_back()
+        self._at = None
 
     def _asking(self, budget: Budget, admit: bool) -> list[Request]:
         """Who may have a place or a share of the budget, in the policy's order, as far as it could matter.
@@ -359,6 +390,7 @@ class Scheduler:
         for request in self._in_order(admit):
             if beyond > WINDOW or passed_by >= PASSED_BY or entering > len(self.residency.free_slots) + WINDOW:
                 break
+            self._at = request
             if request.slot < 0 and not request.forks:
                 if tokens <= budget.tokens:  # it may enter now
                     self.residency.prefix.look(request)
@@ -483,7 +515,7 @@ class Scheduler:
         turn = deque(request.group for request in self._drawing)
         while turn:
             group = turn.popleft()
-            request = self.roster.next_sample(group, now)
+            request = self._at = self.roster.next_sample(group, now)
             if request is not None:
                 self._taken.append(request)
                 if admit and self.residency.free_slots and request.forks and self._enter(plan, request, now):
@@ -556,10 +588,7 @@ class Scheduler:
     def _take(self, request: Request, got: RowResult, num_computed: int) -> Chunk | None:
         """Append what was drawn when `num_computed` tokens were computed; the news, if there are any."""
         if got.error is not None:
-            self.pool.retract(request.block_ids)
-            self.roster.finish(request)
-            self.counters.failed += 1
-            return Chunk(request.request_id, request.index, [], finish_reason="error", error=got.error)
+            return self._fail(request, got.error)
         finish: str | None = None
         stop: int | None = None
         drawn = 0
@@ -589,6 +618,14 @@ class Scheduler:
         chunk.queued_seconds, request.queued_seconds = request.queued_seconds, -1.0
         chunk.num_drafted, chunk.num_accepted = got.drafted, accepted
         return chunk
+
+    def _fail(self, request: Request, reason: str) -> Chunk:
+        """End a request for a fault of its own; what it wrote is shared with nobody any more."""
+        self.pool.retract(request.block_ids)
+        if not request.finished:
+            self.roster.finish(request)
+        self.counters.failed += 1
+        return Chunk(request.request_id, request.index, [], finish_reason="error", error=reason)
 
     def _stop(self, request: Request, token: int) -> tuple[str | None, int | None]:
         params, num_tokens = request.params, len(request.token_ids)

@@ -28,7 +28,9 @@ class Slot:
     it may be called twice, and counts once.
     """
 
-    def __init__(self, admission: Admission, size: int, cost: Cost, tenant: str, *, beyond: bool) -> None:
+    def __init__(
+        self, admission: Admission, size: int, cost: Cost, tenant: str, *, prompt_tokens: float, beyond: bool
+    ) -> None:
         """`beyond`: let in although the house was full."""
         self.size = size
         self.cost = cost
@@ -36,11 +38,18 @@ class Slot:
         self.beyond = beyond
         self._admission = admission
         self._open = size
+        self._prompt_tokens = self._queued_tokens = prompt_tokens
         self._released = False
 
     def sent(self, request_count: int) -> None:
         """The engine has been sent so many requests by now, this slot's included."""
         self._admission.was_sent(self, request_count)
+
+    def prompt_computed(self, share: float) -> None:
+        """One of the request's prompts, `share` of its prompt tokens, waits no more."""
+        tokens = min(share * self._prompt_tokens, self._queued_tokens)
+        self._queued_tokens -= tokens
+        self._admission.leave_queue(self, tokens)
 
     def sample_ended(self) -> None:
         self._open -= 1
@@ -50,6 +59,7 @@ class Slot:
     def release(self) -> None:
         if not self._released:
             self._released = True
+            self.prompt_computed(1.0)
             self._admission.give_back(self, self._open)
             self._admission.leave(self)
 
@@ -61,6 +71,7 @@ class _Holding:
     slots: int = 0
     samples: int = 0
     seconds: float = 0.0  # of the engine's time, as predicted when they came
+    queued_tokens: float = 0.0  # of prompts that have not been computed
 
 
 class Admission:
@@ -68,11 +79,12 @@ class Admission:
 
     capacity           samples in the house: those that run and those that may wait
     places             of these, how many run at once
+    max_queued_tokens  of prompts that have not been computed, past which nobody is let in; None = no such bound
     max_queue_seconds  predicted wait past which nobody is let in; None = no such bound
     weights            tenant -> its share beside others'; 1 for who is not named
     clock              seconds
 
-    A request is let in while there is any room at all and may overshoot by its own samples: otherwise a batch larger
+    A request is let in while there is any room at all and may overshoot by its own size: otherwise a batch larger
     than the bound could never run, and one close to it would starve behind small ones.
     """
 
@@ -81,6 +93,7 @@ class Admission:
         capacity: int,
         *,
         places: int | None = None,
+        max_queued_tokens: int | None = None,
         max_queue_seconds: float | None = None,
         weights: Mapping[str, float] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -89,8 +102,10 @@ class Admission:
         self.open = 0
         self.requests = 0
         self.draining = False
+        self.queued_tokens = 0.0
         self._open_beyond = 0  # samples that were let in when the house was full
         self._places = capacity if places is None else places
+        self._max_queued_tokens = max_queued_tokens
         self._max_queue_seconds = max_queue_seconds
         self._weights = weights or {}
         self._clock = clock
@@ -102,18 +117,27 @@ class Admission:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def admit(self, size: int, cost: Cost = Cost(), tenant: str = "") -> Slot:  # noqa: B008 (a tuple)
+    def admit(
+        self,
+        size: int,
+        cost: Cost = Cost(),  # noqa: B008 (a tuple)
+        tenant: str = "",
+        *,
+        prompt_tokens: float = 0.0,
+    ) -> Slot:
         """Take a place for `size` samples. Raises 503 while draining, or when the house is full; 429 when it is this
         tenant that has filled it.
         """
         if self.draining:
             raise errors.draining()
         beyond = self._is_full_for_others(tenant)
-        slot = Slot(self, size, cost, tenant, beyond=beyond)
+        slot = Slot(self, size, cost, tenant, prompt_tokens=prompt_tokens, beyond=beyond)
         holding = self._holdings.setdefault(tenant, _Holding())
         holding.slots += 1
         holding.samples += size
         holding.seconds += cost.total
+        holding.queued_tokens += prompt_tokens
+        self.queued_tokens += prompt_tokens
         waiting = min(max(self.open + size - self._places, 0), size)
         self._unseen[slot] = cost.prompts + cost.samples * waiting / size
         self.open += size
@@ -154,6 +178,10 @@ class Admission:
             self._ends.clear()
         self._open_beyond -= count * slot.beyond
 
+    def leave_queue(self, slot: Slot, tokens: float) -> None:
+        self._holdings[slot.tenant].queued_tokens -= tokens
+        self.queued_tokens -= tokens
+
     def leave(self, slot: Slot) -> None:
         self._unseen.pop(slot, None)
         self.requests -= 1
@@ -162,6 +190,7 @@ class Admission:
         if not holding.slots:
             del self._holdings[slot.tenant]
         if not self.requests:
+            self.queued_tokens = 0.0  # and not what is left of adding and subtracting fractions
             self._idle.set()
 
     async def drain(self, timeout: float) -> bool:
@@ -178,11 +207,14 @@ class Admission:
         more. Raises 503 or 429 when it does not get in.
         """
         wait = self.predicted_wait()
-        bound = self._max_queue_seconds
+        bound, most_tokens = self._max_queue_seconds, self._max_queued_tokens
         mine = self._holdings.get(tenant, _Holding())
         if self.open >= self.capacity:
             full = f"{self.open} samples are open, and it holds {self.capacity}"
             share, held, unit = self._share(tenant) * self.capacity, float(mine.samples), "samples"
+        elif most_tokens is not None and self.queued_tokens >= most_tokens:
+            full = f"{self.queued_tokens:.0f} prompt tokens wait, and {most_tokens} may"
+            share, held, unit = self._share(tenant) * most_tokens, mine.queued_tokens, "prompt tokens that wait"
         elif bound is not None and wait > bound:
             full = f"a new request would wait longer than {bound:g} s"
             share, held, unit = self._share(tenant) * bound, mine.seconds, "s of the engine's time"
@@ -203,9 +235,13 @@ class Admission:
         return weights[tenant] / sum(weights.values())
 
     def _seconds_until_room(self, wait: float) -> float:
-        """Until so many samples have ended, and the wait is back under its bound."""
+        """Until so many samples have ended, so many tokens been computed, and the wait is back under its bound."""
         for_samples = max(self.open - self.capacity + 1, 0) * self._seconds_per_sample()
-        return max(for_samples, wait - self._max_queue_seconds if self._max_queue_seconds is not None else 0.0)
+        for_tokens = 0.0
+        if self._max_queued_tokens is not None and self.queued_tokens > self._max_queued_tokens:
+            for_tokens = wait * (1 - self._max_queued_tokens / self.queued_tokens)
+        for_wait = wait - self._max_queue_seconds if self._max_queue_seconds is not None else 0.0
+        return max(for_samples, for_tokens, for_wait)
 
     def _seconds_per_sample(self) -> float:
         """The pace at which samples end in the full house; before enough have, the one that their cost predicts."""

@@ -24,7 +24,7 @@ from ..engine.messages import EngineDead, EngineReady, StepStats
 from ..engine.rendering import shared_workers
 from ..engine.tokenizer import generation_defaults, load_tokenizer
 from ..engine.validation import limits_of
-from . import errors, logs, routes_admin, routes_chat, routes_completions
+from . import errors, logs, routes_admin, routes_chat, routes_completions, routes_decisions, routes_fleet, routes_render
 from .admission import Admission
 from .auth import Door
 from .config import ServerConfig
@@ -33,15 +33,18 @@ from .dispatcher import Dispatcher
 from .inputs import TextSide
 from .keys import Key, KeyRing
 from .keys_file import Stamp, follow, load_keys, stamp_of
+from .lag import watch_lag
 from .life import LifeMetrics
 from .logs import logger
 from .messages import routes as messages
 from .metrics import Metrics
 from .middleware import LOOPBACK_HOSTS, Outermost
 from .parsing.markup import markup_of
+from .registry import Registry
 from .responses import routes as responses
 from .state import State, state_of
 from .throughput import report_throughput
+from .tracing import open_tracer
 
 
 def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
@@ -60,6 +63,8 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
             if path is not None:
                 door.use_keys(load_keys(path))
             app.state.quire = await _start(dispatcher, config, door)
+            if config.otlp_traces_endpoint is not None:
+                app.state.tracer = open_tracer(config.otlp_traces_endpoint, app.state.quire.model_names[0])
         except Exception as error:
             if not dispatcher.stopping:
                 logger.error("cannot start: %s", error if isinstance(error, QuireError) else logs.where(error))
@@ -76,8 +81,9 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async def chores() -> None:
             await starting
+            metrics = app.state.quire.metrics
             following = [] if path is None else [follow(path, seen, use_keys)]
-            await asyncio.gather(report_throughput(app.state.quire.metrics), *following)
+            await asyncio.gather(report_throughput(metrics), watch_lag(metrics), *following)
 
         seen: Stamp = () if path is None else stamp_of(path)
         starting = asyncio.create_task(bring_up(app))
@@ -94,18 +100,22 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
             await dispatcher.stop()
             working.cancel()
             await asyncio.wait((starting, working))
+            if app.state.tracer is not None:
+                await asyncio.to_thread(app.state.tracer.close)
             if app.state.quire is not None:
                 app.state.quire.pool.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(
         title="Quire", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
     )
-    for module in (routes_completions, routes_chat, responses, messages, routes_admin):
+    asking = (routes_completions, routes_chat, responses, messages, routes_decisions, routes_render)
+    for module in (*asking, routes_admin, routes_fleet):
         app.include_router(module.router)
     app.state.quire = None  # until the engine serves
     app.state.dispatcher = dispatcher
     app.state.life_metrics = LifeMetrics(dispatcher.life)
     app.state.door = door
+    app.state.tracer = None
     app.add_middleware(Outermost, allowed_hosts=_allowed_hosts(config))
     for kind in (errors.ApiError, QuireError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _answer)
@@ -122,6 +132,7 @@ async def _start(dispatcher: Dispatcher, config: ServerConfig, door: Door) -> St
     admission = Admission(
         ready.max_num_seqs + config.max_queued_requests,
         places=ready.max_num_seqs,
+        max_queued_tokens=config.max_queued_tokens,
         max_queue_seconds=config.max_queue_seconds,
     )
 
@@ -148,6 +159,7 @@ async def _start(dispatcher: Dispatcher, config: ServerConfig, door: Door) -> St
         admission=admission,
         dispatcher=dispatcher,
         metrics=metrics,
+        registry=Registry(),
         experience=experience,
         text=text,
         pool=ThreadPoolExecutor(config.text_threads, thread_name_prefix="text"),
@@ -226,6 +238,7 @@ async def _answer(request: Request, error: Exception) -> Response:
         answer = error if isinstance(error, errors.ApiError) else errors.from_engine(error)
     if request.app.state.quire is not None:
         state_of(request).metrics.error(answer.status, answer.code)
+    request.state.error = answer.code
     response = answer.response(request.scope["path"])
     response.headers.update(headers)
     return response

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from . import errors
 from .attempts import Attempts
-from .keys import EVERYBODY, INFER, METRICS, NOBODY, Key, KeyRing
+from .keys import ADMIN, EVERYBODY, INFER, METRICS, NOBODY, Key, KeyRing
 from .quotas import Quotas
 
 
@@ -33,6 +33,9 @@ class Policy:
 POLICIES = {
     "/v1/completions": Policy(has_body=True),
     "/v1/chat/completions": Policy(has_body=True),
+    "/v1/decisions": Policy(has_body=True),
+    "/v1/completions/render": Policy(has_body=True),
+    "/v1/chat/completions/render": Policy(has_body=True),
     "/v1/responses": Policy(has_body=True),
     "/v1/messages": Policy(has_body=True),
     "/v1/messages/count_tokens": Policy(has_body=True),
@@ -40,6 +43,9 @@ POLICIES = {
     "/v1/models/{model:path}": Policy(counted=False),
     "/tokenize": Policy(has_body=True),
     "/detokenize": Policy(has_body=True),
+    "/abort_requests": Policy(has_body=True, counted=False),
+    "/load": Policy(counted=False, probe=True),
+    "/server_info": Policy(scope=ADMIN, counted=False),
     "/openapi.json": Policy(counted=False),
     "/health": Policy(scope=None, counted=False, probe=True),
     "/ready": Policy(scope=None, counted=False, probe=True),

@@ -19,7 +19,7 @@ from .cli_bench_engine import (
     bench_slo,
     bench_speculative,
 )
-from .cli_bench_frontend import bench_frontend
+from .cli_bench_frontend import bench_frontend, bench_overload
 from .cli_bench_scheduling import bench_capacity, bench_eviction, bench_fairness
 from .cli_options import err, option, out
 
@@ -166,6 +166,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "slo": bench_slo,
     "fairness": bench_fairness,
     "frontend": bench_frontend,
+    "overload": bench_overload,
     "prefill": bench_prefill,
     "samples": bench_samples,
     "eviction": bench_eviction,

@@ -1,4 +1,4 @@
-"""`quire bench frontend`: this server's own cost, with a scripted engine behind it."""
+"""`quire bench frontend` and `overload`: this server's own cost, and what it does when it is asked for too much."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated
 
-from .cli_bench_report import JsonFile, measuring, show, words
+from .cli_bench_report import JsonFile, Seed, measuring, show, words
 from .cli_options import option
 
 
@@ -28,6 +28,43 @@ def bench_frontend(
         )
         result = frontend.run(config, serve_scripted)
     show(frontend.table(result), result, json_file)
+
+
+def bench_overload(
+    url: Annotated[str, option("Server", "Where the server is.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, option("Server", "Served name; nothing = the model that the server has.")] = None,
+    api_key: Annotated[
+        str | None,
+        option(
+            "Server", "Key, if the server wants one.", envvar=["QUIRE_API_KEY", "OPENAI_API_KEY"], show_default=False
+        ),
+    ] = None,
+    factors: Annotated[str, option("Load", "Multiples of the rate that the server can finish.")] = "1,2,5,10",
+    seconds: Annotated[float, option("Load", "Of each trial.")] = 60.0,
+    concurrency: Annotated[int, option("Load", "Requests at a time while the peak is found.", min=1)] = 64,
+    input_len: Annotated[int, option("Load", "Prompt tokens of a request.", min=1)] = 128,
+    output_len: Annotated[int, option("Load", "Output tokens of a request.", min=1)] = 256,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Goodput, refusals and first tokens of a running server at its peak and at multiples of what it can do."""
+    with measuring():
+        from ..bench import overload
+
+        result = overload.run(
+            overload.OverloadConfig(
+                url=url,
+                model=model,
+                api_key=api_key,
+                factors=tuple(float(word) for word in words(factors)),
+                seconds=seconds,
+                concurrency=concurrency,
+                input_len=input_len,
+                output_len=output_len,
+                seed=seed,
+            )
+        )
+    show(overload.table(result), result, json_file)
 
 
 def serve_scripted(parent: Connection, folder: Path, text_ids: list[int], vocab_size: int) -> None:

@@ -125,13 +125,16 @@ class Experience:
             max_num_seqs=self._max_num_seqs,
         )
 
+    def prompt_tokens(self, asked: Asked) -> float:
+        """Of all prompts; of those that came as text, by what tokens have been long."""
+        return asked.prompt_ids + asked.prompt_bytes / self._bytes_per_token.value
+
     def most_tokens(self, asked: Asked) -> int:
         """What a quota is charged in advance: the prompts, and `max_tokens` of every sample. Where that was left out,
         what samples usually draw: the whole context would shut out whoever has not thought of it.
         """
         drawn = self._tokens_per_sample.value if asked.max_tokens is None else float(asked.max_tokens)
-        prompts = asked.prompt_ids + asked.prompt_bytes / self._bytes_per_token.value
-        return math.ceil(prompts + asked.samples * min(max(drawn, 0.0), self._max_model_len))
+        return math.ceil(self.prompt_tokens(asked) + asked.samples * min(max(drawn, 0.0), self._max_model_len))
 
     def ideal_seconds(self, prompt_tokens: int, output_tokens: int) -> float:
         """Of a sample that has the engine for itself and an empty cache; 0 where the engine has no step-time model."""

@@ -17,7 +17,7 @@ from ..engine.messages import AddRequest, Chunk, Slo, Speculative
 from ..engine.outputs import Delta, RequestStream, TextOptions
 from ..engine.tokenizer import Tokenizer
 from ..scheduler.params import SamplingParams
-from . import errors
+from . import errors, logs
 from .admission import Slot
 from .config import ServerConfig
 from .cost import Experience
@@ -28,6 +28,7 @@ from .pacing import paced
 from .parsing.reading import AnswerFormat
 from .promises import SampleClock, verdict
 from .quotas import Lease
+from .registry import Name, Registry
 
 # The engine ends what is out of time. One that does not answer is given this much longer before its caller is told.
 WALL_SECONDS = 5.0
@@ -100,6 +101,8 @@ class Generation:
         self,
         request: GenerateRequest,
         *,
+        name: Name,
+        registry: Registry,
         dispatcher: Dispatcher,
         tokenizer: Tokenizer,
         metrics: Metrics,
@@ -109,6 +112,8 @@ class Generation:
         lease: Lease,
     ) -> None:
         self.request = request
+        self._name = name
+        self._registry = registry
         self.usage = Usage(prompt_tokens=sum(len(prompt.token_ids) for prompt in request.prompts))
         self._dispatcher = dispatcher
         self._metrics = metrics
@@ -120,6 +125,7 @@ class Generation:
         self._mailbox = Mailbox(request.arrival, metrics, keep_gaps=request.slo.itl is not None)
         self._parts: dict[str, _Part] = {}
         self._drawn: dict[int, int] = {}  # choice -> its tokens so far, while it is open
+        self.finish_reasons: list[str] = []  # the engine's, as samples end
         self._failure: errors.ApiError | None = None
         self._expired: str | None = None  # which limit, as in Chunk.error
         first_choice = 0
@@ -130,6 +136,7 @@ class Generation:
         self._ordered = list(self._parts.values())
         self._open_parts = len(self._parts)
         self._open_samples = first_choice
+        registry.enter(name, self)
 
     def start(self) -> None:
         """Hand the prompts to the engine. Raises 503 if it is gone."""
@@ -154,6 +161,25 @@ class Generation:
             self._mailbox,
         )
         self._slot.sent(self._dispatcher.requests_sent)
+
+    @property
+    def label(self) -> str:
+        """What its caller calls it."""
+        return self._name[1]
+
+    @property
+    def prefill_at(self) -> float | None:
+        """When its first step began, on the clock of `arrival`."""
+        return self._mailbox.prefill_at
+
+    @property
+    def decode_at(self) -> float | None:
+        """When its first token came."""
+        return self._mailbox.decode_at
+
+    @property
+    def error_code(self) -> str | None:
+        return None if self._failure is None else self._failure.code
 
     def part_of(self, choice: int) -> tuple[Prompt, RequestStream]:
         """The prompt that a choice continues, and what the engine has said about it."""
@@ -181,7 +207,7 @@ class Generation:
                 self._failure = failure
                 raise
             if news or time.monotonic() < wall:
-                yield [self._fold(chunk) for chunk in news]
+                yield self._fold_all(news)
             else:
                 self._expired = "timeout"
             if self._expired is not None:
@@ -190,6 +216,15 @@ class Generation:
                 self._failure = self._out_of_time(self._expired)
             if self._failure is not None:
                 raise self._failure
+
+    def _fold_all(self, news: list[Chunk]) -> list[Delta]:
+        """Raises the 500 that ends this request, and says so in its stream, when what it drew cannot become text."""
+        try:
+            return [self._fold(chunk) for chunk in news]
+        except Exception as error:
+            logger.error("what a request drew cannot become text: %s", logs.where(error))
+            self._failure = errors.internal()
+            raise self._failure from None
 
     def _fold(self, chunk: Chunk) -> Delta:
         part = self._parts[chunk.request_id]
@@ -214,6 +249,7 @@ class Generation:
         metrics = self._metrics
         if not part.computed and not unbegun:
             part.computed = True
+            self._slot.prompt_computed(len(part.prompt.token_ids) / self.usage.prompt_tokens)
             metrics.prompt_tokens.inc(len(part.prompt.token_ids))
             metrics.request_prompt_tokens.observe(len(part.prompt.token_ids))
         if delta.num_drawn:
@@ -240,6 +276,7 @@ class Generation:
                 self._failure = errors.engine_failed()
             delta.finish_reason = None  # the error says it
             return
+        self.finish_reasons.append(delta.finish_reason or "")
         self._judge(clock, finished=True)
         self._experience.saw_sample(tokens)
         heard = self.request.arrival if clock.heard is None else clock.heard
@@ -271,8 +308,14 @@ class Generation:
         for promise, kept in verdict(self.request.slo, self.request.arrival, clock, finished=finished).items():
             self._metrics.promise(promise, kept, self.request.tenant, count)
 
+    def abort(self) -> None:
+        """End its samples where they are; their last news, which are still to come, say so."""
+        self._metrics.aborted("waiting" if self._mailbox.decode_at is None else "running")
+        self._dispatcher.abort(self._parts)
+
     def close(self) -> None:
         """Idempotent."""
+        self._registry.leave(self._name, self)
         self._mailbox.close()
         self._slot.release()
         prompt_tokens = sum(len(part.prompt.token_ids) for part in self._ordered if part.computed)
@@ -282,7 +325,7 @@ class Generation:
             )
         unfinished = self._dispatcher.forget(self._parts, abort=True)
         if unfinished and self._failure is None:
-            self._metrics.aborted("running" if self._mailbox.has_begun else "waiting")
+            self._metrics.aborted("waiting" if self._mailbox.decode_at is None else "running")
 
     def __enter__(self) -> Generation:
         return self

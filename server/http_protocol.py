@@ -1,6 +1,6 @@
 """uvicorn's HTTP protocol with bounds: on connections, on headers in size and time, on how long a client may not read.
 
-And with a short way out: `scope["extensions"][WRITE_NOW]` writes a piece of a chunked body without a turn of any kind.
+And with a short way out: `scope["state"][WRITE_NOW]` writes a piece of a chunked body without a turn of any kind.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from . import errors
 from .config import ServerConfig
 
-WRITE_NOW = "quire.write_now"  # Callable[[bytes], bool]; False: nothing was written, use ASGI's `send`, which can wait
+WRITE_NOW = "write_now"  # Callable[[bytes], bool]; False: nothing was written, use ASGI's `send`, which can wait
 MAX_HEADER_BYTES = 16 * 1024  # as nginx and Node; a long bearer token is 2 KiB
 MAX_HEADERS = 100
 REST_SECONDS = 5.0  # for the rest of a body whose request has been answered: closed at once, the answer would be lost
@@ -110,7 +110,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refusal = _headers_too_large()
             raise ValueError("headers too large")  # stops the parser, which calls send_400_response
         super().on_headers_complete()
-        self.scope["extensions"] = {WRITE_NOW: partial(_write_now, self.cycle)}
+        self.scope["state"][WRITE_NOW] = partial(_write_now, self.cycle)
 
     def send_400_response(self, msg: str) -> None:
         malformed = errors.ApiError(400, "This is not a valid HTTP request.", code="invalid_http")

@@ -50,6 +50,8 @@ REQUEST_BUCKETS = (
 )  # fmt: skip
 # Fibonacci's numbers: of a factor, small differences matter while it is small.
 CONTENTION_BUCKETS = (1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 8.0, 13.0, 21.0, 50.0, 100.0)
+# From what a busy loop takes for a turn to what a probe's patience is.
+LAG_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 STEP_TOKEN_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 # What dashboards, KEDA recipes and gateway endpoint pickers ask for under vLLM's names.
@@ -107,6 +109,9 @@ class Metrics:
         )
         self.step_tokens = self._histogram(
             "iteration_tokens_total", "Tokens in one step of the engine.", STEP_TOKEN_BUCKETS
+        )
+        self.loop_lag = self._histogram(
+            "event_loop_lag_seconds", "How late the API process's event loop is, looked at all the time.", LAG_BUCKETS
         )
 
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens, as in the responses' usage.")
@@ -275,6 +280,7 @@ class _EngineCollector(Collector):
             "engine_expired": ("Samples that ran out of time, waiting or running.", stats.expired_total),
             "engine_aborted": ("Samples ended from outside.", stats.aborted_total),
             "engine_failed": ("Samples ended by an error of their own.", stats.failed_total),
+            "engine_nan_logits": ("Of these, by logits that were not numbers.", stats.nan_total),
             "discarded_tokens": ("Tokens drawn for samples that had just ended.", stats.discarded_tokens_total),
             "graph_steps": ("Forward passes that replayed a CUDA graph.", stats.graph_steps_total),
             "eager_steps": ("Forward passes launched kernel by kernel.", stats.eager_steps_total),

@@ -15,6 +15,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from . import errors, logs
 from .auth import POLICIES
 from .connection import ClientGone
+from .keys import INFER
+from .load import ASKED_BY, orca_headers
 from .logs import logger
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -45,6 +47,8 @@ class Outermost:
         scope.setdefault("state", {}).update(request_id=request_id, arrival=arrival)
         status = 0
 
+        wants_load = headers.get(ASKED_BY, "")
+
         async def tagged_send(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
@@ -54,6 +58,8 @@ class Outermost:
                 if scope["path"].startswith(errors.ANTHROPIC):
                     headers["Request-Id"] = request_id
                 headers.update(_quota_headers(scope))
+                if wants_load:
+                    headers.update(_load_headers(scope, wants_load))
             await send(message)
 
         try:
@@ -78,6 +84,8 @@ class Outermost:
         state: Any = getattr(scope["app"].state, "quire", None) if "app" in scope else None
         if state is not None:
             state.metrics.http(method, handler, status, seconds)
+            if scope["app"].state.tracer is not None:
+                scope["app"].state.tracer.record(route, Headers(scope=scope), scope["state"], status)
         if not (handler in POLICIES and POLICIES[handler].probe):
             logger.info("%s %s %d %.3fs id=%s", method, scope["path"], status, seconds, scope["state"]["request_id"])
 
@@ -86,6 +94,14 @@ def _quota_headers(scope: Scope) -> Mapping[str, str]:
     """What is left of the caller's minute, where a route has found out who it is."""
     caller = scope["state"].get("caller")
     return {} if caller is None else scope["app"].state.door.quotas.headers(caller)
+
+
+def _load_headers(scope: Scope, format: str) -> Mapping[str, str]:
+    """Figures of the engine, for a caller who has been let in by a key."""
+    caller, state = scope["state"].get("caller"), scope["app"].state.quire
+    if caller is None or INFER not in caller.scopes or state is None:
+        return {}
+    return orca_headers(format, state.metrics.stats)
 
 
 def _refuse_host() -> errors.ApiError:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from ..engine.validation import TIMEOUT_BOUNDS
 from ..scheduler.params import Slo
+from . import errors
 
+TIMEOUT_HEADER = "x-request-timeout-ms"
 TAIL = 0.99
+MAX_DIGITS = 12  # of a count of milliseconds: the rest would change nothing
 LEAST_FOR_TAIL = 100  # gaps; of fewer than these the 99th percentile is the largest
 
 
@@ -24,6 +28,17 @@ class SampleClock:
     last: float | None = None
     heard: float | None = None
     gaps: list[float] = field(default_factory=list)
+
+
+def header_timeout(value: str | None) -> float | None:
+    """Seconds from TIMEOUT_HEADER, which gateways set where a body has `timeout`. Raises 400 for what is no count."""
+    if value is None:
+        return None
+    digits = value.lstrip("0")[:MAX_DIGITS]
+    if not (value.isascii() and value.isdecimal() and digits):
+        what = "must be a whole number of milliseconds, at least 1"
+        raise errors.invalid(f"The header {TIMEOUT_HEADER} {what}; got {errors.shown(value)}.", TIMEOUT_HEADER)
+    return min(int(digits) / 1000, TIMEOUT_BOUNDS[1])
 
 
 def verdict(slo: Slo, arrival: float, clock: SampleClock, *, finished: bool) -> dict[str, bool]:

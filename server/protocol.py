@@ -24,6 +24,9 @@ from .structured import GUIDED, grammar_of
 Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # what the wire to the engine can carry
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions only
 
+MAX_QUESTIONS = 400  # of one call, as OpenAI's
+MAX_ABORTED = 10_000  # ids in one call
+
 # Accepted and without effect here.
 NO_EFFECT = frozenset(
     {
@@ -330,6 +333,48 @@ class TokenizeBody(_Body):
     @property
     def template_variables(self) -> dict[str, Any]:
         return self.chat_template_kwargs or {}
+
+
+class OptionBody(_Body):
+    """`value` of a choice, `label` of a level; the description is for the model alone."""
+
+    value: str | bool | None = None
+    label: str | None = None
+    description: str | None = None
+
+    @property
+    def named(self) -> str | bool:
+        """Raises 400 where it has no name."""
+        name = self.value if self.label is None else self.label
+        if name is None or name == "":
+            raise errors.invalid("Each choice needs a `value`, each level a `label`.", "questions")
+        return name
+
+
+class QuestionBody(_Body):
+    type: Literal["predicate", "choice", "score"]
+    name: str | None = None
+    instructions: Any
+    choices: list[OptionBody] | None = None
+    levels: list[OptionBody] | None = None
+
+
+class DecisionBody(OrderBody):
+    """Text or messages, and questions about them."""
+
+    input: Any
+    questions: list[QuestionBody] = Field(min_length=1, max_length=MAX_QUESTIONS)
+
+    def check_together(self) -> None:
+        """Raises 400."""
+        self.refuse_unbuilt()
+        check_promises(self.promises, self.timeout)
+
+
+class AbortBody(_Body):
+    """Ids of requests, as their callers gave or were given them."""
+
+    request_ids: list[str] = Field(min_length=1, max_length=MAX_ABORTED)
 
 
 class DetokenizeBody(_Body):

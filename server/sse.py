@@ -55,7 +55,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._owner:
-            await while_connected(receive, self._write(send, scope.get("extensions", {}).get(WRITE_NOW, _cannot)))
+            await while_connected(receive, self._write(send, scope.get("state", {}).get(WRITE_NOW, _cannot)))
 
     async def _write(self, send: Send, write_now: Callable[[bytes], bool]) -> None:
         begun = False

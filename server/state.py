@@ -23,8 +23,10 @@ from .inputs import Order, TextSide
 from .keys import TENANT, Key
 from .life import Life
 from .metrics import Metrics
+from .promises import TIMEOUT_HEADER, header_timeout
 from .protocol import OrderBody
 from .quotas import Lease
+from .registry import Registry
 
 T = TypeVar("T")
 
@@ -39,6 +41,7 @@ class State:
     admission: Admission
     dispatcher: Dispatcher
     metrics: Metrics
+    registry: Registry
     experience: Experience
     text: TextSide
     pool: ThreadPoolExecutor
@@ -66,17 +69,20 @@ class State:
             raise errors.foreign_tenant(tenant)
         order = Order(
             key=key,
+            label=body.request_id or request.state.request_id,
+            notes=request.scope["state"],
             arrival=request.state.arrival,
             tenant=tenant,
             weight=ring.named[tenant].weight if tenant in ring.named else None,
             priority=self._priority(key, body.priority),
             cache_salt=ring.cache_salt(key.name and tenant, body.cache_salt or ""),
             slo=body.promises,
-            timeout=body.timeout,
+            timeout=_shorter(body.timeout, header_timeout(request.headers.get(TIMEOUT_HEADER))),
         )
         if limits.tenants and body.tenant is None and order.tenant not in limits.tenants:
             raise errors.invalid("`tenant` is required: this server shares itself out between named ones.", "tenant")
         check_order(order.priority, order.tenant, limits)
+        request.state.body = body
         return order
 
     async def in_pool(self, work: Callable[[], T]) -> T:
@@ -91,8 +97,10 @@ class State:
         try:
             prepared = await self.in_pool(prepare)
             self.experience.saw_prompts(asked, sum(len(prompt.token_ids) for prompt in prepared.prompts))
-            return Generation(
+            generation = Generation(
                 prepared,
+                name=(order.key.name, order.label),
+                registry=self.registry,
                 dispatcher=self.dispatcher,
                 tokenizer=self.text.tokenizer,
                 metrics=self.metrics,
@@ -101,6 +109,8 @@ class State:
                 slot=slot,
                 lease=lease,
             )
+            order.notes["generation"] = generation
+            return generation
         except BaseException:
             slot.release()
             lease.settle(0)
@@ -111,7 +121,8 @@ class State:
         try:
             lease = self.door.quotas.lease(order.key, self.experience.most_tokens(asked))
             try:
-                return self.admission.admit(asked.samples, self.experience.cost(asked), order.tenant), lease
+                cost, tokens = self.experience.cost(asked), self.experience.prompt_tokens(asked)
+                return self.admission.admit(asked.samples, cost, order.tenant, prompt_tokens=tokens), lease
             except errors.ApiError:
                 lease.settle(0)
                 raise
@@ -127,6 +138,10 @@ class State:
         if asked is not None and asked < key.priority:
             raise errors.too_urgent(asked, key.priority)
         return key.priority if asked is None else asked
+
+
+def _shorter(one: float | None, other: float | None) -> float | None:
+    return min((limit for limit in (one, other) if limit is not None), default=None)
 
 
 def state_of(request: Request) -> State:

@@ -175,9 +175,11 @@ class FakeClient:
                 return
             if isinstance(message, Abort):
                 ids, index = message.request_ids, message.index
-                self._running = [
-                    s for s in self._running if s.request.request_id not in ids or index not in (None, s.index)
-                ]
+                ended = [s for s in self._running if s.request.request_id in ids and index in (None, s.index)]
+                self._running = [s for s in self._running if s not in ended]
+                if ended:
+                    last_news = [Chunk(s.request.request_id, s.index, [], "abort") for s in ended]
+                    self._on_message(StepOutputs(last_news, self._figures()))
                 self._stats.aborted_total += len(message.request_ids)
             elif isinstance(message, AddRequest):
                 self._stats.requests_total += 1

@@ -9,6 +9,7 @@ import pytest
 
 from quire.engine.errors import EngineStartError
 from quire.engine.messages import EngineDead, EngineHung, EngineReady, Progress, StepOutputs, StepStats
+from quire.engine.outputs import RequestStream
 
 LOADING = Progress("load weights", {"read configuration": 0.25}, 0.5, settled=True)
 
@@ -130,3 +131,41 @@ async def test_hangs_are_counted(http, fake, eventually):
     fake._on_message(EngineHung(11.0))
     await eventually(lambda: http.app.state.dispatcher.life.hangs == 1)
     assert "quire_engine_hung_total 1.0" in (await http.get("/metrics")).text
+
+
+@pytest.mark.parametrize("stage", ["tokenize", "detokenize"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_fault_on_the_side_of_text_ends_one_request(http, fake, events, monkeypatch, stage, stream):
+    """Another stream beside it notices nothing, and the place of the one that failed is free again."""
+    state = http.app.state.quire
+    if stage == "tokenize":
+        encode = state.text.tokenizer.encode
+        monkeypatch.setattr(state.text.tokenizer, "encode", raising_for(encode, lambda text: text == "bad"))
+    else:
+        answer, fold = fake.answer, RequestStream.fold
+        fake.answer = lambda request, index: [0] * 9 if request.prompt_ids == [*b"bad"] else answer(request, index)
+        monkeypatch.setattr(RequestStream, "fold", raising_for(fold, lambda one, chunk: chunk.token_ids == [0]))
+    bad = {"prompt": "bad", "stream": stream}
+    other, answer = await asyncio.gather(
+        http.post("/v1/completions", json={"prompt": "good", "stream": True}), http.post("/v1/completions", json=bad)
+    )
+    assert "".join(event["choices"][0]["text"] for event in events(other.text)) == "Hello, world!"
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")
+    assert (state.admission.open, state.admission.requests) == (0, 0)
+
+
+async def test_a_stream_that_cannot_go_on_says_so(http, fake, events, monkeypatch):
+    fold = RequestStream.fold
+    monkeypatch.setattr(RequestStream, "fold", raising_for(fold, lambda one, chunk: chunk.token_ids == [ord("w")]))
+    answer = await http.post("/v1/completions", json={"prompt": "x", "stream": True})
+    assert answer.status_code == 200
+    assert events(answer.text)[-1]["error"]["code"] == "internal_error"
+
+
+def raising_for(call, names_it):
+    def faulty(*arguments, **named):
+        if names_it(*arguments):
+            raise MemoryError("planned")
+        return call(*arguments, **named)
+
+    return faulty

@@ -82,6 +82,56 @@ async def test_what_was_let_in_counts_until_the_engine_counts_it(busy, serve, ev
     assert taken == [pytest.approx(0.82)]
 
 
+async def test_prompt_tokens_that_wait_are_bounded(busy, serve, eventually):
+    busy.figures = {"queue_seconds": 30.0}
+    async with serve(max_queued_tokens=300) as http:
+        busy.report()
+        admission = http.app.state.quire.admission
+        inside = [completion(http, prompt=[[1] * 100, [1] * 50]) for _ in range(2)]
+        inside.append(completion(http, prompt=[1] * 20))
+        await eventually(lambda: len(busy.added) == 4)  # the third was one too many: 300 wait
+        refused = [response for response in [await inside.pop()] if response.status_code == 503]
+        retry = check_refusal(refused[0], 503, "server_overloaded", "300 prompt tokens wait, and 300 may")
+        assert 1 <= retry <= 3
+        assert admission.queued_tokens == pytest.approx(300)
+        busy.gate.set()
+        assert [response.status_code for response in await asyncio.gather(*inside)] == [200, 200]
+        assert admission.queued_tokens == 0
+        assert (await completion(http, prompt=[1] * 20)).status_code == 200
+
+
+async def test_tokens_that_were_computed_or_left_wait_no_more(busy, serve, eventually):
+    async with serve(max_queued_tokens=100) as http:
+        admission = http.app.state.quire.admission
+        leaver = completion(http, prompt=[1] * 400)
+        await eventually(lambda: busy.running == 1)
+        check_refusal(await completion(http), 503, "server_overloaded", "400 prompt tokens wait")
+        leaver.cancel()
+        await eventually(lambda: admission.queued_tokens == 0)
+        busy.answer = lambda request, index: [97] * 400
+        busy.step_seconds = 0.01
+        runner = completion(http, prompt=[1] * 101, max_tokens=400)
+        busy.gate.set()
+        await eventually(lambda: busy._stats.generated_tokens_total > 3)
+        assert admission.open == 1
+        assert admission.queued_tokens == pytest.approx(0)
+        assert (await completion(http)).status_code == 200
+        await runner
+
+
+async def test_a_tenant_that_fills_the_queue_of_tokens_is_the_one_that_waits(busy, serve, eventually):
+    async with serve(max_queued_tokens=100) as http:
+        greedy = completion(http, tenant="greedy", prompt=[1] * 120)
+        await eventually(lambda: len(busy.added) == 1)
+        modest = completion(http, tenant="modest", prompt=[1] * 10)
+        await eventually(lambda: len(busy.added) == 2)
+        check_refusal(
+            await completion(http, tenant="greedy"), 429, "tenant_overloaded", "120 prompt tokens", "its share is 50"
+        )
+        busy.gate.set()
+        assert {(await greedy).status_code, (await modest).status_code} == {200}
+
+
 async def test_a_tenant_that_fills_the_house_is_the_one_that_waits(busy, serve, eventually):
     async with serve(max_queued_requests=4) as http:  # 8 samples in all
         greedy = [completion(http, tenant="greedy", n=2) for _ in range(4)]

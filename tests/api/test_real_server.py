@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import os
+import resource
 import signal
 import socket
 import subprocess
@@ -54,6 +56,20 @@ def client(server):
 
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
+
+
+def test_openai_decisions(client):
+    questions = [
+        {"type": "predicate", "instructions": "It is urgent."},
+        {"type": "choice", "name": "who", "instructions": "Who?", "choices": [{"value": "billing"}, {"value": True}]},
+        {"type": "score", "instructions": "How angry?", "levels": [{"label": "calm"}, {"label": "cross"}]},
+    ]
+    decision = client.decisions.create(model="tiny", input="I was charged twice.", questions=questions)
+    predicate, choice, score = decision.answers
+    assert 0 <= predicate.probability <= 1
+    assert choice.choice in ("billing", True)
+    assert sum(level.probability for level in score.probabilities) == pytest.approx(1)
+    assert decision.usage.input_tokens_details.cached_tokens == 0
 
 
 def test_openai_models(client):
@@ -209,7 +225,9 @@ def test_a_client_that_does_not_read_holds_up_nobody_and_is_dropped(fake):
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     listener.bind(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    instance = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on"))
+    protocol = http_protocol.bounded_protocol(ServerConfig(write_timeout=0.3))
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", http=protocol)
+    instance = uvicorn.Server(config)
     thread = threading.Thread(target=instance.run, args=([listener],), daemon=True)
     thread.start()
     wait_until(lambda: instance.started, 20)
@@ -415,7 +433,7 @@ from quire.server.serve import serve
 fake = FakeClient(make_folder(Path({folder!r})))
 fake.answer = lambda request, index: [97] * request.params.max_tokens
 fake.step_seconds = 0.01
-ok = serve(fake, ServerConfig(port={port}, drain_timeout={drain}))
+ok = serve(fake, ServerConfig(port={port}, drain_timeout={drain}, **{more!r}))
 print("closed" if fake.closed else "open")
 sys.exit(0 if ok else 1)
 """
@@ -424,12 +442,12 @@ sys.exit(0 if ok else 1)
 class Process:
     """A server process with a scripted engine."""
 
-    def __init__(self, tmp_path: Path, drain: float) -> None:
+    def __init__(self, tmp_path: Path, drain: float, **more: object) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         here = str(Path(__file__).parent)
-        script = SCRIPT.format(here=here, folder=str(tmp_path / "tiny"), port=self.port, drain=drain)
+        script = SCRIPT.format(here=here, folder=str(tmp_path / "tiny"), port=self.port, drain=drain, more=more)
         self.popen = subprocess.Popen(
             [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -491,3 +509,77 @@ def test_streams_that_outlive_the_drain_or_a_second_signal_get_an_error_event(tm
     code, out, err = process.stop()
     assert (code, out.strip()) == (0, "closed"), err
     assert "Traceback" not in err
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_the_health_port_tells_of_the_drain_and_closes_with_the_server(tmp_path):
+    port = free_port()
+    process = Process(tmp_path, drain=20, health_port=port)
+    url = f"http://localhost:{port}"
+    wait_until(lambda: status_of(url + "/ready") == 200)
+    results: list[str] = []
+    thread = stream_of(process, results, max_tokens=150)
+    time.sleep(0.3)
+    process.popen.send_signal(signal.SIGTERM)
+    wait_until(lambda: status_of(url + "/ready") == 503)
+    assert status_of(url + "/health") == 200
+    thread.join(20)
+    assert results[0].endswith("data: [DONE]\n\n")
+    code, out, err = process.stop()
+    assert (code, out.strip()) == (0, "closed"), err
+    assert "Traceback" not in err
+    assert status_of(url + "/health") is None
+
+
+def test_a_health_port_that_is_taken_ends_the_start(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        here = str(Path(__file__).parent)
+        script = SCRIPT.format(
+            here=here, folder=str(tmp_path / "tiny"), port=free_port(), drain=1, more={"health_port": port}
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert f"nothing can listen on health_port {port}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def status_of(url: str) -> int | None:
+    try:
+        return httpx.get(url, timeout=10).status_code
+    except httpx.TransportError:
+        return None
+
+
+def test_a_server_that_runs_out_of_descriptors_lives_and_does_not_spin(tmp_path):
+    """More callers than descriptors: those inside are served, and when callers leave there is room again."""
+    process = Process(tmp_path, drain=20)
+    resource.prlimit(process.popen.pid, resource.RLIMIT_NOFILE, (64, 64))
+    results: list[str] = []
+    thread = stream_of(process, results, max_tokens=300)
+    time.sleep(0.3)
+    crowd = [socket.create_connection(("127.0.0.1", process.port), timeout=10) for _ in range(120)]
+    before = processor_ticks(process.popen.pid)
+    time.sleep(2.0)
+    spent = processor_ticks(process.popen.pid) - before
+    for connection in crowd:
+        connection.close()
+    wait_until(lambda: process.status("/health") == 200, 60)
+    thread.join(60)
+    assert results[0].endswith("data: [DONE]\n\n")
+    assert process.post().status_code == 200
+    process.popen.send_signal(signal.SIGTERM)
+    code, _, err = process.stop()
+    assert code == 0, err
+    # A loop that tries to accept without a pause uses a whole processor, whatever else the machine does with the other.
+    assert spent < 1.0 * os.sysconf("SC_CLK_TCK")
+
+
+def processor_ticks(pid: int) -> int:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])

@@ -5,17 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from msgspec.structs import replace
 
 from quire.engine import runner
 from quire.engine.config import EngineConfig
 from quire.engine.core import EngineCore
-from quire.engine.messages import AddRequest
+from quire.engine.messages import Abort, AddRequest
 from quire.engine.sequence_state import SequenceState
 from quire.scheduler.params import SamplingParams
 
 CURSED = 250  # a token that only the bad request has
 GOOD = [AddRequest(f"good{i}", [i + 1] * (5 + 9 * i), SamplingParams(max_tokens=6, seed=i)) for i in range(4)]
-BAD = AddRequest("bad", [7, 8, CURSED, 9], SamplingParams(max_tokens=6, seed=99, ignore_eos=True))
+BAD = AddRequest(
+    "bad", [*range(20), 7, 8, CURSED, 9], SamplingParams(max_tokens=12, seed=99, ignore_eos=True, logprobs=1)
+)
 
 
 def engine(model: Path, **settings: object) -> EngineCore:
@@ -80,8 +84,90 @@ def break_queueing(core: EngineCore) -> None:
     core.scheduler.add = faulty
 
 
+def of_bad(call, names_it):
+    """`call`, which raises where `names_it(*arguments)`."""
+
+    def faulty(*arguments, **named):
+        if names_it(*arguments):
+            raise MemoryError("cursed")
+        return call(*arguments, **named)
+
+    return faulty
+
+
+def break_drawing(core: EngineCore) -> None:
+    """The draw of a whole batch raises as long as the bad request is in it."""
+    sampler = core.runner.sampler
+    sampler.choose = of_bad(sampler.choose, lambda logits, states, *rest: any(s.params.seed == 99 for s in states))
+
+
+def break_logprobs_of_draws(core: EngineCore) -> None:
+    """What is drawn is drawn by then, and is drawn again."""
+    sampler = core.runner.sampler
+    sampler._logprobs = of_bad(sampler._logprobs, lambda logits, ids, rivals: True)
+
+
+def break_learning(core: EngineCore) -> None:
+    enter = core.runner.sampler.add
+
+    def add(slot, params, *rest):
+        enter(slot, params, *rest)
+        if params.seed == 99:
+            state = core.runner.sampler._slots[slot]
+            core.runner.sampler._slots[slot] = Unteachable(state)
+
+    core.runner.sampler.add = add
+
+
+class Unteachable:
+    """A sequence's state that cannot take in what was drawn."""
+
+    def __init__(self, state):
+        self.__dict__["state"] = state
+
+    def __getattr__(self, name):
+        return getattr(self.state, name)
+
+    def __setattr__(self, name, value):
+        setattr(self.state, name, value)
+
+    def append(self, token):
+        raise MemoryError("cursed")
+
+
+def break_taking(core: EngineCore) -> None:
+    scheduler = core.scheduler
+    scheduler._take = of_bad(scheduler._take, lambda request, *rest: request.request_id == "bad")
+
+
+def break_publishing(core: EngineCore) -> None:
+    """A token has been appended by then."""
+    prefix = core.scheduler.residency.prefix
+    prefix.publish = of_bad(prefix.publish, lambda request, *rest: request.request_id == "bad")
+
+
+def break_admission(core: EngineCore) -> None:
+    residency = core.scheduler.residency
+    residency.enter = of_bad(residency.enter, lambda request, *rest: request.request_id == "bad")
+
+
+def break_growth(core: EngineCore) -> None:
+    """In the middle of making a plan: others have their rows already, and blocks for them."""
+    residency = core.scheduler.residency
+    residency.grow = of_bad(residency.grow, lambda request: request.request_id == "bad" and request.num_output > 2)
+
+
+def break_looking(core: EngineCore) -> None:
+    prefix = core.scheduler.residency.prefix
+    prefix.look = of_bad(prefix.look, lambda request: request.request_id == "bad")
+
+
+PLANNING = [break_admission, break_growth, break_looking]
+STEPPING = [break_drawing, break_logprobs_of_draws, break_learning, break_taking, break_publishing]
+
+
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("fault", [break_forward, break_logits, break_entering, break_queueing])
+@pytest.mark.parametrize("fault", [break_forward, break_logits, break_entering, break_queueing, *PLANNING, *STEPPING])
 def test_only_the_request_at_fault_ends(tiny_model: Path, fault, overlap):
     expected, errors = drive(engine(tiny_model), GOOD)
     assert errors == {}
@@ -121,10 +207,10 @@ def logprobs_raise(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the bad one alone: so the verdict on the others has been reached by then, and must not be reached twice."""
     logprobs = core.runner.sampler.logprobs
 
-    def faulty(logits, ids, k):
-        if k == 2:
+    def faulty(logits, ids, rivals):
+        if rivals[0] == 2:
             raise MemoryError("cursed")
-        return logprobs(logits, ids, k)
+        return logprobs(logits, ids, rivals)
 
     monkeypatch.setattr(core.runner.sampler, "logprobs", faulty)
 
@@ -217,3 +303,77 @@ def test_prompt_logprobs_that_fail_end_one_request(tiny_model: Path, monkeypatch
     tokens, errors = drive(core, [*GOOD, bad])
     assert set(errors) == {"bad"}
     assert {name: tokens[name] for name in expected} == expected
+
+
+def test_a_fault_of_planning_that_is_nobodys_is_not_laid_on_anybody(tiny_model: Path):
+    core = engine(tiny_model)
+    for request in GOOD:
+        core.handle(request)
+    core.scheduler._budget = of_bad(core.scheduler._budget, lambda *arguments: True)
+    with pytest.raises(MemoryError):
+        core.step()
+
+
+def test_what_cannot_be_aborted_disturbs_nobody(tiny_model: Path):
+    expected, _ = drive(engine(tiny_model), GOOD)
+    core = engine(tiny_model)
+    core.scheduler.abort = of_bad(core.scheduler.abort, lambda request_id, index: request_id == "bad")
+    for request in (*GOOD, BAD):
+        core.handle(request)
+    assert core.handle(Abort(["bad"])) == []
+    tokens, errors = drive(core, [])
+    assert {name: tokens[name] for name in expected} == expected
+    assert errors == {}
+
+
+LAST = 90  # a token that nobody else has
+ASK = AddRequest("ask", [*range(40, 80), LAST], SamplingParams(max_tokens=6, seed=5))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("what", ["K/V of a block", "a row of the embedding"])
+def test_what_is_no_number_ends_who_reads_it_and_is_kept_for_nobody(tiny_model: Path, what, overlap):
+    """A cell of the memory goes bad: whoever has it in sight ends with an error, nobody else sees anything of it, and
+    the same prompt is right again once the cell is."""
+    expected, _ = drive(engine(tiny_model), [*GOOD, ASK])
+    core = engine(tiny_model, overlap=overlap)
+    drive(core, [ASK])
+    if what == "K/V of a block":
+        cell = core.runner.cache[0].k[next(iter(core.scheduler.pool._by_key.values()))]
+    else:
+        cell = embedding(core)[LAST]
+    healthy = cell.clone()
+    cell.fill_(float("nan"))
+    tokens, errors = drive(core, [GOOD[0], replace(ASK, request_id="hit"), *GOOD[1:]])
+    assert "NaN" in errors.pop("hit")
+    assert errors == {}
+    assert {request.request_id: tokens[request.request_id] for request in GOOD} == {
+        request.request_id: expected[request.request_id] for request in GOOD
+    }
+    assert core.outputs([]).stats.nan_total == 1
+    cell.copy_(healthy)
+    again, errors = drive(core, [replace(ASK, request_id="again")])
+    assert (again["again"], errors) == (expected["ask"], {})
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_no_block_of_a_prompt_that_is_no_number_enters_the_cache(tiny_model: Path, overlap):
+    """Nothing is drawn behind the first pieces of a prompt, and others could share them before anything is."""
+    core = engine(tiny_model, overlap=overlap, max_num_batched_tokens=16)
+    embedding(core)[LAST].fill_(float("nan"))
+    chunks = core.handle(AddRequest("bad", [*range(40), LAST, *range(50)], SamplingParams(max_tokens=3)))
+    published = 0
+    while core.has_work:
+        chunks += core.step()
+        for block in core.scheduler.pool._by_key.values():
+            published += 1
+            assert all(
+                layer.k[block].isfinite().all() and layer.v[block].isfinite().all() for layer in core.runner.cache
+            )
+    assert published, "the blocks before the bad token are good ones"
+    assert [chunk.finish_reason for chunk in chunks] == ["error"]
+
+
+def embedding(core: EngineCore) -> torch.Tensor:
+    decoder = core.runner.decoder
+    return getattr(decoder, "_decoder", decoder).embedding

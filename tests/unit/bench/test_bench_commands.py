@@ -36,7 +36,7 @@ def options_of(command: str) -> dict[str, object]:
     return {parameter.name: parameter.default for parameter in bench.commands[command].params}
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "eviction"])
+@pytest.mark.parametrize("command", [*COMMANDS, "eviction", "frontend", "overload"])
 def test_it_explains_itself(command: str) -> None:
     result = invoke(command, "--help")
     assert result.exit_code == 0

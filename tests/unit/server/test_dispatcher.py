@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 from hypothesis import given
@@ -137,3 +138,18 @@ async def test_an_engine_that_dies_between_check_and_send():
         dispatcher.send([add("r")], Mailbox(0.0, _Metrics()))
     assert failure.value.code == "engine_dead"
     assert dispatcher.forget(["r"], abort=True)
+
+
+async def test_who_waits_is_told_in_time_that_nothing_came_however_often_it_has_waited_before():
+    """One alarm serves all waits: a shorter wait sets it earlier, an old one rings for nobody."""
+    mailbox = Mailbox(0.0, _Metrics())
+    loop = asyncio.get_running_loop()
+    for patience in (60.0, 0.05, 0.2, 60.0, 0.1):
+        loop.call_later(0.01, mailbox.put, chunk(0, [1]), 1.0)
+        assert await asyncio.wait_for(mailbox.take(patience + 30), 20)
+        if patience < 1:
+            begun = time.monotonic()
+            assert await asyncio.wait_for(mailbox.take(patience), 20) == []
+            assert time.monotonic() - begun > patience / 2
+    mailbox.close()
+    mailbox.close()

@@ -1,4 +1,4 @@
-"""Bad inputs by the ten thousand: a program of the tests makes and judges them; its last line and exit code are taken."""
+"""Bad inputs by the ten thousand: a program of the tests makes and judges them, and has the last word."""
 
 from __future__ import annotations
 

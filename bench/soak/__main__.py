@@ -61,7 +61,7 @@ QUICK = Sizes(
     cycles=3,
     cycle_requests=20,
     minutes=3,
-    overload_seconds=10,
+    overload_seconds=20,
     overload_factors=(10,),
     fuzz_scale=0.02,
 )

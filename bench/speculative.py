@@ -47,7 +47,7 @@ GO_ON = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # beside what follows from the cos
 STEP_TOKENS = 2048
 # The full house: more requests than run at once, so that somebody always waits.
 LOADED_SEQS, LOADED_REQUESTS = 32, 64
-# What is guessed for the twin: in three rounds of eight requests 1.91 times as fast as none, chain:8 1.79, chain:4 1.72.
+# What is guessed for the twin: in three rounds 1.91 times as fast as none, chain:8 1.79, chain:4 1.72.
 TWIN_SHAPE = "rsd-s:2x4"
 # One after another: with four, whose tokens were easy to guess decided.
 ALONE_REQUESTS = 8

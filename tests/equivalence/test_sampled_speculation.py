@@ -191,7 +191,7 @@ class TestTheJointIsTheTargets:
         scarce["max_num_batched_tokens"] = 40
         core, rng = start(models, method, "rsd-s:3x3", **scarce), random.Random(3)
         monkeypatch.setattr(
-            core.scheduler.speculation,
+            core.scheduler.drafting.speculation,
             "choose",
             lambda wishes, shape, tokens, seconds: [
                 rng.randint(0, wish.most.shape.depth) if i < tokens // 9 else 0 for i, wish in enumerate(wishes)

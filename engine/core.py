@@ -241,7 +241,7 @@ class EngineCore:
         self.scheduler.counters.failed += 1
         return [
             Chunk(message.request_id, index, [], finish_reason="error", error=reason)
-            for index in range(min(message.params.n, self.limits.max_n))
+            for index in range(min(max(message.params.n, 1), self.limits.max_n))
         ]
 
     def _add(self, message: AddRequest) -> None:

@@ -296,7 +296,7 @@ def main(folder: str) -> None:
                     frame = down.recv(zmq.NOBLOCK)
                     try:
                         messages.append(down_decoder.decode(frame))
-                    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+                    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                         log.error("a frame of %d bytes is no message: %s", len(frame), type(error).__name__)
         return messages
 

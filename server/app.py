@@ -44,6 +44,7 @@ from .registry import Registry
 from .responses import routes as responses
 from .state import State, state_of
 from .throughput import report_throughput
+from .tracing import open_tracer
 
 
 def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
@@ -62,6 +63,8 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
             if path is not None:
                 door.use_keys(load_keys(path))
             app.state.quire = await _start(dispatcher, config, door)
+            if config.otlp_traces_endpoint is not None:
+                app.state.tracer = open_tracer(config.otlp_traces_endpoint, app.state.quire.model_names[0])
         except Exception as error:
             if not dispatcher.stopping:
                 logger.error("cannot start: %s", error if isinstance(error, QuireError) else logs.where(error))
@@ -97,6 +100,8 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
             await dispatcher.stop()
             working.cancel()
             await asyncio.wait((starting, working))
+            if app.state.tracer is not None:
+                await asyncio.to_thread(app.state.tracer.close)
             if app.state.quire is not None:
                 app.state.quire.pool.shutdown(wait=False, cancel_futures=True)
 
@@ -110,6 +115,7 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
     app.state.dispatcher = dispatcher
     app.state.life_metrics = LifeMetrics(dispatcher.life)
     app.state.door = door
+    app.state.tracer = None
     app.add_middleware(Outermost, allowed_hosts=_allowed_hosts(config))
     for kind in (errors.ApiError, QuireError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _answer)
@@ -232,6 +238,7 @@ async def _answer(request: Request, error: Exception) -> Response:
         answer = error if isinstance(error, errors.ApiError) else errors.from_engine(error)
     if request.app.state.quire is not None:
         state_of(request).metrics.error(answer.status, answer.code)
+    request.state.error = answer.code
     response = answer.response(request.scope["path"])
     response.headers.update(headers)
     return response

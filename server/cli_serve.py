@@ -321,6 +321,10 @@ def serve(
     vllm_metrics: Annotated[
         bool, option(LOGS, "Repeat metrics under their vllm: names.", "--vllm-metrics/--no-vllm-metrics")
     ] = SERVER.vllm_metrics,
+    otlp_traces_endpoint: Annotated[
+        str | None,
+        option(LOGS, "Send OpenTelemetry traces there, http://HOST:4318/v1/traces; nothing = none.", metavar="URL"),
+    ] = SERVER.otlp_traces_endpoint,
     log_json: Annotated[bool, option(LOGS, "One JSON object a line.", "--log-json/--no-log-json")] = SERVER.log_json,
     log_level: Annotated[str, option(LOGS, "debug, info, warning or error.")] = SERVER.log_level,
 ) -> None:

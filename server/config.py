@@ -39,6 +39,7 @@ class ServerConfig:
     tool_call_parser      how the model spells calls of tools: "auto" = as its chat template does, "none" = no tools
     reasoning_parser      how it marks its thinking: "auto" = as its chat template does, "none" = all text is content
     vllm_metrics          repeat the metrics that dashboards and gateways know under their `vllm:` names
+    otlp_traces_endpoint  where OpenTelemetry spans are sent (OTLP over HTTP); None = there are none
     log_json              one JSON object a line
     log_level             of our own lines: "debug", "info", "warning", "error"
     """
@@ -67,6 +68,7 @@ class ServerConfig:
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
     vllm_metrics: bool = False
+    otlp_traces_endpoint: str | None = None
     log_json: bool = False
     log_level: str = "info"
 
@@ -84,6 +86,9 @@ class ServerConfig:
             raise ValueError("api_key is empty: give a key, or leave it out")
         if self.health_port is not None and self.health_port == self.port:
             raise ValueError(f"health_port must be another port than {self.port}, where everything else is answered")
+        endpoint = self.otlp_traces_endpoint
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            raise ValueError(f"otlp_traces_endpoint must be an http:// or https:// address, not {endpoint!r}")
         for name, (low, high) in _SECONDS.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:

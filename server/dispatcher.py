@@ -40,11 +40,14 @@ SampleKey = tuple[str, int]  # engine request id, sample index
 class Mailbox:
     """What has arrived for one API request, whose prompts are one engine request each. Event loop only.
 
-    `keep_gaps`: the clocks of its samples remember every gap between tokens.
+    keep_gaps   the clocks of its samples remember every gap between tokens
+    prefill_at  when its first step began; None = it waits
+    decode_at   when its first token came; None = there is none
     """
 
     def __init__(self, arrival: float, metrics: Metrics, *, keep_gaps: bool = False) -> None:
-        self.has_begun = False  # a token has come
+        self.prefill_at: float | None = None
+        self.decode_at: float | None = None
         self._arrival = arrival
         self._metrics = metrics
         self._keep_gaps = keep_gaps
@@ -73,6 +76,8 @@ class Mailbox:
         if chunk.token_ids:
             self._saw_token(clock, now)
         if chunk.queued_seconds >= 0:
+            if self.prefill_at is None:
+                self.prefill_at = self._arrival + chunk.queued_seconds
             self._metrics.queue_time.observe(chunk.queued_seconds)
         held = self._news.get(key)
         if held is None:
@@ -88,9 +93,10 @@ class Mailbox:
         return self._clocks.pop(key)
 
     def _saw_token(self, clock: SampleClock, now: float) -> None:
-        self.has_begun = True
         if clock.last is None:
             clock.first = now
+            if self.decode_at is None:
+                self.decode_at = now
             self._metrics.time_to_first_token.observe(now - self._arrival)
         else:
             self._metrics.inter_token_latency.observe(now - clock.last)

@@ -125,6 +125,7 @@ class Generation:
         self._mailbox = Mailbox(request.arrival, metrics, keep_gaps=request.slo.itl is not None)
         self._parts: dict[str, _Part] = {}
         self._drawn: dict[int, int] = {}  # choice -> its tokens so far, while it is open
+        self.finish_reasons: list[str] = []  # the engine's, as samples end
         self._failure: errors.ApiError | None = None
         self._expired: str | None = None  # which limit, as in Chunk.error
         first_choice = 0
@@ -160,6 +161,25 @@ class Generation:
             self._mailbox,
         )
         self._slot.sent(self._dispatcher.requests_sent)
+
+    @property
+    def label(self) -> str:
+        """What its caller calls it."""
+        return self._name[1]
+
+    @property
+    def prefill_at(self) -> float | None:
+        """When its first step began, on the clock of `arrival`."""
+        return self._mailbox.prefill_at
+
+    @property
+    def decode_at(self) -> float | None:
+        """When its first token came."""
+        return self._mailbox.decode_at
+
+    @property
+    def error_code(self) -> str | None:
+        return None if self._failure is None else self._failure.code
 
     def part_of(self, choice: int) -> tuple[Prompt, RequestStream]:
         """The prompt that a choice continues, and what the engine has said about it."""
@@ -256,6 +276,7 @@ class Generation:
                 self._failure = errors.engine_failed()
             delta.finish_reason = None  # the error says it
             return
+        self.finish_reasons.append(delta.finish_reason or "")
         self._judge(clock, finished=True)
         self._experience.saw_sample(tokens)
         heard = self.request.arrival if clock.heard is None else clock.heard
@@ -289,7 +310,7 @@ class Generation:
 
     def abort(self) -> None:
         """End its samples where they are; their last news, which are still to come, say so."""
-        self._metrics.aborted("running" if self._mailbox.has_begun else "waiting")
+        self._metrics.aborted("waiting" if self._mailbox.decode_at is None else "running")
         self._dispatcher.abort(self._parts)
 
     def close(self) -> None:
@@ -304,7 +325,7 @@ class Generation:
             )
         unfinished = self._dispatcher.forget(self._parts, abort=True)
         if unfinished and self._failure is None:
-            self._metrics.aborted("running" if self._mailbox.has_begun else "waiting")
+            self._metrics.aborted("waiting" if self._mailbox.decode_at is None else "running")
 
     def __enter__(self) -> Generation:
         return self

@@ -72,10 +72,12 @@ class Order:
     """Whose request it is and what it was promised; as in `AddRequest`, and the key whose quotas it is charged to.
 
     label  what its caller calls it
+    notes  what is known of the HTTP request, for its trace
     """
 
     key: Key
     label: str
+    notes: dict[str, Any]
     arrival: float
     tenant: str
     weight: float | None

@@ -84,6 +84,8 @@ class Outermost:
         state: Any = getattr(scope["app"].state, "quire", None) if "app" in scope else None
         if state is not None:
             state.metrics.http(method, handler, status, seconds)
+            if scope["app"].state.tracer is not None:
+                scope["app"].state.tracer.record(route, Headers(scope=scope), scope["state"], status)
         if not (handler in POLICIES and POLICIES[handler].probe):
             logger.info("%s %s %d %.3fs id=%s", method, scope["path"], status, seconds, scope["state"]["request_id"])
 

@@ -70,6 +70,7 @@ class State:
         order = Order(
             key=key,
             label=body.request_id or request.state.request_id,
+            notes=request.scope["state"],
             arrival=request.state.arrival,
             tenant=tenant,
             weight=ring.named[tenant].weight if tenant in ring.named else None,
@@ -81,6 +82,7 @@ class State:
         if limits.tenants and body.tenant is None and order.tenant not in limits.tenants:
             raise errors.invalid("`tenant` is required: this server shares itself out between named ones.", "tenant")
         check_order(order.priority, order.tenant, limits)
+        request.state.body = body
         return order
 
     async def in_pool(self, work: Callable[[], T]) -> T:
@@ -95,7 +97,7 @@ class State:
         try:
             prepared = await self.in_pool(prepare)
             self.experience.saw_prompts(asked, sum(len(prompt.token_ids) for prompt in prepared.prompts))
-            return Generation(
+            generation = Generation(
                 prepared,
                 name=(order.key.name, order.label),
                 registry=self.registry,
@@ -107,6 +109,8 @@ class State:
                 slot=slot,
                 lease=lease,
             )
+            order.notes["generation"] = generation
+            return generation
         except BaseException:
             slot.release()
             lease.settle(0)

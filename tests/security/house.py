@@ -62,7 +62,18 @@ class House:
         command = [sys.executable, str(script), str(self._window), "serve", str(model), "--port", str(self.port)]
         keys = folder / "keys"
         keys.write_text("\n".join(KEYS))
-        options = ("--dtype", "float32", "--threads", "1", "--log-json", "--api-key-file", str(keys), *options)
+        options = (
+            "--dtype",
+            "float32",
+            "--threads",
+            "1",
+            "--log-json",
+            "--hang-timeout",
+            "300",
+            "--api-key-file",
+            str(keys),
+            *options,
+        )
         with self.log.open("wb") as out:
             self.process = subprocess.Popen([*command, *options], stdout=out, stderr=subprocess.STDOUT)
 

@@ -261,7 +261,6 @@ INTERNAL = {
     "prompt_embeds": "AAAA",
     "mm_processor_kwargs": {"num_crops": 10**9},
     "logits_processors": ["os.system"],
-    "documents": [{"text": "x"}],
     "vllm_xargs": {"x": 1},
     "stop_regex": "(a+)+$",
     "chat_template": "{{ 1 }}",

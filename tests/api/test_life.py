@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from quire.engine.errors import EngineStartError
-from quire.engine.messages import EngineDead, EngineHung, EngineReady, Progress, StepOutputs, StepStats
+from quire.engine.messages import EngineDead, EngineHung, EngineReady, Progress
 from quire.engine.outputs import RequestStream
 
 LOADING = Progress("load weights", {"read configuration": 0.25}, 0.5, settled=True)
@@ -96,7 +96,8 @@ async def test_an_engine_that_is_started_again(http, fake, eventually):
     dispatcher = http.app.state.quire.dispatcher
     lost = asyncio.ensure_future(http.post("/v1/completions", json={"prompt": "x"}))
     await eventually(lambda: len(fake.added) == 1)
-    fake._on_message(StepOutputs([], StepStats(steps_total=5, requests_total=1, running=1, kv_blocks_total=100)))
+    fake.figures = {"steps_total": 5, "requests_total": 1, "running": 1}
+    fake.report()
     fake._on_message(EngineDead("killed", "crash", final=False))
     assert (await lost).json()["error"]["code"] == "engine_dead"
     fake._on_message(LOADING)
@@ -113,12 +114,12 @@ async def test_an_engine_that_is_started_again(http, fake, eventually):
 
     ready = http.app.state.quire.ready
     assert isinstance(ready, EngineReady)
-    told, seen = dispatcher.on_stats, []  # the scripted engine goes on beside all this, and may report as well
-    dispatcher.on_stats = lambda stats: (told(stats), seen.append((stats.steps_total, stats.requests_total)))
     fake._on_message(ready)
-    fake._on_message(StepOutputs([], StepStats(steps_total=2, kv_blocks_total=100)))
-    await eventually(lambda: (7, 1) in seen)
-    assert seen[0] == (5, 1)
+    fake.figures = {"steps_total": 2, "requests_total": 0, "running": 0}
+    fake.report()
+    metrics = http.app.state.quire.metrics
+    await eventually(lambda: metrics.stats.steps_total == 7)
+    assert (metrics.stats.running, metrics.stats.requests_total) == (0, 1)
     assert (await http.get("/ready")).status_code == 200
     fake.gate.set()
     assert (await http.post("/v1/completions", json={"prompt": "x"})).status_code == 200

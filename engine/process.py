@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 
 import msgspec
 import zmq
@@ -306,7 +307,8 @@ def main(folder: str) -> None:
     code = 0
     try:
         with startup.phase("import libraries"):
-            die_with_parent(launch.parent)  # the parent clears the sockets away from here on
+            _wait_until_gone(folder)
+            die_with_parent(launch.parent)
             # Here, not above: the API side imports this module for its client, and needs no torch.
             from .core import EngineCore, run
 
@@ -327,6 +329,14 @@ def main(folder: str) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _wait_until_gone(folder: str) -> None:
+    """The parent clears the sockets away when it hears that both are connected. Until then the watch of its pipe would
+    do it in its place, and nobody else could: what is killed by the kernel clears nothing away.
+    """
+    while os.path.exists(folder):
+        time.sleep(0.001)
 
 
 if __name__ == "__main__":

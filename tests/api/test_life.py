@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from quire.engine.errors import EngineStartError
-from quire.engine.messages import EngineDead, EngineHung, EngineReady, Progress, StepOutputs, StepStats
+from quire.engine.messages import EngineDead, EngineHung, EngineReady, Progress
 from quire.engine.outputs import RequestStream
 
 LOADING = Progress("load weights", {"read configuration": 0.25}, 0.5, settled=True)
@@ -96,8 +96,8 @@ async def test_an_engine_that_is_started_again(http, fake, eventually):
     dispatcher = http.app.state.quire.dispatcher
     lost = asyncio.ensure_future(http.post("/v1/completions", json={"prompt": "x"}))
     await eventually(lambda: len(fake.added) == 1)
-    metrics = http.app.state.quire.metrics
-    fake._on_message(StepOutputs([], StepStats(steps_total=5, requests_total=1, running=1, kv_blocks_total=100)))
+    fake.figures = {"steps_total": 5, "requests_total": 1, "running": 1}
+    fake.report()
     fake._on_message(EngineDead("killed", "crash", final=False))
     assert (await lost).json()["error"]["code"] == "engine_dead"
     fake._on_message(LOADING)
@@ -115,8 +115,10 @@ async def test_an_engine_that_is_started_again(http, fake, eventually):
     ready = http.app.state.quire.ready
     assert isinstance(ready, EngineReady)
     fake._on_message(ready)
-    fake._on_message(StepOutputs([], StepStats(steps_total=2, kv_blocks_total=100)))
-    await eventually(lambda: metrics.stats.steps_total >= 2)
+    fake.figures = {"steps_total": 2, "requests_total": 0, "running": 0}
+    fake.report()
+    metrics = http.app.state.quire.metrics
+    await eventually(lambda: metrics.stats.steps_total == 7)
     assert (metrics.stats.running, metrics.stats.requests_total) == (0, 1)
     assert (await http.get("/ready")).status_code == 200
     fake.gate.set()

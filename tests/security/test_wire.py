@@ -78,7 +78,15 @@ def frames() -> Iterator[bytes]:
 
 @pytest.mark.advisory(
     *("CVE-2024-9052", "CVE-2024-9053", "CVE-2024-11041", "CVE-2025-29783", "CVE-2025-30165", "CVE-2025-32444"),
-    *("CVE-2025-47277", "CVE-2026-3059", "CVE-2026-3060", "CVE-2026-3989", "CVE-2026-76850", "CVE-2026-34159"),
+    *(
+        "CVE-2025-47277",
+        "CVE-2026-3059",
+        "CVE-2026-3060",
+        "CVE-2026-3989",
+        "CVE-2026-76850",
+        "CVE-2026-34159",
+        "CVE-2026-118375",
+    ),
 )
 def test_frames_of_any_kind_leave_the_engine_as_it_was(engine: Engine) -> None:
     client: Any = engine.client

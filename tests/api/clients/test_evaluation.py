@@ -1,4 +1,4 @@
-"""lm-eval, guidellm and aiperf as their users run them, by their commands; each is skipped where it is not installed."""
+"""lm-eval, guidellm and aiperf by the commands that their users type; each is skipped where it is not installed."""
 
 from __future__ import annotations
 

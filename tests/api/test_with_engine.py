@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -230,3 +231,24 @@ async def test_calls_that_have_to_be_made_are_made(running, syntax):
                 deltas = [c["delta"] for p in pieces for c in p["choices"] if c["index"] == choice["index"]]
                 parts = [part["function"]["arguments"] for delta in deltas for part in delta.get("tool_calls", ())]
                 assert "".join(parts) == call["function"]["arguments"]
+
+
+async def test_questions_share_the_computed_input_and_agree_with_the_models_own_probabilities(running):
+    questions = [{"type": "predicate", "instructions": f"It is about {topic}."} for topic in ("money", "rain", "cats")]
+    async with running() as http:
+        body = {"input": "I was charged twice for one subscription. " * 5, "questions": questions}
+        answer = (await http.post("/v1/decisions", json=body)).json()
+        usage = answer["usage"]
+        shared = 5 * len("I was charged twice for one subscription. ") // 16 * 16
+        assert usage["input_tokens_details"]["cached_tokens"] >= 2 * shared
+        rendered = {"messages": [{"role": "user", "content": f"{body['input']}\n\nIs this true? It is about rain."}]}
+        content = rendered["messages"][0]["content"]
+        content += "\n\nA. Yes\nB. No\n\nAnswer with the letter of one option and nothing else."
+        rendered["messages"][0]["content"] = content
+        chat = await http.post(
+            "/v1/chat/completions",
+            json={**rendered, "max_tokens": 1, "temperature": 0, "logprob_token_ids": [65, 66]},
+        )
+    top = chat.json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    yes, no = (math.exp(one["logprob"]) for one in top)
+    assert answer["answers"][1]["probability"] == pytest.approx(yes / (yes + no), abs=1e-4)

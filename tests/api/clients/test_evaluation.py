@@ -1,4 +1,4 @@
-"""lm-eval, guidellm and aiperf by their own commands, as their users run them; skipped where not installed."""
+"""lm-eval, guidellm and aiperf by the commands that their users type; each is skipped where it is not installed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 
+import httpx
 import pytest
 from api.clients.served import KEY, served
 
@@ -68,19 +69,30 @@ def test_lm_eval(server, tmp_path, monkeypatch):
     assert 0 <= json.loads(found.read_text())["results"]["arithmetic"]["acc,none"] <= 1
 
 
+def finished(server):
+    """Samples that the server has answered to their end."""
+    lines = httpx.get(f"{server.url}/metrics", timeout=60).text.splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("quire_request_success_total{"))
+
+
 def test_guidellm(server, tmp_path):
+    before = finished(server)
     run(
         *("guidellm", "run", "--backend", f"kind=openai_http,target={server.url},model=tiny,api_key={KEY}"),
         *("--profile", "kind=concurrent,streams=2", "--constraint", "kind=max_requests,count=8"),
-        *("--data", "kind=synthetic_text,prompt_tokens=16,output_tokens=8", "--tokenizer", str(server.model)),
+        *("--data", "kind=synthetic_text,prompt_tokens=16,output_tokens=8"),
+        *("--tokenizer", f"kind=hf_auto,model={server.model}"),
         folder=tmp_path,
     )
+    assert finished(server) - before >= 8
 
 
 def test_aiperf(server, tmp_path):
+    before = finished(server)
     run(
         *("aiperf", "profile", "--model", "tiny", "--tokenizer", str(server.model), "--url", server.url),
         *("--endpoint-type", "chat", "--streaming", "--concurrency", "2", "--request-count", "8"),
         *("--api-key", KEY, "--synthetic-input-tokens-mean", "16", "--output-tokens-mean", "8", "--ui", "none"),
         folder=tmp_path,
     )
+    assert finished(server) - before >= 8

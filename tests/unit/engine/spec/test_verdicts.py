@@ -227,7 +227,7 @@ class TestOneCallForAll:
                 assert result.logprobs is None
                 continue
             rows = [0, *(node + 1 for node in path)]
-            right = sampler_of([run]).logprobs(logits[rows], result.token_ids, run.params.logprobs)
+            right = sampler_of([run]).logprobs(logits[rows], result.token_ids, (run.params.logprobs, ()))
             assert result.logprobs == right
             assert [found.token_id for found in result.logprobs] == result.token_ids
             assert result.token_ids[:-1] == [draft.tree.tokens[node] for node in path]

@@ -1,6 +1,6 @@
 # Everything a person types. Each target makes what it needs; a second call is instant.
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all sanitize lint format bench soak clean
+.PHONY: help serve test test-all test-clients sanitize lint format bench soak clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -38,6 +38,10 @@ test: $(VENV)/.installed-test  ## the default tests (minutes on two cores, no GP
 
 test-all: $(VENV)/.installed-test  ## the heavy suites as well
 	$(BIN)/python -m pytest $(ARGS)
+
+test-clients: $(VENV)/.installed-test  ## clients of other makers against a real server; installs them (large)
+	$(BIN)/pip install --quiet --editable '.[clients]'
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/api/clients $(ARGS)
 
 sanitize: $(VENV)/.installed-test  ## the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer (minutes)
 	$(BIN)/python tests/sanitizers/sanitize.py address $(ARGS)

@@ -231,7 +231,8 @@ class _Silence:
         """Look: the last sign of life is `age` seconds old."""
         now = time.monotonic()
         passed, self._looked = now - self._looked, now
-        self._seconds = self._seconds + min(passed, 2 * TICK) if age >= passed else age
+        before = self._seconds if age >= passed else 0.0  # or it has spoken since
+        self._seconds = before + min(passed, age, 2 * TICK)
         return self._seconds
 
     def bound(self) -> float:

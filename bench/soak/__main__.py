@@ -23,7 +23,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ... import __version__
-from . import aborts, commands, cycles, drain, faults, memory
+from . import aborts, cycles, drain, faults, fuzz, memory, overload
 from .served import SoakError
 from .verdict import Row, table
 
@@ -38,7 +38,8 @@ class Sizes:
     cycles: int
     cycle_requests: int
     minutes: float
-    overload: tuple[str, ...]
+    overload_seconds: float
+    overload_factors: tuple[float, ...]
     fuzz_scale: float
 
 
@@ -49,7 +50,8 @@ FULL = Sizes(
     cycles=50,
     cycle_requests=100,
     minutes=30,
-    overload=(),
+    overload_seconds=60,
+    overload_factors=(1, 2, 5, 10),
     fuzz_scale=1,
 )
 QUICK = Sizes(
@@ -59,7 +61,8 @@ QUICK = Sizes(
     cycles=3,
     cycle_requests=20,
     minutes=3,
-    overload=("--quick",),
+    overload_seconds=20,
+    overload_factors=(10,),
     fuzz_scale=0.02,
 )
 
@@ -80,8 +83,10 @@ CHECKS: dict[str, Callable[[Plan], list[Row]]] = {
     "drain": lambda p: drain.check(p.folder, model=p.model, rounds=p.sizes.drain_rounds),
     "cycles": lambda p: cycles.check(p.folder, model=p.model, cycles=p.sizes.cycles, requests=p.sizes.cycle_requests),
     "memory": lambda p: memory.check(p.folder, model=p.model, minutes=p.sizes.minutes, seed=p.seed),
-    "overload": lambda p: commands.overload(p.folder, options=p.sizes.overload),
-    "fuzz": lambda p: commands.fuzz(p.folder, scale=p.sizes.fuzz_scale),
+    "overload": lambda p: overload.check(
+        p.folder, model=p.model, seconds=p.sizes.overload_seconds, factors=p.sizes.overload_factors
+    ),
+    "fuzz": lambda p: fuzz.check(p.folder, scale=p.sizes.fuzz_scale),
 }
 
 
@@ -126,6 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sizes = replace(sizes, minutes=options.minutes)
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     console = Console()
+    console.width = max(console.width, 120)  # in a file too, lines stay lines
     report = run(options.checks or list(CHECKS), Plan(folder, options.model, options.seed, sizes), console)
     console.print(table(report.rows))
     console.print("; ".join(f"{name} {seconds:.0f} s" for name, seconds in report.seconds.items()), style="dim")

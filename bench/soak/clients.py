@@ -19,6 +19,7 @@ import msgspec
 from ..client import COMPLETIONS, DONE
 from ..sse import EventReader
 from .mix import Ask
+from .served import SoakError
 
 PATIENCE = aiohttp.ClientTimeout(total=600)
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: on, no time; closing sends a reset instead of an end
@@ -96,8 +97,8 @@ MOMENTS = ("sending", "queued", "prefill", "decode", "last")
 
 
 async def leave(http: aiohttp.ClientSession, url: str, ask: Ask, rng: random.Random, pace: Pace) -> str:
-    """Begin a request and leave it at a random one of MOMENTS; "ended" if it was faster, "HTTP 4xx" if it was refused.
-    A stream is left by what has come of it, a whole answer by the time that such ones take."""
+    """Begin a request and leave it at a random one of MOMENTS; "ended" if it was faster. A stream is left by what has
+    come of it, a whole answer by the time that such ones take. Raises SoakError if the request is refused."""
     moment = rng.choice(MOMENTS)
     seconds = pace.moment(moment, ask, rng)
     pieces = rng.randint(1, 8) if moment == "decode" else None
@@ -108,7 +109,7 @@ async def leave(http: aiohttp.ClientSession, url: str, ask: Ask, rng: random.Ran
             data = _half_of(body) if moment == "sending" else body
             async with http.post(url + ask.path, data=data, headers={"Content-Type": "application/json"}) as response:
                 if response.status != 200:
-                    return f"HTTP {response.status}"
+                    raise SoakError(f"HTTP {response.status} {await response.text()} to {body[:300].decode()}")
                 for number in count(1):
                     piece = await response.content.readany()
                     if not piece:

@@ -90,15 +90,15 @@ async def _until(condition: Callable[[], bool], what: str, seconds: float = 120)
 
 
 async def _when(served: Served, status: int) -> float:
-    """The moment at which /ready says so. In a thread: what is measured is not to wait for what measures."""
+    """When the first look at /ready began that was told so. In a thread: what is measured must not wait for us."""
 
     def look() -> float:
         end = time.monotonic() + 120
-        while served.status("/ready") != status:
-            if time.monotonic() > end:
-                raise SoakError(f"/ready did not come to say {status}")
+        while (now := time.monotonic()) < end:
+            if served.status("/ready") == status:
+                return now
             time.sleep(LOOK_SECONDS)
-        return time.monotonic()
+        raise SoakError(f"/ready did not come to say {status}")
 
     return await asyncio.to_thread(look)
 

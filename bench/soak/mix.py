@@ -62,8 +62,7 @@ def any_request(rng: random.Random, *, speculation: tuple[str, ...] = ()) -> Ask
     """Any that a server started with these methods of speculation takes."""
     body: dict[str, Any] = {"max_tokens": rng.randint(1, MAX_TOKENS), "stream": rng.random() < 0.6, **_sampling(rng)}
     if rng.random() < 0.2:
-        body["n"] = rng.choice((2, 3, 4))
-        body.setdefault("temperature", 1.0)
+        body |= {"n": rng.choice((2, 3, 4)), "temperature": 1.0}  # greedy samples would be equal: that is refused
     if rng.random() < 0.2:
         body |= rng.choice(GRAMMARS)
     else:

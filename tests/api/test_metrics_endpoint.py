@@ -68,6 +68,8 @@ async def test_the_aborted_count_with_the_last_usage_they_could_have_been_told(h
             text_options=TextOptions(),
             arrival=time.monotonic(),
         ),
+        name=("", "x"),
+        registry=state.registry,
         dispatcher=state.dispatcher,
         tokenizer=state.text.tokenizer,
         metrics=state.metrics,

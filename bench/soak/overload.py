@@ -1,0 +1,48 @@
+"""Ten times the load that can be served: as many good tokens as at the peak, and a refusal for the rest."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from .. import overload
+from ..client import ServerError
+from .served import Served, SoakError
+from .verdict import Row, none
+
+CHECK = "overload"
+SHARE = 0.95  # of the peak
+# The queue is as long as the batch is wide: longer, and those who are let in wait for nothing that anybody gains by.
+OPTIONS = ("--max-num-seqs", "64", "--max-queued-requests", "64", "--log-level", "error")
+
+
+def check(folder: Path, *, model: str, seconds: float, factors: tuple[float, ...]) -> list[Row]:
+    """Trials of `seconds` each: the peak, then each multiple of it; the last one is judged."""
+    with Served(folder / CHECK, model, *OPTIONS) as served:
+        try:
+            result = overload.run(overload.OverloadConfig(url=served.url, seconds=seconds, factors=factors))
+        except ServerError as error:
+            raise SoakError(str(error)) from error
+        restarts = served.metrics()["quire_engine_restarts_total"]
+    trial = result["trials"][-1]
+    share = trial["share_of_peak"]
+    return [
+        Row(
+            CHECK,
+            f"tokens/s at {trial['factor']:g}x, of those of the best trial",
+            f"{share:.1%} ({trial['tokens_per_second']:.0f} tok/s)",
+            f"≥ {SHARE:.0%}",
+            share >= SHARE,
+        ),
+        none(CHECK, "answers that are neither good nor a refusal", sum(trial["errors"].values())),
+        Row(CHECK, "refused", f"{trial['refused']} of {trial['requests']}", "> 0", trial["refused"] > 0),
+        *(
+            Row(CHECK, what, "-" if math.isnan(trial[name]) else f"{1000 * trial[name]:.0f} ms")
+            for what, name in (
+                ("time of a refusal, median", "refused_p50"),
+                ("time of a refusal, p99", "refused_p99"),
+                ("first token of those let in, p99", "ttft_p99"),
+            )
+        ),
+        none(CHECK, "engine restarts", restarts),
+    ]

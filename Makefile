@@ -1,6 +1,6 @@
 # Everything a person types. Each target makes what it needs; a second call is instant.
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all test-clients sanitize lint format bench soak clean
+.PHONY: help serve test test-all test-clients sanitize fuzz lint format bench soak clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -46,6 +46,9 @@ test-clients: $(VENV)/.installed-test  ## clients of other makers against a real
 sanitize: $(VENV)/.installed-test  ## the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer (minutes)
 	$(BIN)/python tests/sanitizers/sanitize.py address $(ARGS)
 	$(BIN)/python tests/sanitizers/sanitize.py thread $(ARGS)
+
+fuzz: $(VENV)/.installed-test  ## more than fifty thousand bad inputs, counted (half an hour); ARGS="bodies --scale 0.1"
+	$(BIN)/python tests/security/fuzz.py $(ARGS)
 
 lint: $(VENV)/.installed-lint  ## style and types
 	$(BIN)/ruff check .

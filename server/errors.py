@@ -146,6 +146,23 @@ def model_not_found(name: str) -> ApiError:
     return ApiError(404, f"The model `{shown(name)}` does not exist.", code="model_not_found", param="model")
 
 
+def missing(param: str) -> ApiError:
+    return ApiError(400, f"`{param}` is required, and not empty.", code="missing_parameter", param=param)
+
+
+def host_not_allowed() -> ApiError:
+    return ApiError(403, "This Host name is not served here.", code="host_not_allowed")
+
+
+def invalid_http() -> ApiError:
+    return ApiError(400, "This is not a valid HTTP request.", code="invalid_http")
+
+
+def headers_too_large(size: int, count: int) -> ApiError:
+    message = f"The request's headers are larger than {size} bytes or more than {count}."
+    return ApiError(431, message, code="headers_too_large")
+
+
 def too_large(limit: int) -> ApiError:
     return ApiError(413, f"The request body is larger than {limit} bytes.", code="request_too_large")
 

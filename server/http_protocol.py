@@ -85,7 +85,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._header_timer is not None:
             self._header_bytes += len(data)
             if self._header_bytes > MAX_HEADER_BYTES:
-                self._refuse(_headers_too_large())
+                self._refuse(errors.headers_too_large(MAX_HEADER_BYTES, MAX_HEADERS))
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -107,14 +107,13 @@ class BoundedProtocol(HttpToolsProtocol):
         self._headers_are_in()
         size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
         if size > MAX_HEADER_BYTES or len(self.headers) > MAX_HEADERS:
-            self._refusal = _headers_too_large()
+            self._refusal = errors.headers_too_large(MAX_HEADER_BYTES, MAX_HEADERS)
             raise ValueError("headers too large")  # stops the parser, which calls send_400_response
         super().on_headers_complete()
         self.scope["state"][WRITE_NOW] = partial(_write_now, self.cycle)
 
     def send_400_response(self, msg: str) -> None:
-        malformed = errors.ApiError(400, "This is not a valid HTTP request.", code="invalid_http")
-        self._refuse(self._refusal or malformed)
+        self._refuse(self._refusal or errors.invalid_http())
 
     def _expect_headers(self) -> None:
         if self._header_timer is None:
@@ -160,8 +159,3 @@ def _write_now(cycle: RequestResponseCycle, body: bytes) -> bool:
         return False
     cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
     return True
-
-
-def _headers_too_large() -> errors.ApiError:
-    message = f"The request's headers are larger than {MAX_HEADER_BYTES} bytes or more than {MAX_HEADERS}."
-    return errors.ApiError(431, message, code="headers_too_large")

@@ -64,7 +64,7 @@ class Outermost:
 
         try:
             if self._allowed_hosts and _host_name(headers.get("host", "")) not in self._allowed_hosts:
-                await _refuse_host().response(scope["path"])(scope, receive, tagged_send)
+                await errors.host_not_allowed().response(scope["path"])(scope, receive, tagged_send)
             else:
                 await self._app(scope, receive, tagged_send)
         except (ClientGone, ClientDisconnect):
@@ -102,10 +102,6 @@ def _load_headers(scope: Scope, format: str) -> Mapping[str, str]:
     if caller is None or INFER not in caller.scopes or state is None:
         return {}
     return orca_headers(format, state.metrics.stats)
-
-
-def _refuse_host() -> errors.ApiError:
-    return errors.ApiError(403, "This Host name is not served here.", code="host_not_allowed")
 
 
 def _host_name(host: str) -> str:

@@ -21,7 +21,7 @@ TEXTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal":
 def messages_of(given: str | Sequence[Any] | None, instructions: str | None) -> list[dict[str, Any]]:
     """Raises 400 for an item that is none, or holds what is not text."""
     if not given:
-        raise errors.ApiError(400, "`input` is required, and not empty.", code="missing_parameter", param="input")
+        raise errors.missing("input")
     items = [{"role": "user", "content": given}] if isinstance(given, str) else given
     if len(items) > MAX_MESSAGES:
         raise errors.invalid(f"`input` has {len(items)} items; at most {MAX_MESSAGES} are taken.", "input")

@@ -7,16 +7,16 @@ Whoever ends must have said what it says alone in an engine without cache, neigh
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import hypothesis.strategies as st
 import pytest
 from equivalence.paths import engine
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
 from quire.engine.core import EngineCore
@@ -104,12 +104,11 @@ class Said:
         self.ids += chunk.token_ids
         self.rated += [tuple(token_id for token_id, _ in entry.top) for entry in chunk.logprobs or ()]
         if chunk.finish_reason is not None:
-            self.end = (chunk.finish_reason, chunk.stop_reason)
+            self.end = (chunk.finish_reason, chunk.stop_reason or chunk.error)  # what forbids every token is an error
 
 
 def take_in(said: dict[tuple[str, int], Said], chunks: list[Chunk]) -> None:
     for chunk in chunks:
-        assert chunk.error is None, chunk.error
         said.setdefault((chunk.request_id, chunk.index), Said()).add(chunk)
 
 
@@ -133,6 +132,8 @@ numbers = itertools.count()
 
 def machine(model: Path, kind: str, core: EngineCore | None = None) -> type[RuleBasedStateMachine]:
     class Machine(RuleBasedStateMachine):
+        found: ClassVar[list[str]] = []  # requests that said something else than alone
+
         def __init__(self) -> None:
             super().__init__()
             driven, self.solo = engines(model, kind)
@@ -177,10 +178,12 @@ def machine(model: Path, kind: str, core: EngineCore | None = None) -> type[Rule
             for (name, index), said in self.said.items():
                 expected = self.expected[name][index]
                 if said.end is None or said.end[0] == "abort":
-                    assert said.ids == expected.ids[: len(said.ids)], (name, index, self.open[name])
+                    same = said.ids == expected.ids[: len(said.ids)]
                 else:
-                    mine, lone = (said.ids, said.end, said.rated), (expected.ids, expected.end, expected.rated)
-                    assert mine == lone, (name, index, self.open[name])
+                    same = (said.ids, said.end, said.rated) == (expected.ids, expected.end, expected.rated)
+                if not same:
+                    self.found.append(name)
+                    raise AssertionError(f"{self.open[name]} said {said.ids}, {said.end}; alone it says {expected.ids}")
 
         def teardown(self) -> None:
             steps = 0
@@ -199,12 +202,17 @@ def replace_wish(request: AddRequest, wish: Speculative) -> AddRequest:
     return AddRequest(**fields | {"speculative": wish})
 
 
-def run(made: type[RuleBasedStateMachine], examples: int) -> None:
+def run(made: type[RuleBasedStateMachine], examples: int, phases: Sequence[Phase] = tuple(Phase)) -> None:
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
     run_state_machine_as_test(
         made,
         settings=settings(
-            max_examples=examples, stateful_step_count=25, deadline=None, derandomize=True, suppress_health_check=checks
+            max_examples=examples,
+            stateful_step_count=25,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=checks,
+            phases=phases,
         ),
     )
 
@@ -253,6 +261,7 @@ def forget_allowed(core: EngineCore) -> None:
 def test_a_slot_that_remembers_is_found(tiny_model: Path, fault: Callable[[EngineCore], None]) -> None:
     core = engine(tiny_model, **ENGINES["few slots"])
     fault(core)
-    with pytest.raises(BaseException) as caught:  # noqa: PT011  (hypothesis may group what it finds)
-        run(machine(tiny_model, "few slots", core), 60)
-    assert "AssertionError" in repr(caught.value) or isinstance(caught.value, AssertionError)
+    made = machine(tiny_model, "few slots", core)
+    with pytest.raises(Exception):  # noqa: B017, PT011  (what hypothesis makes of a fault that comes and goes)
+        run(made, 60, [Phase.generate])
+    assert made.found

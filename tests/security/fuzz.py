@@ -15,9 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +23,9 @@ import msgspec
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from security import fuzz_http
 from security.mutate import mutated_bytes, mutated_json
-
-
-@dataclass
-class Tally:
-    """What came of the inputs of one kind."""
-
-    refused: int = 0
-    taken: int = 0
-    troubles: list[str] = field(default_factory=list)
-    how: Counter[str] = field(default_factory=Counter)  # refusals by their kind
-
-    @property
-    def cases(self) -> int:
-        return self.refused + self.taken + len(self.troubles)
-
+from security.tally import Tally
 
 # ---------------------------------------------------------------- model folders
 
@@ -242,7 +227,10 @@ def _packable(value: Any) -> Any:
 
 KINDS: dict[str, tuple[int, Callable[[int, int], Tally]]] = {
     "folders": (10_000, folders),
-    "frames": (15_000, frames),
+    "frames": (25_000, frames),
+    "bodies": (10_000, fuzz_http.on_a_house(fuzz_http.bodies)),
+    "described": (5_000, fuzz_http.on_a_house(fuzz_http.described)),
+    "raw": (5_000, fuzz_http.on_a_house(fuzz_http.raw)),
 }
 
 

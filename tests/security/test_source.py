@@ -102,6 +102,26 @@ def test_no_assertion_guards_a_request() -> None:
     assert not found
 
 
+def test_every_refusal_is_in_the_catalogue() -> None:
+    """Nobody but `errors.py` makes an ApiError, and no code there is used for two statuses that mean different acts."""
+    made = {
+        name(path): node.lineno
+        for path in OF_REQUESTS
+        if name(path) != "server/errors.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and dotted(node.func).split(".")[-1] == "ApiError"
+    }
+    assert not made
+    codes: dict[str, set[str]] = {}
+    for node in ast.walk(ast.parse((ROOT / "server" / "errors.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and dotted(node.func) == "ApiError":
+            code = next((word.value for word in node.keywords if word.arg == "code"), None)
+            if isinstance(code, ast.Constant):
+                codes.setdefault(code.value, set()).add(dotted(node.args[0]))
+    assert len(codes) > 15
+    assert {code: statuses for code, statuses in codes.items() if len(statuses) > 1} == {}
+
+
 @pytest.mark.parametrize(
     "planted",
     [

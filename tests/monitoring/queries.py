@@ -29,10 +29,11 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Selector:
-    """Series of this name, of which these labels are asked for: matched, or kept by a sum around them."""
+    """Series of this name, of which these labels are asked for: matched, or kept by a sum around them. text: PromQL."""
 
     name: str
     labels: frozenset[str]
+    text: str
 
 
 def board() -> dict[str, Any]:
@@ -78,7 +79,7 @@ def _collect(expr: Any, kept: frozenset[str], found: list[Selector]) -> None:
     match expr:
         case promql_parser.VectorSelector():
             matched = {matcher.name for matcher in expr.matchers.matchers}
-            found.append(Selector(expr.name, kept | matched))
+            found.append(Selector(expr.name, kept | matched, str(expr)))
         case promql_parser.MatrixSelector():
             _collect(expr.vector_selector, kept, found)
         case promql_parser.AggregateExpr():

@@ -56,11 +56,10 @@ def test_azure_has_dates_with_seven_digits(tmp_path: Path) -> None:
 
 
 def test_azure_of_2024_has_a_time_zone(tmp_path: Path) -> None:
+    header = AZURE.splitlines()[0]
     rows = "2024-05-10 00:00:01.5+00:00,2,1\n2024-05-10 00:00:00.009930+00:00,1,1\n"
-    assert shapes(read_trace_file(written(tmp_path, AZURE.splitlines()[0] + "\n" + rows))) == [
-        (0.0, 1, 1),
-        (1.49007, 2, 1),
-    ]
+    trace = read_trace_file(written(tmp_path, f"{header}\n{rows}"))
+    assert shapes(trace) == [(0.0, 1, 1), (1.49007, 2, 1)]
 
 
 def test_burstgpts_failures_are_left_out_and_counted(tmp_path: Path) -> None:

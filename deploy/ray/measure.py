@@ -1,7 +1,7 @@
 """What the fleet does for real: two replicas of a small model on this machine, by HTTP through Serve's own proxy.
 
-    python -m quire.deploy.ray.measure routing     hit tokens and throughput, prefix-aware, by two choices and at random
-    python -m quire.deploy.ray.measure kill        a replica is killed under load: who is lost, and when it is replaced
+python -m quire.deploy.ray.measure routing     hit tokens and throughput, prefix-aware, by two choices and at random
+python -m quire.deploy.ray.measure kill        a replica is killed under load: who is lost, and when it is replaced
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Talks:
     sessions: int = 32
     turns: int = 6
     concurrency: int = 4
-    system: int = 60  # the same for all sessions
+    system: int = 20  # the same for all sessions
     message: int = 50
     answer: int = 24  # tokens
     seed: int = 0
@@ -158,7 +158,22 @@ def words(draw: random.Random, count: int) -> str:
     return " ".join(draw.choices(WORDS, k=count))
 
 
-WORDS = "def return self class for in range if else while import from print value name list index item key data".split()
+WORDS = (
+    "def",
+    "return",
+    "self",
+    "class",
+    "for",
+    "in",
+    "range",
+    "if",
+    "else",
+    "while",
+    "print",
+    "value",
+    "name",
+    "data",
+)
 
 
 async def ask(http: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> Answer:
@@ -304,13 +319,13 @@ def main() -> None:
     with cluster() as url:
         if args.what == "kill":
             run(**cache)
-            print(json.dumps(asyncio.run(kill_under_load(url, args.requests, args.concurrency or 8)).summary(), indent=1))
+            print(
+                json.dumps(asyncio.run(kill_under_load(url, args.requests, args.concurrency or 8)).summary(), indent=1)
+            )
             return
         for routing in ("random", "two_choices", "prefix"):
             run(routing=routing, **cache)
-            talks = Talks(
-                sessions=args.sessions, turns=args.turns, concurrency=args.concurrency or Talks.concurrency
-            )
+            talks = Talks(sessions=args.sessions, turns=args.turns, concurrency=args.concurrency or Talks.concurrency)
             print(routing, json.dumps(asyncio.run(talk(url, talks)).summary()), flush=True)
 
 

@@ -53,7 +53,7 @@ class Layers:
 
     def size(self, target: str) -> dict[str, int]:
         """Bytes of each layer, by its name."""
-        return {layer.parent.name if layer.name == "upper" else "base": _bytes(layer) for layer in self._of[target]}
+        return {layer.parent.name: _bytes(layer) for layer in self._of[target]}
 
     def _build(self, dockerfile: Dockerfile, stage: Stage, context: Path) -> None:
         below = self._of.get(stage.parent, [self._base])

@@ -59,11 +59,11 @@ ENV PATH=/opt/quire/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:
     PYTHONSAFEPATH=1 \
     PYTHONUNBUFFERED=1 \
     QUIRE_HOST=0.0.0.0 \
-    QUIRE_HEALTH_PORT=8081
+    QUIRE_HEALTH_PORT=8001
 VOLUME /cache
 WORKDIR /cache
 USER 10001
-EXPOSE 8000 8081
+EXPOSE 8000 8001
 # A port and a thread of its own: in time however busy the server is. Weights may take long to load; the start period
 # covers them, and after it three failures in a row are an outage.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30m --retries=3 \

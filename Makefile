@@ -51,7 +51,7 @@ fuzz: $(VENV)/.installed-test  ## more than fifty thousand bad inputs, counted (
 	$(BIN)/python tests/security/fuzz.py $(ARGS)
 
 image-check: $(VENV)/.installed-test  ## the Dockerfile's steps run and its image served, without Docker; as root, wants debootstrap
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/image/check.py $(ARGS)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/image/check.py $(ARGS)
 
 lint: $(VENV)/.installed-lint  ## style and types
 	$(BIN)/ruff check .

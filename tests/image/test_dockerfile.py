@@ -137,6 +137,11 @@ def test_the_health_check_fails_where_nobody_listens(file: Dockerfile) -> None:
     assert "refused" in done.stderr
 
 
+def test_a_gpu_image_with_the_wrong_torch_is_not_built(file: Dockerfile) -> None:
+    steps = [step.value for step in file.stages["cuda"].steps if step.name == "RUN"]
+    assert any("torch.version.cuda" in step for step in steps)
+
+
 def test_labels_are_those_of_the_open_container_initiative() -> None:
     build_args = {"REVISION": "abc", "CREATED": "2026-01-01T00:00:00Z"}
     labels = read(ROOT / "Dockerfile", build_args).config("cpu").labels

@@ -1,6 +1,6 @@
 # Everything a person types. Each target makes what it needs; a second call is instant.
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all test-clients sanitize fuzz image-check lint format bench soak clean
+.PHONY: help serve test test-all test-clients sanitize fuzz image-check ops-test lint format bench soak clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -52,6 +52,24 @@ fuzz: $(VENV)/.installed-test  ## more than fifty thousand bad inputs, counted (
 
 image-check: $(VENV)/.installed-test  ## the Dockerfile's steps run and its image served, without Docker; as root, wants debootstrap
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/image/check.py $(ARGS)
+
+# Debian's Prometheus where none is installed, unpacked and not installed; Grafana's components, for the board's picture.
+MONITORING := build/monitoring
+PROMETHEUS := $(if $(shell command -v promtool),,$(MONITORING)/usr/bin/promtool)
+
+$(MONITORING)/usr/bin/promtool:
+	mkdir -p $(MONITORING)
+	cd $(MONITORING) && apt-get download prometheus && dpkg -x prometheus_*.deb .
+
+$(MONITORING)/board.js: tests/monitoring/drawing/package.json tests/monitoring/drawing/board.jsx
+	mkdir -p $(MONITORING)
+	cp $^ $(MONITORING)
+	cd $(MONITORING) && npm install --no-audit --no-fund --ignore-scripts --loglevel=error && npm run --silent build
+
+ops-test: $(VENV)/.installed-test $(PROMETHEUS) $(MONITORING)/board.js  ## alerts and board beside a real Prometheus and a server under load; wants npm and Chromium
+	$(BIN)/pip install --quiet --editable '.[browser]'
+	PATH="$$PATH:$(CURDIR)/$(MONITORING)/usr/bin" $(BIN)/python -m pytest tests/monitoring $(ARGS)
+	@echo "The board as it was drawn: $(MONITORING)/board.png"
 
 lint: $(VENV)/.installed-lint  ## style and types
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 # Everything a person types. Each target makes what it needs; a second call is instant.
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all test-clients sanitize fuzz image-check ops-test lint format bench soak clean
+.PHONY: help serve test test-all test-clients sanitize fuzz ray-test image-check ops-test lint format bench soak clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -49,6 +49,10 @@ sanitize: $(VENV)/.installed-test  ## the C++ kernels under AddressSanitizer, UB
 
 fuzz: $(VENV)/.installed-test  ## more than fifty thousand bad inputs, counted (half an hour); ARGS="bodies --scale 0.1"
 	$(BIN)/python tests/security/fuzz.py $(ARGS)
+
+ray-test: $(VENV)/.installed-test  ## two replicas on Ray Serve, one of them killed under load; installs Ray (minutes)
+	$(BIN)/pip install --quiet --editable '.[ray]'
+	$(BIN)/python -m pytest tests/deploy tests/unit/deploy $(ARGS)
 
 image-check: $(VENV)/.installed-test  ## the Dockerfile's steps run and its image served, without Docker; as root, wants debootstrap
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/image/check.py $(ARGS)

@@ -80,10 +80,10 @@ class EngineCore:
             model = load_config(path)
             draft = load_draft_config(config, path)
             settings = resolve(config, model, look_at_machine(config.device), draft)
+            kernels = choose_kernels(config, settings, model, settings.kv_cache_dtype)
         startup.settle()
         torch.set_num_threads(settings.threads)
         with startup.phase("load weights"):
-            kernels = choose_kernels(config, settings, model, settings.kv_cache_dtype)
             decoder = load_decoder(
                 path,
                 model,

@@ -203,7 +203,7 @@ class EngineHung(msgspec.Struct, frozen=True, tag="hung"):
 class EngineDead(msgspec.Struct, frozen=True, tag="dead"):
     """The engine has ended; what it was working on is lost.
 
-    kind   "crash", "hang" (it was killed), "start" (it could not be started again)
+    kind   "crash", "hang" (it was killed), "start" (it could not be started), "setting" (nor can it ever be)
     final  no other will be started in its place
     """
 

@@ -31,7 +31,7 @@ import zmq
 
 from .client import Heartbeat, OnMessage
 from .config import EngineConfig
-from .errors import EngineDeadError, EngineStartError
+from .errors import EngineDeadError, EngineStartError, SettingError
 from .lifeline import die_with_parent, exit_at_end_of
 from .messages import (
     Abort,
@@ -178,7 +178,7 @@ class ProcessClient:
             if isinstance(message, EngineReady):
                 return message
             if isinstance(message, EngineDead):
-                raise EngineStartError(message.reason)
+                raise (SettingError if message.kind == "setting" else EngineStartError)(message.reason)
             if isinstance(message, Progress):
                 self._on_message(message)
         raise EngineStartError(f"the engine process ended while it started ({self._exit_code()})")
@@ -318,7 +318,7 @@ def main(folder: str) -> None:
         run(core, receive, send)
     except EngineStartError as error:
         code = 1
-        send(EngineDead(str(error)))
+        send(EngineDead(str(error), "start" if startup.settled else "setting"))
     except BaseException as error:
         code = 1
         log.exception("the engine cannot go on")

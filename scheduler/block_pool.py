@@ -189,6 +189,7 @@ class BlockPool:
         if content is not None:
             self._leave_cache(content)
         self._erase(block)
+        self.num_evicted += 1
         return block
 
     def _look_again(self, foresight: Foresight, count: int) -> None:

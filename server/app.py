@@ -18,7 +18,7 @@ from starlette.responses import Response
 from .. import __version__
 from ..engine.chat import load_chat_template
 from ..engine.client import EngineClient
-from ..engine.errors import QuireError
+from ..engine.errors import QuireError, SettingError
 from ..engine.grammar import Grammars, Vocabulary
 from ..engine.messages import EngineDead, EngineReady, StepStats
 from ..engine.rendering import shared_workers
@@ -80,6 +80,7 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
         except Exception as error:
             if not dispatcher.stopping:
                 logger.error("cannot start: %s", error if isinstance(error, QuireError) else logs.where(error))
+            app.state.refused = isinstance(error, SettingError)
             dispatcher.life.ends(EngineDead("it could not be started"))
             await dispatcher.stop()
             raise
@@ -124,6 +125,7 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
     for module in (*asking, routes_admin, routes_fleet, *([routes_page] if config.live_page else [])):
         app.include_router(module.router)
     app.state.quire = None  # until the engine serves
+    app.state.refused = False  # the engine cannot be what it was asked to be
     app.state.dispatcher = dispatcher
     app.state.feed = Feed(dispatcher)
     app.state.life_metrics = LifeMetrics(dispatcher.life)

@@ -35,12 +35,16 @@ YOUNG_OBJECTS = 50_000
 KEEP_ALIVE_SECONDS = 65  # longer than the usual proxy's 60: whoever closes first must be the one who knows it
 
 
+class SettingsRefused(Exception):
+    """What was asked for cannot be; the reason has been logged, and no port was ever open."""
+
+
 def serve(client: EngineClient, config: ServerConfig) -> bool:
     """Start `client`, and listen; returns when stopped. False if the start failed or the engine is gone for good.
 
-    The port opens when the engine's settings are known to be right; what is wrong with them is in the log, and no port
-    was ever open. From here on SIGTERM and SIGINT are the server's, and after it nobody's: the process is to end, and a
-    late one shall not break that off.
+    The port opens when the engine's settings are known to be right; before, what is wrong with them is logged, and
+    SettingsRefused raised. From here on SIGTERM and SIGINT are the server's, and after it nobody's: the process is to
+    end, and a late one shall not break that off.
     """
     logs.setup(config.log_level, config.log_json)
     try:
@@ -53,6 +57,8 @@ def serve(client: EngineClient, config: ServerConfig) -> bool:
         server.run()
         return server.told_to_stop or not server.engine_is_gone
     except SystemExit:  # uvicorn's word for a failed start; the reason has been logged
+        if server.refused and not server.told_to_stop:
+            raise SettingsRefused from None
         return server.told_to_stop
     finally:
         if server.probes is not None:
@@ -100,6 +106,10 @@ class _Server(uvicorn.Server):
                 timeout_graceful_shutdown=CLOSE_SECONDS,
             )
         )
+
+    @property
+    def refused(self) -> bool:
+        return bool(self._app.state.refused)
 
     @property
     def engine_is_gone(self) -> bool:

@@ -87,6 +87,7 @@ class FakeClient:
         self.answer: Callable[[AddRequest, int], list[int]] = lambda request, index: [*b"Hello, world!", EOS]
         self.tokens_per_step = 1
         self.step_seconds = 0.0
+        self.finish: str | None = None  # how its samples end, other than by their last token
         self.fail_request: str | None = None  # error text that the next step gives every sample
         self.num_cached = 0
         self.draft = 0  # ids that it guesses for each sample and step: all but the step's last one were right
@@ -256,6 +257,8 @@ class FakeClient:
         chunk.num_drafted, chunk.num_accepted = self.draft, min(self.draft, len(chunk.token_ids) - 1)
         if chunk.finish_reason is None and sample.done >= min(params.max_tokens, len(sample.answer)):
             chunk.finish_reason = "length"
+        if chunk.finish_reason is not None and self.finish is not None:
+            chunk.finish_reason = self.finish
         if params.logprobs is not None:
             named = tuple((token_id, logprob_of(token_id)) for token_id in params.logprob_token_ids)
             entries = [entry(token_id, params.logprobs) for token_id in chunk.token_ids]

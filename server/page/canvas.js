@@ -47,10 +47,10 @@ export function swatch(way, colour) {
   return canvas;
 }
 
-/** The least of 1, 2, 5, 10, 20, 50 … that is not below `value`. */
+/** An end for an axis: the least of 1, 2, 3, 4, 5, 6, 8, 10, 20, 30 … that is not below `value`. */
 export function round(value) {
   const power = 10 ** Math.floor(Math.log10(Math.max(value, 1e-9)));
-  return [1, 2, 5, 10].map((m) => m * power).find((step) => step >= value * 0.999);
+  return [1, 2, 3, 4, 5, 6, 8, 10].map((m) => m * power).find((step) => step >= value * 0.999);
 }
 
 export const scheme = matchMedia("(prefers-color-scheme: dark)");

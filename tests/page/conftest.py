@@ -28,9 +28,9 @@ def load(server: Server) -> Iterator[Load]:
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
-    """Chromium as the machine has it (QUIRE_CHROMIUM names another), else as playwright has installed it."""
+    """Chromium as the machine has it (CHROMIUM names another), else as playwright has installed it."""
     playwright = pytest.importorskip("playwright.sync_api", reason="the extra `page` is not installed")
-    path = os.environ.get("QUIRE_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     with playwright.sync_playwright() as started:
         # A container has no place for the sandbox; the only page that is opened is our own.
         chromium = started.chromium.launch(executable_path=path, args=["--no-sandbox"])

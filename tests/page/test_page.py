@@ -1,6 +1,6 @@
 """The live page in a browser: it draws what happens, says what it draws, and can be used without a mouse.
 
-With QUIRE_SCREENSHOTS=FOLDER the pictures of the docs are taken on the way.
+With SCREENSHOTS=FOLDER the pictures of the docs are taken on the way.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def metrics_of(url: str) -> dict[str, float]:
 
 
 def picture(page, name: str, **options) -> None:
-    folder = os.environ.get("QUIRE_SCREENSHOTS")
+    folder = os.environ.get("SCREENSHOTS")
     if folder:
         page.screenshot(path=Path(folder) / name, **options)
 
@@ -328,9 +328,10 @@ def test_the_end_of_an_engine_and_the_next_one_are_shown(look, tmp_path):
         assert "restarting" in states.json_value()
         assert "after a restart" in page.text_content("#life-text")
         before = page.evaluate(STEPS)
-        send(page, "Return the largest of two numbers", max_tokens=20)
+        page.wait_for_timeout(500)
+        send(page, "Return the largest of two numbers", max_tokens=40)
         done(page)
-        assert page.evaluate(STEPS) > before
+        until(page, f"{STEPS} > {before}")
         server.stop()
         until(page, "document.querySelector('#life').dataset.state === 'unreachable'")
     finally:

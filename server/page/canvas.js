@@ -30,7 +30,11 @@ export function block(context, way, colour, x, y, width, height) {
     context.globalAlpha = 0.45;
     context.fillRect(x, y, width, height);
     context.globalAlpha = 1;
-    for (let at = 1; at < height; at += 4) context.fillRect(x + width / 2 - 0.75, y + at, 1.5, Math.min(1.5, height - at));
+    for (let down = 1; down < height; down += 4) {
+      for (let right = (width % 4) / 2 + 1.25; right < width; right += 4) {
+        context.fillRect(x + right - 0.75, y + down, 1.5, Math.min(1.5, height - down));
+      }
+    }
   }
   if (way === "hollow" && width > 0 && height > 0) {
     context.lineWidth = 1;

@@ -1,6 +1,6 @@
 # Everything a person types. Each target makes what it needs; a second call is instant.
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all test-clients sanitize fuzz ray-test image-check ops-test lint format bench soak clean
+.PHONY: help serve test test-all test-clients page-test sanitize fuzz ray-test image-check ops-test lint format bench soak clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -42,6 +42,10 @@ test-all: $(VENV)/.installed-test  ## the heavy suites as well
 test-clients: $(VENV)/.installed-test  ## clients of other makers against a real server; installs them (large)
 	$(BIN)/pip install --quiet --editable '.[clients]'
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/api/clients $(ARGS)
+
+page-test: $(VENV)/.installed-test  ## the live page in headless Chromium, which has to be installed; SCREENSHOTS=FOLDER takes pictures
+	$(BIN)/pip install --quiet --editable '.[page]'
+	$(BIN)/python -m pytest -m slow tests/page $(ARGS)
 
 sanitize: $(VENV)/.installed-test  ## the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer (minutes)
 	$(BIN)/python tests/sanitizers/sanitize.py address $(ARGS)

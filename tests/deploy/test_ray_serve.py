@@ -75,7 +75,11 @@ def test_who_hangs_up_ends_the_work(fleet: str) -> None:
                 async with http.get(f"{fleet}/metrics") as answer:
                     page = await answer.text()
                 lines = [line for line in page.splitlines() if line.startswith("quire_num_requests_running{")]
-                if lines and all(line.endswith(" 0.0") for line in lines) and _total(page, "quire_requests_aborted_total{") > 0:
+                if (
+                    lines
+                    and all(line.endswith(" 0.0") for line in lines)
+                    and _total(page, "quire_requests_aborted_total{") > 0
+                ):
                     return
                 await asyncio.sleep(0.1)
             raise AssertionError("the engine goes on for nobody")

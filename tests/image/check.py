@@ -39,7 +39,7 @@ from image.layers import Layers  # noqa: E402
 
 TARGET = "cpu"
 KEY = "image-check-key"
-START_SECONDS = 300  # for the bundled model, on a machine with much else to do
+START_SECONDS = 900  # for the bundled model, on a machine with much else to do
 STOP_SECONDS = 60  # more than --drain-timeout
 MIRROR = os.environ.get("IMAGE_CHECK_MIRROR", "http://deb.debian.org")
 

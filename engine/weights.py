@@ -19,7 +19,7 @@ from ..kernels.packed import PackedWeight
 from .config_fields import read_json
 from .errors import EngineStartError
 from .layout import Part, Weight
-from .quant.scheme import FLOATS, Entry, Scheme, Storage
+from .quant.scheme import FLOATS, Entry, Scheme, Storage, end_to_end
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -176,23 +176,38 @@ class Checkpoint:
         out = torch.empty(weight.shape, dtype=dtype, device=device)
         flat, end = out.view(-1), 0
         for part, _ in self.sources(weight):
-            values = self.tensor(part.name)
-            flat[end : end + values.numel()].copy_(values.view(-1))
+            values = self.held(part)
+            flat[end : end + values.numel()].copy_(values.reshape(-1))
             end += values.numel()
         return out
 
+    def held(self, part: Part) -> Tensor:
+        """What is held of a tensor of floats: only these pages of the file are touched."""
+        values = self.tensor(part.name)
+        return values if part.cut is None else end_to_end(values, part.cut.dim, part.cut.spans)
+
+    def has_order(self, source: Source) -> bool:
+        """Whether a linear's inputs are said to be in an order of their own (act-order)."""
+        return any(
+            entry.suffix.endswith("g_idx") and name in self._tensors for name, entry in self._names(source).items()
+        )
+
     def packed(self, part: Part, storage: Storage, device: torch.device) -> PackedWeight:
         """A quantized linear, placed. Raises EngineStartError naming the tensor whose values no weight has."""
-        outputs, inputs = part.shape
         tensors = {
-            entry.suffix: self.tensor(name).to(device, copy=True)
+            entry.suffix: self._held_of(part, entry, name).to(device, copy=True)
             for name, entry in self._names(Source(part, storage)).items()
-            if name in self._tensors
+            if name in self._tensors and (part.cut is None or entry.suffix != "weight_shape")  # that of the whole
         }
+        outputs, inputs = part.held
         try:
             return storage.pack(tensors, outputs, inputs)
         except ValueError as error:
             raise EngineStartError(f"{self.folder}: tensor {part.name.removesuffix('weight')}{error}") from None
+
+    def _held_of(self, part: Part, entry: Entry, name: str) -> Tensor:
+        tensor = self.tensor(name)
+        return tensor if part.cut is None else entry.cut(tensor, part.cut.dim, part.cut.spans)
 
 
 def weight_files(folder: Path) -> list[Path]:

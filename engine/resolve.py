@@ -51,7 +51,7 @@ class Machine:
     free_bytes: int
     capability: tuple[int, int] = (0, 0)
     total_bytes: int = 0  # of the GPU
-    devices: int = 0  # GPUs
+    devices: int = 1  # GPUs, where there is one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +115,7 @@ def look_at_machine(device: str) -> Machine:
         free_bytes=free,
         capability=capability,
         total_bytes=total,
-        devices=torch.cuda.device_count() if cuda else 0,
+        devices=torch.cuda.device_count() if cuda else 1,
     )
 
 

@@ -24,6 +24,7 @@ from .compiling import Compiling
 from .config import EngineConfig
 from .errors import EngineStartError, RankLost, RequestError
 from .layout import count_parameters
+<<<<<<< HEAD
 from .messages import Abort, AddRequest, Busy, Down, EngineReady, Shutdown, StepOutputs, StepStats, Up
 from .orders import Collect, Rehearse, Run, digest
 from .ranks import Ranks
@@ -31,8 +32,21 @@ from .recorded import share_threads
 from .resolve import look_at_machine
 from .runner import Launched
 from .sampler import NAN_LOGITS
+=======
+from .loader import load_decoder, locate_model
+from .memory import CudaMeter, describe, measure
+from .messages import Abort, AddRequest, Busy, Down, EngineReady, Shutdown, StepOutputs, StepStats, Up, Watch
+from .model_config import DecoderConfig
+from .recorded import recorded, share_threads
+from .resolve import Resolved, choose_kernels, look_at_machine, resolve, with_kv_cache
+from .runner import Launched, ModelRunner
+from .sampler import NAN_LOGITS, Sampler
+from .slots import SlotTable
+from .spec.build import Drafter, load_draft_config, load_drafter, make_proposers
+>>>>>>> main
 from .startup import Startup
 from .validation import check_request, limits_of
+from .watching import Watching, batch_of
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +72,7 @@ class EngineCore:
         self.config = config
         self.announce: Callable[[float], None] = _tell_nobody  # called before a step that is predicted to be a long one
         startup = startup or Startup()
+<<<<<<< HEAD
         machine = look_at_machine(config.device)
         self._ranks = Ranks(config, machine)
         try:
@@ -72,6 +87,47 @@ class EngineCore:
         except BaseException:
             self._ranks.close()
             raise
+=======
+        with startup.phase("read configuration"):
+            path = locate_model(config.model, config.revision)
+            model = load_config(path)
+            draft = load_draft_config(config, path)
+            settings = resolve(config, model, look_at_machine(config.device), draft)
+            kernels = choose_kernels(config, settings, model, settings.kv_cache_dtype)
+        startup.settle()
+        torch.set_num_threads(settings.threads)
+        with startup.phase("load weights"):
+            decoder = load_decoder(
+                path,
+                model,
+                kernels,
+                settings.dtype,
+                settings.device,
+                settings.max_model_len,
+                rounding=settings.rounding,
+                turn_values=kv_format(settings.kv_cache_dtype).rotates_keys,
+                advance=startup.advance,
+            )
+            drafter = load_drafter(config, settings, path, decoder, kernels)
+        memory = {"weights": settings.weight_bytes}
+        if settings.memory_share is not None:
+            with startup.phase("measure memory"):
+                # Graphs hold on to the cache that they were captured over: this runner goes, with its own.
+                trial = self._runner(path, model, replace(settings, num_blocks=2), kernels, decoder, drafter)
+                measured = measure(trial, settings, meter := CudaMeter())
+                del trial
+                meter.settle()
+                settings = with_kv_cache(config, model, settings, measured.kv_cache(settings.memory_share))
+            memory = measured.table(settings.kv_cache_bytes)
+            log.info("memory of the GPU:\n%s", describe(memory))
+        memory["kv_cache"] = settings.kv_cache_bytes
+        with startup.phase("allocate KV cache"):
+            self.runner = self._runner(path, model, settings, kernels, decoder, drafter)
+        with startup.phase("warm up"):
+            self.runner.warm_up(min(settings.max_num_batched_tokens, settings.max_model_len))
+        with startup.phase("time steps"):
+            cost = calibrate(self.runner, settings)
+>>>>>>> main
         self.scheduler = Scheduler(
             SchedulerConfig(
                 num_blocks=settings.num_blocks,
@@ -99,6 +155,7 @@ class EngineCore:
         self._ahead = int(settings.overlap)  # steps launched before one is collected
         self._out: deque[Step] = deque()
         self._compiling = Compiling(self.grammars)
+        self._watching = Watching()
         self._unplanned: Exception | None = None  # why there is no next step; the scheduler has to start over
         self._collected = 0.0  # when the last step was, on the clock of perf_counter
         self._update_seconds = 0.0
@@ -154,8 +211,11 @@ class EngineCore:
     def has_work(self) -> bool:
         return self.scheduler.has_work or bool(self._out) or len(self._compiling) > 0
 
-    def handle(self, message: AddRequest | Abort) -> list[Chunk]:
+    def handle(self, message: AddRequest | Abort | Watch) -> list[Chunk]:
         """Take one message in; what it ends at once is answered by the chunks."""
+        if isinstance(message, Watch):
+            self._watching.renew(message.seconds)
+            return []
         if isinstance(message, Abort):
             return [chunk for request_id in message.request_ids for chunk in self._abort(request_id, message.index)]
         self.stats.requests_total += 1
@@ -271,8 +331,12 @@ class EngineCore:
         self._collected = now
         # What a stream feels is the whole cycle: an update that nothing overlaps counts as long as the last one was.
         cycle = seconds if self._out else seconds + self._update_seconds
+        accepted = self.scheduler.counters.accepted
         chunks = self.scheduler.update(step.plan, result, cycle)
         self._update_seconds = time.perf_counter() - now
+        if self._watching.is_on:
+            accepted = self.scheduler.counters.accepted - accepted
+            self._watching.saw(batch_of(step.plan, result, accepted, seconds + self._update_seconds))
         if self.config.check:
             self.scheduler.check()
         self.stats.step_tokens = step.plan.num_tokens
@@ -311,7 +375,9 @@ class EngineCore:
         stats.drafted_by_position, stats.accepted_by_position = list(counters.drafted_at), list(counters.accepted_at)
         stats.draft_depths = list(counters.depths)
         stats.graph_steps_total, stats.eager_steps_total = self.runner.graph_steps, self.runner.eager_steps
-        return StepOutputs(chunks, copy(stats))  # the message lives on, on another thread
+        watching = self._watching
+        # The figures are copied: the message lives on, on another thread.
+        return StepOutputs(chunks, copy(stats), watching.batch(), watching.holdings(scheduler))
 
 
 def run(core: EngineCore, receive: Callable[[float], list[Down]], send: Callable[[Up], None]) -> None:

@@ -9,8 +9,13 @@ import threading
 from .client import Heartbeat, OnMessage
 from .config import EngineConfig
 from .core import EngineCore, run
+<<<<<<< HEAD
 from .errors import EngineDeadError, EngineStartError, RankLost
 from .messages import Abort, AddRequest, Busy, Down, EngineDead, EngineReady, Shutdown, StepOutputs, Up
+=======
+from .errors import EngineDeadError, EngineStartError
+from .messages import Abort, AddRequest, Busy, Down, EngineDead, EngineReady, Shutdown, StepOutputs, Up, Watch
+>>>>>>> main
 
 
 class InprocClient:
@@ -35,7 +40,7 @@ class InprocClient:
             raise ready
         return ready
 
-    def send(self, message: AddRequest | Abort) -> None:
+    def send(self, message: AddRequest | Abort | Watch) -> None:
         if self._dead is not None:
             raise EngineDeadError(self._dead)
         self._inbox.put(message)

@@ -59,7 +59,7 @@ def main(channel: socket.socket) -> None:
     code = 0
     try:
         die_with_parent(launch.parent)
-        follow(*_assemble(launch, channel), _orders(channel), launch.rank)
+        take_part(launch, channel)
     except (EngineStartError, RankLost) as error:
         code = 1
         _say(channel, str(error))
@@ -73,9 +73,25 @@ def main(channel: socket.socket) -> None:
     os._exit(code)
 
 
-def follow(runner: ModelRunner, threads: int, orders: Iterator[Order], rank: int) -> None:
+def take_part(launch: RankLaunch, channel: socket.socket) -> None:
+    """Load this rank's part, and carry out orders until there are no more.
+
+    Raises EngineStartError, and RankLost where another rank has gone or has drawn other tokens.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.set_device(launch.rank)
+
+    def meet(settings: Resolved) -> Alone:
+        channel.sendall(frame(Met()))
+        return connect(Path(launch.meeting), launch.rank, settings.tensor_parallel_size, settings.device)
+
+    made = assemble(launch.config, launch.machine, meet, Startup())
+    share_threads(made.runner.decoder, made.settings.threads)
+    follow(made.runner, _orders(channel), launch.rank)
+
+
+def follow(runner: ModelRunner, orders: Iterator[Order], rank: int) -> None:
     """Carry out orders until there are no more. Raises RankLost when what is drawn differs from the first rank's."""
-    share_threads(runner.decoder, threads)
     out: deque[Launched] = deque()
     for order in orders:
         if isinstance(order, Rehearse):
@@ -85,18 +101,6 @@ def follow(runner: ModelRunner, threads: int, orders: Iterator[Order], rank: int
                 raise RankLost(f"rank {rank} has drawn other tokens than the first one")
         else:
             out.append(runner.launch(order.plan))
-
-
-def _assemble(launch: RankLaunch, channel: socket.socket) -> tuple[ModelRunner, int]:
-    if torch.cuda.is_available():
-        torch.cuda.set_device(launch.rank)
-
-    def meet(settings: Resolved) -> Alone:
-        channel.sendall(frame(Met()))
-        return connect(Path(launch.meeting), launch.rank, settings.tensor_parallel_size, settings.device)
-
-    made = assemble(launch.config, launch.machine, meet, Startup())
-    return made.runner, made.settings.threads
 
 
 def _orders(channel: socket.socket) -> Iterator[Order]:

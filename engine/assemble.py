@@ -78,11 +78,12 @@ def assemble(config: EngineConfig, machine: Machine, meet: Callable[[Resolved], 
         model = load_config(path)
         draft = load_draft_config(config, path)
         settings = resolve(config, model, machine, draft)
+        kernels = choose_kernels(config, settings, model, settings.kv_cache_dtype)
     startup.settle()
     torch.set_num_threads(settings.threads)
     with startup.phase("load weights"):
         group = meet(settings)
-        loaded = _load(config, settings, path, model, group, startup)
+        loaded = _load(config, settings, path, model, kernels, group, startup)
     memory = {"weights": settings.weight_bytes}
     if settings.memory_share is not None:
         with startup.phase("measure memory"):
@@ -103,9 +104,14 @@ def assemble(config: EngineConfig, machine: Machine, meet: Callable[[Resolved], 
 
 
 def _load(
-    config: EngineConfig, settings: Resolved, path: Path, model: DecoderConfig, group: Alone, startup: Startup
+    config: EngineConfig,
+    settings: Resolved,
+    path: Path,
+    model: DecoderConfig,
+    kernels: Kernels,
+    group: Alone,
+    startup: Startup,
 ) -> _Loaded:
-    kernels = choose_kernels(config, settings, model, settings.kv_cache_dtype)
     decoder = load_decoder(
         path,
         model,

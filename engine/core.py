@@ -24,26 +24,12 @@ from .compiling import Compiling
 from .config import EngineConfig
 from .errors import EngineStartError, RankLost, RequestError
 from .layout import count_parameters
-<<<<<<< HEAD
-from .messages import Abort, AddRequest, Busy, Down, EngineReady, Shutdown, StepOutputs, StepStats, Up
-from .orders import Collect, Rehearse, Run, digest
+from .messages import Abort, AddRequest, Busy, Down, EngineReady, Shutdown, StepOutputs, StepStats, Up, Watch
 from .ranks import Ranks
 from .recorded import share_threads
 from .resolve import look_at_machine
 from .runner import Launched
 from .sampler import NAN_LOGITS
-=======
-from .loader import load_decoder, locate_model
-from .memory import CudaMeter, describe, measure
-from .messages import Abort, AddRequest, Busy, Down, EngineReady, Shutdown, StepOutputs, StepStats, Up, Watch
-from .model_config import DecoderConfig
-from .recorded import recorded, share_threads
-from .resolve import Resolved, choose_kernels, look_at_machine, resolve, with_kv_cache
-from .runner import Launched, ModelRunner
-from .sampler import NAN_LOGITS, Sampler
-from .slots import SlotTable
-from .spec.build import Drafter, load_draft_config, load_drafter, make_proposers
->>>>>>> main
 from .startup import Startup
 from .validation import check_request, limits_of
 from .watching import Watching, batch_of
@@ -72,7 +58,6 @@ class EngineCore:
         self.config = config
         self.announce: Callable[[float], None] = _tell_nobody  # called before a step that is predicted to be a long one
         startup = startup or Startup()
-<<<<<<< HEAD
         machine = look_at_machine(config.device)
         self._ranks = Ranks(config, machine)
         try:
@@ -80,54 +65,13 @@ class EngineCore:
             model, settings, self.runner, self.grammars = made.model, made.settings, made.runner, made.grammars
             with startup.phase("time steps"):
                 cost = calibrate(self._rehearse, settings)
-        except RankLost:
-            reason = self._ranks.last_words()
+        except RankLost as error:
+            reason = f"{error}: {self._ranks.last_words()}"
             self._ranks.close()
             raise EngineStartError(reason) from None
         except BaseException:
             self._ranks.close()
             raise
-=======
-        with startup.phase("read configuration"):
-            path = locate_model(config.model, config.revision)
-            model = load_config(path)
-            draft = load_draft_config(config, path)
-            settings = resolve(config, model, look_at_machine(config.device), draft)
-            kernels = choose_kernels(config, settings, model, settings.kv_cache_dtype)
-        startup.settle()
-        torch.set_num_threads(settings.threads)
-        with startup.phase("load weights"):
-            decoder = load_decoder(
-                path,
-                model,
-                kernels,
-                settings.dtype,
-                settings.device,
-                settings.max_model_len,
-                rounding=settings.rounding,
-                turn_values=kv_format(settings.kv_cache_dtype).rotates_keys,
-                advance=startup.advance,
-            )
-            drafter = load_drafter(config, settings, path, decoder, kernels)
-        memory = {"weights": settings.weight_bytes}
-        if settings.memory_share is not None:
-            with startup.phase("measure memory"):
-                # Graphs hold on to the cache that they were captured over: this runner goes, with its own.
-                trial = self._runner(path, model, replace(settings, num_blocks=2), kernels, decoder, drafter)
-                measured = measure(trial, settings, meter := CudaMeter())
-                del trial
-                meter.settle()
-                settings = with_kv_cache(config, model, settings, measured.kv_cache(settings.memory_share))
-            memory = measured.table(settings.kv_cache_bytes)
-            log.info("memory of the GPU:\n%s", describe(memory))
-        memory["kv_cache"] = settings.kv_cache_bytes
-        with startup.phase("allocate KV cache"):
-            self.runner = self._runner(path, model, settings, kernels, decoder, drafter)
-        with startup.phase("warm up"):
-            self.runner.warm_up(min(settings.max_num_batched_tokens, settings.max_model_len))
-        with startup.phase("time steps"):
-            cost = calibrate(self.runner, settings)
->>>>>>> main
         self.scheduler = Scheduler(
             SchedulerConfig(
                 num_blocks=settings.num_blocks,
@@ -202,7 +146,7 @@ class EngineCore:
         self._ranks.close()
 
     def _rehearse(self, rows: list[Row]) -> None:
-        self._ranks.tell(Rehearse(rows))
+        self._ranks.rehearse(rows)
         self.runner.rehearse(rows)
 
     # ---------------------------------------------------------------- requests and steps
@@ -281,6 +225,12 @@ class EngineCore:
 
     def step(self) -> list[Chunk]:
         """Finish one step over all requests; nothing to do is an empty list. Raises RankLost where a rank has ended."""
+        try:
+            return self._step()
+        except RankLost as error:
+            raise RankLost(f"{error}: {self._ranks.last_words()}") from error
+
+    def _step(self) -> list[Chunk]:
         share_threads(self.runner.decoder, self._threads)
         self._ranks.check()
         if not self.scheduler.has_work and not self._out:
@@ -315,7 +265,7 @@ class EngineCore:
         predicted = self.scheduler.steps.cost.seconds(self.scheduler.shape)
         scheduled = time.perf_counter()
         self._announce(predicted)
-        self._ranks.tell(Run(plan))
+        self._ranks.launch(plan)
         self._out.append(Step(plan, self.runner.launch(plan), predicted, started, scheduled - started))
         return True
 
@@ -324,7 +274,7 @@ class EngineCore:
         step = self._out.popleft()
         self._announce(step.predicted)
         result = self.runner.collect(step.launched)
-        self._ranks.tell(Collect(digest(result)))
+        self._ranks.collect(result)
         now = time.perf_counter()
         # The device began with it when it was launched, or was done with the one before.
         seconds = now - max(step.started, self._collected)

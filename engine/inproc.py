@@ -9,13 +9,8 @@ import threading
 from .client import Heartbeat, OnMessage
 from .config import EngineConfig
 from .core import EngineCore, run
-<<<<<<< HEAD
 from .errors import EngineDeadError, EngineStartError, RankLost
-from .messages import Abort, AddRequest, Busy, Down, EngineDead, EngineReady, Shutdown, StepOutputs, Up
-=======
-from .errors import EngineDeadError, EngineStartError
 from .messages import Abort, AddRequest, Busy, Down, EngineDead, EngineReady, Shutdown, StepOutputs, Up, Watch
->>>>>>> main
 
 
 class InprocClient:

@@ -140,7 +140,7 @@ class Group(Alone):
 
     def whole_rows(self, linear: Linear) -> Linear:
         form = linear.rows
-        if form is None or form.group or form.scale is not None:
+        if form is None or form.scale is not None:
             return linear
         return Linear(lambda x, packed: linear.run(self._quantized(x, form), packed), linear.packed)
 

@@ -22,9 +22,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from ..scheduler.plan import Row, StepPlan, StepResult
 from .config import EngineConfig
 from .errors import EngineStartError, RankLost
-from .orders import Failed, Order, RankLaunch, answer_decoder, frame, receive
+from .orders import Collect, Failed, Order, RankLaunch, Rehearse, Run, answer_decoder, digest, frame, receive
 from .parallel import ALONE, Alone, connect
 from .resolve import Machine, Resolved
 
@@ -78,17 +79,32 @@ class Ranks:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def tell(self, order: Order) -> None:
-        """All of them, before this rank does the same. Raises RankLost where one has gone."""
+    # What they are told, when this rank is about to do the same. Raises RankLost where one has gone.
+
+    def rehearse(self, rows: list[Row]) -> None:
         if self._ranks:
-            data = frame(order)
-            for rank in self._ranks:
-                self._post(rank, data)
+            self._tell(Rehearse(rows))
+
+    def launch(self, plan: StepPlan) -> None:
+        if self._ranks:
+            self._tell(Run(plan))
+
+    def collect(self, result: StepResult) -> None:
+        """result: what this rank has collected."""
+        if self._ranks:
+            self._tell(Collect(digest(result)))
+
+    def _tell(self, order: Order) -> None:
+        data = frame(order)
+        for rank in self._ranks:
+            self._post(rank, data)
+
+    # Their ends.
 
     def check(self) -> None:
         """Raises RankLost where one has ended."""
         if any(rank.process.poll() is not None for rank in self._ranks):
-            raise RankLost(self.last_words())
+            raise RankLost("a rank has ended")
 
     def last_words(self) -> str:
         """Of the rank that is lost, why."""
@@ -128,7 +144,7 @@ class Ranks:
         try:
             rank.channel.sendall(data)
         except OSError:
-            raise RankLost(self.last_words()) from None
+            raise RankLost("a rank does not listen") from None
 
 
 def _start(number: int) -> _Rank:

@@ -21,7 +21,7 @@ from .linear import Experts, Linear, make_experts, make_linear, make_logits, sid
 from .parallel import ALONE, Alone, Group
 from .quant.rounding import round_weight
 from .quant.scheme import Packing, Storage
-from .sharding import runs
+from .sharding import WHOLE_ROWS, runs
 from .weights import Checkpoint, Source
 
 log = logging.getLogger(__name__)
@@ -88,9 +88,10 @@ class Reader:
     def row_parallel(self, weight: Weight, bias: Tensor | None, turn: Turn | None = None) -> Linear:
         """`linear` of a weight whose inputs the ranks share: of what it gives, the sum over ranks is the product."""
         (source,) = self.checkpoint.sources(weight)
-        if isinstance(self.group, Group) and source.storage is not None and self.checkpoint.has_order(source):
+        if isinstance(self.group, Group) and source.storage is not None and source.storage.packing.ordered:
             return self._in_order(self.group, source, source.storage, bias)
-        return self.group.whole_rows(self.linear(weight, bias, turn))
+        linear, packing = self.linear(weight, bias, turn), source.storage.packing if source.storage else self.rounding
+        return self.group.whole_rows(linear) if packing and packing.format in WHOLE_ROWS else linear
 
     def _in_order(self, group: Group, source: Source, storage: Storage, bias: Tensor | None) -> Linear:
         """The inputs of a group may be anywhere: each rank takes a run of the order, and picks it out of all inputs."""

@@ -19,6 +19,7 @@ from ..kernels.packed import PackedWeight
 from .config_fields import read_json
 from .errors import EngineStartError
 from .layout import Part, Weight
+from .quant.integers import column_order
 from .quant.scheme import FLOATS, Entry, Scheme, Storage, end_to_end
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -186,21 +187,17 @@ class Checkpoint:
         values = self.tensor(part.name)
         return values if part.cut is None else end_to_end(values, part.cut.dim, part.cut.spans)
 
-    def has_order(self, source: Source) -> bool:
-        """Whether a linear's inputs are said to be in an order of their own (act-order)."""
-        return any(
-            entry.suffix.endswith("g_idx") and name in self._tensors for name, entry in self._names(source).items()
-        )
-
     def packed(self, part: Part, storage: Storage, device: torch.device) -> PackedWeight:
         """A quantized linear, placed. Raises EngineStartError naming the tensor whose values no weight has."""
         tensors = {
             entry.suffix: self._held_of(part, entry, name).to(device, copy=True)
             for name, entry in self._names(Source(part, storage)).items()
-            if name in self._tensors and (part.cut is None or entry.suffix != "weight_shape")  # that of the whole
+            if name in self._tensors
         }
         outputs, inputs = part.held
         try:
+            if part.cut is not None:
+                _forget_the_whole(tensors, part, storage)
             return storage.pack(tensors, outputs, inputs)
         except ValueError as error:
             raise EngineStartError(f"{self.folder}: tensor {part.name.removesuffix('weight')}{error}") from None
@@ -208,6 +205,18 @@ class Checkpoint:
     def _held_of(self, part: Part, entry: Entry, name: str) -> Tensor:
         tensor = self.tensor(name)
         return tensor if part.cut is None else entry.cut(tensor, part.cut.dim, part.cut.spans)
+
+
+def _forget_the_whole(tensors: dict[str, Tensor], part: Part, storage: Storage) -> None:
+    """Take out what speaks of all inputs: the shape, and an order that is none. ValueError for one that is."""
+    tensors.pop("weight_shape", None)
+    if part.cut is not None and part.cut.dim == 1:
+        for suffix in ("g_idx", "weight_g_idx"):
+            order = tensors.pop(suffix, None)
+            if column_order(order, part.shape[1], storage.packing.group or part.shape[1]) is not None:
+                raise ValueError(
+                    f"{suffix}: is in an order of its own (act-order), which ranks cannot share in a mixture"
+                )
 
 
 def weight_files(folder: Path) -> list[Path]:

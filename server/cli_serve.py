@@ -216,7 +216,7 @@ def serve(
     ] = ENGINE.threads,
     tensor_parallel_size: Annotated[
         int,
-        option(COMPUTE, "Processes that share the model, each with a part of every layer; on GPUs one for each.", min=1),
+        option(COMPUTE, "Processes that share the model, each with a part of every layer: one for each GPU.", min=1),
     ] = ENGINE.tensor_parallel_size,
     kernels: Annotated[
         list[str] | None,

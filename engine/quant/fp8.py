@@ -66,7 +66,7 @@ class Fp8(Storage):
 
     def step(self, outputs: int, inputs: int, dim: int) -> int:
         """Activations are quantized by blocks too, so none is cut even where it is the only one."""
-        return BLOCK if self.per == "block" and dim == 1 else super().step(outputs, inputs, dim)
+        return BLOCK if self.per == "block" and dim == 1 else Storage.step(self, outputs, inputs, dim)
 
     def pack(self, tensors: Mapping[str, Tensor], outputs: int, inputs: int) -> PackedWeight:
         scale = tensors[self.scale].float()

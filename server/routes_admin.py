@@ -12,6 +12,7 @@ from starlette.responses import Response
 from .. import __version__
 from ..engine.validation import valid_token_ids
 from . import errors, life
+from .description import described
 from .inputs import encode_chat, render_chat
 from .metrics import CONTENT_TYPE
 from .protocol import DetokenizeBody, TokenizeBody
@@ -69,7 +70,7 @@ async def version(request: Request) -> Response:
 
 @router.get("/openapi.json", response_model=None)
 async def openapi(request: Request) -> Response:
-    return _json(request.app.openapi())
+    return _json(described(request.app))
 
 
 @router.post("/tokenize", response_model=None)

@@ -84,6 +84,7 @@ def request_body(ask: Ask, target: Target) -> dict[str, Any]:
         "stream": True,
         "stream_options": {"include_usage": True},
         **target.extra_body,
+        **ask.fields,
     }
     if target.endpoint == CHAT:
         if ask.token_ids is not None:

@@ -10,8 +10,9 @@ import json
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from ..scheduler.traces import SHAREGPT, draw_lengths
 
@@ -35,13 +36,15 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request. Exactly one of token_ids, text and messages is set; output_len None = as long as `answer` is."""
+    """One request. Exactly one of token_ids, text and messages is set; output_len None = as long as `answer` is.
+    fields: what its body has beside those of all requests."""
 
     token_ids: tuple[int, ...] | None = None
     text: str | None = None
     messages: tuple[dict[str, str], ...] | None = None
     output_len: int | None = None
     answer: str | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
 
 
 def random_shapes(count: int, input_len: int, output_len: int, range_ratio: float, seed: int) -> list[Shape]:
@@ -103,22 +106,24 @@ def read_asks(path: Path, count: int, output_len: int | None, seed: int) -> list
         raise ValueError(f"--dataset {path}: not valid JSON ({error})") from error
     if not isinstance(rows, list):
         raise ValueError(f"--dataset {path}: a .json file holds a list of conversations; use .jsonl for single rows")
-    asks = [ask for number, row in enumerate(rows) if (ask := _row(row, f"{path} row {number + 1}")) is not None]
+    found = (ask_of(row, f"--dataset {path} row {number}") for number, row in enumerate(rows, 1))
+    asks = [ask for ask in found if ask is not None]
     if not asks:
         raise ValueError(f"--dataset {path}: no usable rows")
     random.Random(seed).shuffle(asks)
     asks = [asks[i % len(asks)] for i in range(count)]
     if output_len is None:
         return asks
-    return [Ask(ask.token_ids, ask.text, ask.messages, output_len) for ask in asks]
+    return [replace(ask, output_len=output_len, answer=None) for ask in asks]
 
 
-def _row(row: object, where: str) -> Ask | None:
+def ask_of(row: object, where: str) -> Ask | None:
+    """What a row of a file asks; None for a conversation that cannot be used. Raises ValueError."""
     if not isinstance(row, dict):
-        raise ValueError(f"--dataset {where}: expected an object, found {type(row).__name__}")
+        raise ValueError(f"{where}: expected an object, found {type(row).__name__}")
     limit = row.get("max_tokens")
     if limit is not None and (not isinstance(limit, int) or limit < 1):
-        raise ValueError(f"--dataset {where}: max_tokens {limit!r} must be a whole number above 0")
+        raise ValueError(f"{where}: max_tokens {limit!r} must be a whole number above 0")
     match row:
         case {"conversations": [{"value": str(question)}, {"value": str(answer)}, *_]}:
             return Ask(text=question, output_len=limit, answer=answer) if question and answer else None
@@ -130,4 +135,4 @@ def _row(row: object, where: str) -> Ask | None:
             return Ask(text=text, output_len=limit)
         case {"prompt": [*ids]} if ids and all(type(i) is int for i in ids):
             return Ask(token_ids=tuple(ids), output_len=limit)
-    raise ValueError(f"--dataset {where}: needs a non-empty prompt (text or token ids), messages or conversations")
+    raise ValueError(f"{where}: needs a non-empty prompt (text or token ids), messages or conversations")

@@ -15,16 +15,18 @@ from rich.text import Text
 
 from .. import __version__
 from .metrics import LATENCIES, Distribution
-from .serve import LoadConfig, Result
+from .serve import NUM_PROMPTS, LoadConfig, Result
 
 TITLES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E"}
 
 
 def load_text(config: LoadConfig) -> str:
     cap = f", at most {config.concurrency} at once" if config.concurrency else ""
+    if config.trace is not None:
+        return f"trace at {1 / config.time_scale:g} x its speed{cap}"
     if config.request_rate is not None:
         return f"open loop, {config.request_rate:g} requests/s{cap}"
-    return f"closed loop, {config.concurrency or config.num_prompts} at once"
+    return f"closed loop, {config.concurrency or config.num_prompts or NUM_PROMPTS} at once"
 
 
 def counters_text(result: Result) -> Text:
@@ -47,7 +49,9 @@ def table(result: Result) -> Group:
     summary, config = result.summary, result.config
     facts = Table.grid(padding=(0, 2))
     facts.add_row("Model", result.model)
-    facts.add_row("Load", f"{load_text(config)}; {config.dataset} on {config.endpoint}")
+    facts.add_row("Load", f"{load_text(config)}; {config.trace or config.dataset} on {config.endpoint}")
+    for why, count in result.left_out.items():
+        facts.add_row("Left out", f"{count} requests of the trace: {why}")
     facts.add_row("Requests", f"{summary.completed} completed, {sum(summary.errors.values())} failed")
     facts.add_row("Duration", f"{summary.duration:.2f} s")
     facts.add_row("Tokens", f"{summary.prompt_tokens} in ({summary.cached_tokens} cached), {summary.output_tokens} out")
@@ -57,7 +61,7 @@ def table(result: Result) -> Group:
     if summary.goodput is not None:
         limits = " ".join(f"{name}:{1000 * limit:g}" for name, limit in config.goodput.items())
         facts.add_row("Goodput", f"{summary.goodput:.2f} requests/s within {limits} ms")
-    if config.request_rate is not None:
+    if config.request_rate is not None or config.trace is not None:
         facts.add_row("Sent late by", f"at most {1000 * summary.max_lateness:.1f} ms")
     facts.add_row("Server's counters", counters_text(result))
     for kind, count in summary.errors.items():
@@ -88,6 +92,7 @@ def as_json(result: Result) -> dict[str, Any]:
         "failed": sum(summary.errors.values()),
         "errors": summary.errors,
         "error_examples": result.details,
+        "left_out": result.left_out,
         "total_input_tokens": summary.prompt_tokens,
         "total_output_tokens": summary.output_tokens,
         "total_cached_tokens": summary.cached_tokens,

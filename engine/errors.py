@@ -4,7 +4,8 @@ QuireError
 ├── RequestError          the caller's request: one request ends, with a message that names field, value and remedy
 │   └── TooLongError      prompt (and output) do not fit the context
 └── EngineError
-    ├── EngineStartError  bad folder, bad setting, not enough memory: before any port opens
+    ├── EngineStartError  bad folder, bad setting, not enough memory
+    │   └── SettingError  seen before anything was loaded: what was asked for cannot be
     └── EngineDeadError   the engine process is gone
 """
 
@@ -32,6 +33,10 @@ class EngineError(QuireError):
 
 
 class EngineStartError(EngineError):
+    pass
+
+
+class SettingError(EngineStartError):
     pass
 
 

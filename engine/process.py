@@ -2,7 +2,7 @@
 
     API process                                  engine process (python -m quire.engine.process FOLDER)
     ProcessClient ── stdin: silence; its end means that the parent is gone ────────────────────────▶ exit
-      send() ──────── unix socket, PUSH → PULL: Launch, AddRequest, Abort, Shutdown ────────────────▶ run()
+      send() ──────── unix socket, PUSH → PULL: Launch, AddRequest, Abort, Watch, Shutdown ─────────▶ run()
       receiver thread ◀── unix socket, PULL ← PUSH: Progress, EngineReady, StepOutputs, EngineDead ── run()
       receiver thread ◀── a pipe: the process has ended ─────────────────────────────────────────────
 
@@ -31,7 +31,7 @@ import zmq
 
 from .client import Heartbeat, OnMessage
 from .config import EngineConfig
-from .errors import EngineDeadError, EngineStartError
+from .errors import EngineDeadError, EngineStartError, SettingError
 from .lifeline import die_with_parent, exit_at_end_of
 from .messages import (
     Abort,
@@ -45,6 +45,7 @@ from .messages import (
     Shutdown,
     StepOutputs,
     Up,
+    Watch,
     down_decoder,
     encoder,
     up_decoder,
@@ -99,7 +100,7 @@ class ProcessClient:
             self._receiver.start()
             return ready
 
-    def send(self, message: AddRequest | Abort) -> None:
+    def send(self, message: AddRequest | Abort | Watch) -> None:
         if self._dead is not None:
             raise EngineDeadError(self._dead)
         self._post(message)
@@ -177,7 +178,7 @@ class ProcessClient:
             if isinstance(message, EngineReady):
                 return message
             if isinstance(message, EngineDead):
-                raise EngineStartError(message.reason)
+                raise (SettingError if message.kind == "setting" else EngineStartError)(message.reason)
             if isinstance(message, Progress):
                 self._on_message(message)
         raise EngineStartError(f"the engine process ended while it started ({self._exit_code()})")
@@ -317,7 +318,7 @@ def main(folder: str) -> None:
         run(core, receive, send)
     except EngineStartError as error:
         code = 1
-        send(EngineDead(str(error)))
+        send(EngineDead(str(error), "start" if startup.settled else "setting"))
     except BaseException as error:
         code = 1
         log.exception("the engine cannot go on")

@@ -14,7 +14,7 @@ class Startup:
         self.seconds: dict[str, float] = {}  # of the phases that are over
         self._tell = tell
         self._phase = ""
-        self._settled = False
+        self.settled = False  # the settings have turned out to be right; what may still fail is the machine, or a file
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -25,12 +25,11 @@ class Startup:
         self.seconds[name] = round(time.perf_counter() - started, 3)
 
     def settle(self) -> None:
-        """The settings have turned out to be right; what may still fail is the machine, or a file."""
-        self._settled = True
+        self.settled = True
 
     def advance(self, done: float) -> None:
         """So much of the present phase is done, 0 to 1."""
         self._report(done)
 
     def _report(self, done: float | None) -> None:
-        self._tell(Progress(self._phase, dict(self.seconds), done, self._settled))
+        self._tell(Progress(self._phase, dict(self.seconds), done, self.settled))

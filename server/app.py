@@ -18,18 +18,29 @@ from starlette.responses import Response
 from .. import __version__
 from ..engine.chat import load_chat_template
 from ..engine.client import EngineClient
-from ..engine.errors import QuireError
+from ..engine.errors import QuireError, SettingError
 from ..engine.grammar import Grammars, Vocabulary
 from ..engine.messages import EngineDead, EngineReady, StepStats
 from ..engine.rendering import shared_workers
 from ..engine.tokenizer import generation_defaults, load_tokenizer
 from ..engine.validation import limits_of
-from . import errors, logs, routes_admin, routes_chat, routes_completions, routes_decisions, routes_fleet, routes_render
+from . import (
+    errors,
+    logs,
+    routes_admin,
+    routes_chat,
+    routes_completions,
+    routes_decisions,
+    routes_fleet,
+    routes_page,
+    routes_render,
+)
 from .admission import Admission
 from .auth import Door
 from .config import ServerConfig
 from .cost import Experience
 from .dispatcher import Dispatcher
+from .feed import Feed
 from .inputs import TextSide
 from .keys import Key, KeyRing
 from .keys_file import Stamp, follow, load_keys, stamp_of
@@ -63,11 +74,13 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
             if path is not None:
                 door.use_keys(load_keys(path))
             app.state.quire = await _start(dispatcher, config, door)
+            app.state.feed.shows(app.state.quire)
             if config.otlp_traces_endpoint is not None:
                 app.state.tracer = open_tracer(config.otlp_traces_endpoint, app.state.quire.model_names[0])
         except Exception as error:
             if not dispatcher.stopping:
                 logger.error("cannot start: %s", error if isinstance(error, QuireError) else logs.where(error))
+            app.state.refused = isinstance(error, SettingError)
             dispatcher.life.ends(EngineDead("it could not be started"))
             await dispatcher.stop()
             raise
@@ -109,10 +122,12 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
         title="Quire", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
     )
     asking = (routes_completions, routes_chat, responses, messages, routes_decisions, routes_render)
-    for module in (*asking, routes_admin, routes_fleet):
+    for module in (*asking, routes_admin, routes_fleet, *([routes_page] if config.live_page else [])):
         app.include_router(module.router)
     app.state.quire = None  # until the engine serves
+    app.state.refused = False  # the engine cannot be what it was asked to be
     app.state.dispatcher = dispatcher
+    app.state.feed = Feed(dispatcher)
     app.state.life_metrics = LifeMetrics(dispatcher.life)
     app.state.door = door
     app.state.tracer = None

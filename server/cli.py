@@ -6,9 +6,10 @@ Commands import what they need when they run, so that `quire --help` answers at 
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from .. import __version__
 from ..engine.errors import QuireError
@@ -22,8 +23,35 @@ from .cli_quantize import quantize
 from .cli_serve import CONTEXT, serve
 from .cli_tune import tune
 
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # the base of all that options can be wrong by
+
+
+class OneLine(TyperGroup):
+    """What is wrong with a command line is said in one line, exit code 2, for people and for logs."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+        except UsageError as error:
+            if not standalone_mode:
+                raise
+            self._explain(error)
+            sys.exit(2)
+        except typer.Abort:
+            sys.exit(1)
+        return sys.exit(code if isinstance(code, int) else 0) if standalone_mode else code
+
+    def _explain(self, error: Any) -> None:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            out.print(error.ctx.get_help(), markup=False)
+            return
+        text = " ".join(error.format_message().split())
+        err.print(f"{error.ctx.command_path if error.ctx else 'quire'}: {text}", markup=False)
+
+
 app = typer.Typer(
     name="quire",
+    cls=OneLine,
     help="Serve language models, and find out how well.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -53,7 +53,9 @@ def bench_serve(
         option(SERVER, "Key, if the server wants one.", envvar=["QUIRE_API_KEY", "OPENAI_API_KEY"], show_default=False),
     ] = None,
     request_timeout: Annotated[float, option(SERVER, "Seconds until a request counts as failed.")] = 600.0,
-    num_prompts: Annotated[int, option(LOAD, "Requests to send.", min=1)] = 100,
+    num_prompts: Annotated[
+        int | None, option(LOAD, "Requests to send; nothing = 100, or all of a trace.", min=1)
+    ] = None,
     num_warmups: Annotated[int, option(LOAD, "Requests before them that are not counted.", min=0)] = 1,
     concurrency: Annotated[
         int | None,
@@ -65,6 +67,21 @@ def bench_serve(
     burstiness: Annotated[
         float, option(LOAD, "Shape of the gaps of an open loop: 1 = Poisson, below 1 = in bursts, above 1 = even.")
     ] = 1.0,
+    trace: Annotated[
+        str | None,
+        option(
+            LOAD,
+            "Open loop with the arrivals and lengths of a file: JSON lines of our own or of Mooncake, CSV of Azure or "
+            "BurstGPT (bench/README.md).",
+        ),
+    ] = None,
+    time_scale: Annotated[
+        float, option(LOAD, "Seconds of the replay for one of the trace: 0.5 = twice as fast.")
+    ] = 1.0,
+    length_scale: Annotated[float, option(LOAD, "Tokens of the replay for one of the trace.")] = 1.0,
+    too_long: Annotated[
+        str, option(LOAD, "Requests of a trace that the server's context does not hold: refuse or skip.")
+    ] = "refuse",
     dataset: Annotated[
         str,
         option(
@@ -116,6 +133,10 @@ def bench_serve(
             concurrency=concurrency,
             request_rate=request_rate,
             burstiness=burstiness,
+            trace=trace,
+            time_scale=time_scale,
+            length_scale=length_scale,
+            too_long=too_long,
             dataset=dataset,
             random_input_len=random_input_len,
             random_output_len=random_output_len,
@@ -151,10 +172,10 @@ def measure(config: LoadConfig, json_file: Path | None) -> bool:
 
     columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err, disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task("requests", total=config.num_prompts)
+        task = bar.add_task("requests", total=None)
         # uvloop spends less per event, which counts where client and server share the cores.
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            result = runner.run(run(config, lambda done: bar.advance(task, done)))
+            result = runner.run(run(config, lambda done, total: bar.update(task, advance=done, total=total)))
     out.print(table(result))
     if json_file is not None:
         json_file.write_text(json.dumps(as_json(result), indent=2) + "\n", encoding="utf-8")

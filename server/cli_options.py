@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import typer
 from rich.console import Console
 
 ENV_PREFIX = "QUIRE"
+OTHERS = ("QUIRE_NATIVE_LIBRARY",)  # variables that are read elsewhere
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -84,21 +86,16 @@ def read_config_file(ctx: typer.Context, path: Path | None) -> Path | None:
     """Callback of --config: the file's values become defaults of the other options. Keys are options without dashes."""
     if path is None:
         return None
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise typer.BadParameter(f"{path}: {error}", param_hint="--config") from error
-    if not isinstance(values, dict):
-        raise typer.BadParameter(f"{path}: expected `option: value` lines", param_hint="--config")
     spelling = ctx.token_normalize_func or str
-    values = {spelling(str(key)).replace("-", "_"): value for key, value in values.items()}
-    known = {parameter.name for parameter in ctx.command.params} - {"config"}
-    if unknown := sorted(set(values) - known):
-        raise typer.BadParameter(
-            f"{path}: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}", param_hint="--config"
-        )
+    known = {str(parameter.name) for parameter in ctx.command.params} - {"config"}
+    values: dict[str, Any] = {}
+    for key, value in _read_pairs(path):
+        name = spelling(key).replace("-", "_")
+        if name not in known:
+            raise typer.BadParameter(f"{path}: unknown {key}; {meant(name, known)}", param_hint="--config")
+        if name in values:
+            raise typer.BadParameter(f"{path}: {key} is given twice; leave one out", param_hint="--config")
+        values[name] = value
     for name, value in values.items():
         if isinstance(value, dict):  # kernels: {attention: reference}
             values[name] = [f"{key}={item}" for key, item in value.items()]
@@ -106,10 +103,50 @@ def read_config_file(ctx: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
+def _read_pairs(path: Path) -> list[tuple[str, Any]]:
+    """The file's lines as they stand there, a key that comes twice included."""
+    import yaml
+
+    try:
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        if node is None:
+            return []
+        if not isinstance(node, yaml.MappingNode):
+            raise typer.BadParameter(f"{path}: expected `option: value` lines", param_hint="--config")
+        return [(str(loader.construct_object(key)), loader.construct_object(value, True)) for key, value in node.value]
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"{path} is no text: {error.reason}", param_hint="--config") from error
+    except OSError as error:
+        raise typer.BadParameter(f"{path} cannot be read: {error.strerror}", param_hint="--config") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise typer.BadParameter(f"{path} is not YAML: {_one_line(error)}", param_hint="--config") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """What somebody who wrote `name` may have had in mind, as an option is spelled."""
+    close = get_close_matches(name, sorted(known), n=1)
+    return f"did you mean {close[0].replace('_', '-')}?" if close else "`quire serve --help` lists what there is"
+
+
+# A pod is told of every service of its namespace: of one whose name begins with "quire", by such variables.
+KUBERNETES = re.compile(r"_SERVICE_(HOST|PORT(_\w+)?)$|_PORT(_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?)?$")
+
+
 def unknown_environment(ctx: typer.Context) -> list[str]:
-    """QUIRE_… variables that no option of this command reads: most likely misspelled."""
-    known = {f"{ENV_PREFIX}_{parameter.name}".upper() for parameter in ctx.command.params}
-    return sorted(name for name in os.environ if name.startswith(ENV_PREFIX + "_") and name not in known)
+    """QUIRE_… variables that no option of this command reads, each with what may have been meant: misspelled ones."""
+    known = {f"{ENV_PREFIX}_{parameter.name}".upper(): str(parameter.name) for parameter in ctx.command.params}
+    unknown = [name for name in os.environ if name.startswith(ENV_PREFIX + "_") and name not in (*known, *OTHERS)]
+    return [
+        f"{name} is in the environment, and no option reads it; "  # its value may be a key
+        f"{meant(name.removeprefix(ENV_PREFIX + '_').lower(), known.values())}"
+        for name in sorted(unknown)
+        if KUBERNETES.search(name) is None
+    ]
 
 
 def changed_values(ctx: typer.Context, secret: Iterable[str] = ()) -> dict[str, tuple[Any, str]]:

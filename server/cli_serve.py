@@ -6,6 +6,7 @@ Every field of `EngineConfig` and `ServerConfig` is an option of that name; defa
 from __future__ import annotations
 
 import ipaddress
+import socket
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -52,6 +53,8 @@ def spelling(name: str) -> str:
     name = name.replace("_", "-")
     return ALIASES.get(name, name)
 
+
+FREE_PORT = "give one that is free, from 1024 to 65535, or 0 for any, and a --host of this machine"
 
 CONTEXT = {"auto_envvar_prefix": ENV_PREFIX, "token_normalize_func": spelling}
 
@@ -318,6 +321,9 @@ def serve(
     max_engine_restarts: Annotated[
         int, option(LIMITS, "Times in a row that an engine which ended is started again.", min=0)
     ] = SERVER.max_engine_restarts,
+    live_page: Annotated[
+        bool, option(LOGS, "The page at / that shows the engine at work.", "--live-page/--no-live-page")
+    ] = SERVER.live_page,
     vllm_metrics: Annotated[
         bool, option(LOGS, "Repeat metrics under their vllm: names.", "--vllm-metrics/--no-vllm-metrics")
     ] = SERVER.vllm_metrics,
@@ -332,9 +338,9 @@ def serve(
 
     Every option is also a variable (QUIRE_MAX_MODEL_LEN) and a line of --config. vLLM's spellings are accepted.
     """
+    if unknown := unknown_environment(ctx):
+        _refuse("; ".join(unknown))
     engine_config, server_config = read_settings(ctx)
-    for name in unknown_environment(ctx):
-        err.print(f"[yellow]warning:[/] {name} in the environment is no option of quire serve")
     for name, (value, source) in changed_values(ctx, secret=("api_key",)).items():
         err.print(f"{name.replace('_', '-')} = {value}  ({source})", style="dim", markup=False)
     if not run(engine_config, server_config):
@@ -342,18 +348,26 @@ def serve(
 
 
 def run(engine_config: EngineConfig, server_config: ServerConfig) -> bool:
-    """Serve from an engine in a process of its own until told to stop; False if that went wrong."""
+    """Serve from an engine in a process of its own until told to stop; False if that went wrong. Ends with exit code 2
+    where it cannot be done as asked: before anything is started, or while the engine reads its settings."""
     from ..engine.process import ProcessClient
     from ..engine.supervisor import Supervisor
+    from .serve import SettingsRefused
     from .serve import serve as serve_until_stopped
 
+    for name, port in (("port", server_config.port), ("health-port", server_config.health_port)):
+        if port is not None and (why := why_not_listen(server_config.host, port)) is not None:
+            _refuse(f"--{name} {port}: nothing can listen there on {server_config.host} ({why}); {FREE_PORT}")
     engine = Supervisor(
         ProcessClient,
         engine_config,
         hang_timeout=server_config.hang_timeout,
         max_restarts=server_config.max_engine_restarts,
     )
-    return serve_until_stopped(engine, server_config)
+    try:
+        return serve_until_stopped(engine, server_config)
+    except SettingsRefused:
+        raise typer.Exit(2) from None
 
 
 def read_settings(ctx: typer.Context) -> tuple[EngineConfig, ServerConfig]:
@@ -396,6 +410,18 @@ def _refuse(why: str) -> NoReturn:
     """One line, and the exit code of a wrong option."""
     err.print(f"quire: {why}", markup=False)
     raise typer.Exit(2)
+
+
+def why_not_listen(host: str, port: int) -> str | None:
+    """What keeps this process from listening there: asked before anything is started, which would have to be ended."""
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def is_loopback(host: str) -> bool:

@@ -35,12 +35,16 @@ YOUNG_OBJECTS = 50_000
 KEEP_ALIVE_SECONDS = 65  # longer than the usual proxy's 60: whoever closes first must be the one who knows it
 
 
+class SettingsRefused(Exception):
+    """What was asked for cannot be; the reason has been logged, and no port was ever open."""
+
+
 def serve(client: EngineClient, config: ServerConfig) -> bool:
     """Start `client`, and listen; returns when stopped. False if the start failed or the engine is gone for good.
 
-    The port opens when the engine's settings are known to be right; what is wrong with them is in the log, and no port
-    was ever open. From here on SIGTERM and SIGINT are the server's, and after it nobody's: the process is to end, and a
-    late one shall not break that off.
+    The port opens when the engine's settings are known to be right; before, what is wrong with them is logged, and
+    SettingsRefused raised. From here on SIGTERM and SIGINT are the server's, and after it nobody's: the process is to
+    end, and a late one shall not break that off.
     """
     logs.setup(config.log_level, config.log_json)
     try:
@@ -53,6 +57,8 @@ def serve(client: EngineClient, config: ServerConfig) -> bool:
         server.run()
         return server.told_to_stop or not server.engine_is_gone
     except SystemExit:  # uvicorn's word for a failed start; the reason has been logged
+        if server.refused and not server.told_to_stop:
+            raise SettingsRefused from None
         return server.told_to_stop
     finally:
         if server.probes is not None:
@@ -102,6 +108,10 @@ class _Server(uvicorn.Server):
         )
 
     @property
+    def refused(self) -> bool:
+        return bool(self._app.state.refused)
+
+    @property
     def engine_is_gone(self) -> bool:
         return self._dispatcher.life.over
 
@@ -113,6 +123,10 @@ class _Server(uvicorn.Server):
             logger.info("listening on http://%s:%d", self.config.host, _port(self) or self.config.port)
         if self.probes is not None:
             self.probes.start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._app.state.feed.close()  # whoever watches would have it wait for them
+        await super().shutdown(sockets)
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second; True ends the server."""

@@ -230,11 +230,12 @@ def test_a_bad_folder_is_reported_before_any_port_opens(tiny_model: Path, tmp_pa
     config = json.loads((tiny_model / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 0}))
     run = subprocess.run(
-        [sys.executable, "-P", "-m", "quire.server.cli", "serve", str(tmp_path), "--port", "1"],
+        [sys.executable, "-P", "-m", "quire.server.cli", "serve", str(tmp_path), "--port", "0"],
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert run.returncode == 1
+    assert run.returncode == 2
+    assert "listening" not in run.stderr + run.stdout
     assert "num_attention_heads" in run.stderr + run.stdout
     assert "Traceback" not in run.stderr + run.stdout

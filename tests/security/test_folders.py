@@ -280,7 +280,7 @@ def test_a_server_with_such_a_template_ends_with_its_reason(folder: Path) -> Non
         "serve",
         str(folder),
         "--port",
-        "1",
+        "0",
         "--dtype",
         "float32",
     ]

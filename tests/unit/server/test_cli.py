@@ -106,7 +106,7 @@ def test_every_setting_is_an_option_and_there_are_not_too_many() -> None:
     options = options_of("serve")
     assert settings <= options
     assert options - settings == {"config", "api_key_file", "insecure_no_auth"}
-    assert len(options) <= 64
+    assert len(options) <= 65
 
 
 def test_nothing_given_is_the_defaults(served: list[Settings]) -> None:
@@ -230,9 +230,12 @@ def test_the_model_may_come_from_file_and_environment(served: list[Settings], tm
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("max-seqs: 3", "unknown max_seqs"),
+        ("max-seqs: 3", "unknown max-seqs; did you mean max-num-seqs?"),
         ("- a\n- b", "option: value"),
-        ("a: [", "--config"),
+        ("a: [", "is not YAML"),
+        ("port: 1\nport: 2", "port is given twice"),
+        ("max-model-len: 1\nmax_model_len: 2", "max_model_len is given twice"),
+        ("wholly-else: 1", "quire serve --help"),
         ("port: many", "--port"),
         ("config: other.yaml", "unknown config"),
         ("x: !!python/object/apply:os.getcwd []", "--config"),
@@ -244,7 +247,26 @@ def test_bad_files_are_refused(served: list[Settings], tmp_path: Path, content: 
     result = invoke("serve", "--config", str(path))
     assert result.exit_code == 2
     assert message in result.output
+    assert result.output.count("\n") == 1
     assert not served
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00port: 1"])
+def test_files_that_cannot_be_read_are_refused(served: list[Settings], tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "quire.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    result = invoke("serve", "--config", str(path))
+    assert result.exit_code == 2
+    assert str(path) in result.output
+    assert result.output.count("\n") == 1
+    assert not served
+
+
+def test_an_empty_file_changes_nothing(served: list[Settings], tmp_path: Path) -> None:
+    path = tmp_path / "quire.yaml"
+    path.write_text("# nothing yet\n")
+    assert serve_settings(served, "--config", str(path)) == (EngineConfig(), ServerConfig())
 
 
 def test_where_values_came_from_is_said_but_keys_never(served: list[Settings], tmp_path: Path) -> None:
@@ -262,10 +284,21 @@ def test_where_values_came_from_is_said_but_keys_never(served: list[Settings], t
     assert "sk-env" not in invoke("serve", "--help", env={"QUIRE_API_KEY": "sk-env"}).output
 
 
-def test_a_misspelled_variable_is_warned_about(served: list[Settings]) -> None:
-    result = invoke("serve", env={"QUIRE_MAX_SEQS": "3", "QUIRE_PORT": "8001"})
+def test_a_misspelled_variable_is_refused(served: list[Settings]) -> None:
+    result = invoke("serve", env={"QUIRE_MAX_SEQS": "sk-secret", "QUIRE_PORT": "8001"})
+    assert result.exit_code == 2
     assert "QUIRE_MAX_SEQS" in result.output
-    assert "warning: QUIRE_PORT" not in result.output
+    assert "did you mean max-num-seqs?" in result.output
+    assert "QUIRE_PORT" not in result.output
+    assert "sk-secret" not in result.output
+    assert result.output.count("\n") == 1
+    assert not served
+
+
+def test_variables_that_kubernetes_sets_for_a_service_are_not_misspelled(served: list[Settings]) -> None:
+    names = ("SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_80_TCP", "PORT_80_TCP_ADDR")
+    serve_settings(served, env={f"QUIRE_PROD_{name}": "10.0.0.1" for name in names})
+    assert invoke("serve", env={"QUIRE_PROD_HOST": "10.0.0.1"}).exit_code == 2
 
 
 def test_an_open_door_needs_a_key_or_a_word(served: list[Settings], tmp_path: Path) -> None:
@@ -377,7 +410,21 @@ def test_bad_options_are_refused(served: list[Settings], args: str) -> None:
     assert result.exit_code == 2
     assert args.split()[0].removesuffix("s") in result.output
     assert "Traceback" not in result.output
+    assert result.output.count("\n") == 1
     assert not served
+
+
+@pytest.mark.parametrize("args", [["nonsense"], ["bench", "nonsense"], ["plan", "--nonsense"], ["bench", "serve", "a"]])
+def test_every_command_refuses_in_one_line(args: list[str]) -> None:
+    result = invoke(*args)
+    assert result.exit_code == 2
+    assert result.output.startswith("quire")
+    assert result.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("args", [[], ["bench"]])
+def test_a_command_that_needs_another_lists_them(args: list[str]) -> None:
+    assert "Usage" in invoke(*args).output
 
 
 # sizes

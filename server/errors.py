@@ -15,8 +15,8 @@ import msgspec
 from starlette.responses import Response
 
 from ..engine.errors import EngineDeadError, RequestError, TooLongError
-from .json_answer import json_answer
 
+JSON = "application/json"
 ANTHROPIC = "/v1/messages"  # where paths of Anthropic's API begin
 MAX_RETRY_SECONDS = 3600
 SHOWN_CHARS = 60  # of a refused value: enough to recognise it, too little to fill a log or echo a prompt
@@ -61,7 +61,7 @@ class ApiError(Exception):
         return {}
 
     def response(self, path: str = "") -> Response:
-        return json_answer(self.body(path), self.status, self.headers())
+        return Response(msgspec.json.encode(self.body(path)), self.status, self.headers(), JSON)
 
 
 _TYPES = {

@@ -13,7 +13,6 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from . import errors
 from .config import ServerConfig
-from .json_answer import JSON
 
 WRITE_NOW = "write_now"  # Callable[[bytes], bool]; False: nothing was written, use ASGI's `send`, which can wait
 MAX_HEADER_BYTES = 16 * 1024  # as nginx and Node; a long bearer token is 2 KiB
@@ -142,7 +141,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._refused = True
         content = msgspec.json.encode(error.body())
         fields = {
-            "content-type": JSON,
+            "content-type": errors.JSON,
             "content-length": str(len(content)),
             "connection": "close",
             **error.headers(),

@@ -13,7 +13,6 @@ from starlette.responses import Response
 
 from . import errors
 from .auth import POLICIES, Door, Policy
-from .json_answer import JSON
 from .state import state_of
 
 # A body of this size takes a millisecond to decode. Larger ones are decoded on a text thread: those that come together
@@ -66,7 +65,7 @@ class _JsonRequest(Request):
     async def read(cls, request: Request, limit: int) -> _JsonRequest:
         """Raises 413 past `limit` bytes, 408 if they trickle, 415 for anything but JSON, 400 if it is malformed."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != JSON:
+        if kind != errors.JSON:
             raise errors.unsupported_media_type("send the body as `application/json`.")
         if request.headers.get("content-encoding", "identity").lower() != "identity":
             raise errors.unsupported_media_type("send the body uncompressed.")

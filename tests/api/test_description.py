@@ -30,8 +30,7 @@ def says_nothing(schema):
         not {"type", "$ref", "enum", "const", "anyOf"} & option.keys()
         or (option.get("type") == "array" and says_nothing(option.get("items", {})))
         or (option.get("type") == "object" and not {"properties", "additionalProperties"} & option.keys())
-        or option.get("additionalProperties") is True
-        and "properties" not in option
+        or (option.get("additionalProperties") is True and "properties" not in option)
         for option in options
     )
 

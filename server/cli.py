@@ -29,9 +29,9 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # the base of all t
 class OneLine(TyperGroup):
     """What is wrong with a command line is said in one line, exit code 2, for people and for logs."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(self, args: Any = None, prog_name: Any = None, *, standalone_mode: bool = True, **extra: Any) -> Any:
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            code = super().main(args, prog_name, standalone_mode=False, **extra)
         except UsageError as error:
             if not standalone_mode:
                 raise

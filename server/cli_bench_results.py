@@ -27,10 +27,11 @@ def bench_compare(
     """Two results of `quire bench serve`: ratios B / A with bootstrap intervals, and differences of paired requests."""
     with failures():
         from ..bench import compare
+        from ..bench.plots import loads_of
 
         one, other = read_result(a), read_result(b)
         compared = compare.compare(one, other, tuple(across or ()), seed)
-        servers = compare.server_differences(*(compare.loads_of(result)[0] for result in (one, other)))
+        servers = compare.server_differences(*(loads_of(result)[0] for result in (one, other)))
     for part in compare.tables(compared, servers):
         out.print(part)
     if json_file is not None:

@@ -1,6 +1,6 @@
 # Everything a person types. Each target makes what it needs; a second call is instant.
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all test-clients sanitize fuzz lint format bench soak clean
+.PHONY: help serve test test-all test-clients sanitize fuzz image-check lint format bench soak clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 
 help:  ## this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +49,9 @@ sanitize: $(VENV)/.installed-test  ## the C++ kernels under AddressSanitizer, UB
 
 fuzz: $(VENV)/.installed-test  ## more than fifty thousand bad inputs, counted (half an hour); ARGS="bodies --scale 0.1"
 	$(BIN)/python tests/security/fuzz.py $(ARGS)
+
+image-check: $(VENV)/.installed-test  ## the Dockerfile's steps run and its image served, without Docker; as root, wants debootstrap
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/image/check.py $(ARGS)
 
 lint: $(VENV)/.installed-lint  ## style and types
 	$(BIN)/ruff check .

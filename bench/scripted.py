@@ -22,6 +22,7 @@ from ..engine.messages import (
     EngineReady,
     StepOutputs,
     StepStats,
+    Watch,
     encoder,
     up_decoder,
 )
@@ -76,8 +77,9 @@ class ScriptedEngine:
             memory_bytes={},
         )
 
-    def send(self, message: AddRequest | Abort) -> None:
-        self._inbox.put(message)
+    def send(self, message: AddRequest | Abort | Watch) -> None:
+        if not isinstance(message, Watch):
+            self._inbox.put(message)
 
     def kill(self) -> None:
         self.close()

@@ -1,6 +1,6 @@
 """How the API side talks to an engine: one interface, in this process or in a child.
 
-    send(AddRequest | Abort) ──▶ engine          engine ──▶ on_message(Progress … StepOutputs … EngineDead)
+    send(AddRequest | Abort | Watch) ──▶ engine  engine ──▶ on_message(Progress … StepOutputs … EngineDead)
 
 No asyncio here: `on_message` is called on a thread of the client's own; an async caller hops to its loop there.
 """
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from .messages import Abort, AddRequest, EngineDead, EngineHung, EngineReady, Progress, StepOutputs
+from .messages import Abort, AddRequest, EngineDead, EngineHung, EngineReady, Progress, StepOutputs, Watch
 
 # What is heard of an engine: of one that is alone Progress, StepOutputs and EngineDead; of one that is watched and
 # started again (supervisor.py) also EngineHung, and EngineReady whenever another has taken its place.
@@ -29,7 +29,7 @@ class EngineClient(Protocol):
         """Start the engine and block until it serves. Raises EngineStartError with the reason (bad folder, memory…)."""
         ...
 
-    def send(self, message: AddRequest | Abort) -> None:
+    def send(self, message: AddRequest | Abort | Watch) -> None:
         """Hand a message over and return at once; thread-safe. Raises EngineDeadError once the engine is gone."""
         ...
 

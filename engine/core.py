@@ -38,7 +38,7 @@ from .kv_scales import load_kv_scales
 from .layout import count_parameters
 from .loader import load_decoder, locate_model
 from .memory import CudaMeter, describe, measure
-from .messages import Abort, AddRequest, Busy, Down, EngineReady, Shutdown, StepOutputs, StepStats, Up
+from .messages import Abort, AddRequest, Busy, Down, EngineReady, Shutdown, StepOutputs, StepStats, Up, Watch
 from .model_config import DecoderConfig
 from .recorded import recorded, share_threads
 from .resolve import Resolved, choose_kernels, look_at_machine, resolve, with_kv_cache
@@ -49,6 +49,7 @@ from .spec.build import Drafter, load_draft_config, load_drafter, make_proposers
 from .startup import Startup
 from .tokenizer import load_tokenizer
 from .validation import check_request, limits_of
+from .watching import Watching, batch_of
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +141,7 @@ class EngineCore:
         self._ahead = int(settings.overlap)  # steps launched before one is collected
         self._out: deque[Step] = deque()
         self._compiling = Compiling(self.grammars)
+        self._watching = Watching()
         self._unplanned: Exception | None = None  # why there is no next step; the scheduler has to start over
         self._collected = 0.0  # when the last step was, on the clock of perf_counter
         self._update_seconds = 0.0
@@ -217,8 +219,11 @@ class EngineCore:
     def has_work(self) -> bool:
         return self.scheduler.has_work or bool(self._out) or len(self._compiling) > 0
 
-    def handle(self, message: AddRequest | Abort) -> list[Chunk]:
+    def handle(self, message: AddRequest | Abort | Watch) -> list[Chunk]:
         """Take one message in; what it ends at once is answered by the chunks."""
+        if isinstance(message, Watch):
+            self._watching.renew(message.seconds)
+            return []
         if isinstance(message, Abort):
             return [chunk for request_id in message.request_ids for chunk in self._abort(request_id, message.index)]
         self.stats.requests_total += 1
@@ -331,8 +336,12 @@ class EngineCore:
         self._collected = now
         # What a stream feels is the whole cycle: an update that nothing overlaps counts as long as the last one was.
         cycle = seconds if self._out else seconds + self._update_seconds
+        accepted = self.scheduler.counters.accepted
         chunks = self.scheduler.update(step.plan, result, cycle)
         self._update_seconds = time.perf_counter() - now
+        if self._watching.is_on:
+            accepted = self.scheduler.counters.accepted - accepted
+            self._watching.saw(batch_of(step.plan, result, accepted, seconds + self._update_seconds))
         if self.config.check:
             self.scheduler.check()
         self.stats.step_tokens = step.plan.num_tokens
@@ -371,7 +380,9 @@ class EngineCore:
         stats.drafted_by_position, stats.accepted_by_position = list(counters.drafted_at), list(counters.accepted_at)
         stats.draft_depths = list(counters.depths)
         stats.graph_steps_total, stats.eager_steps_total = self.runner.graph_steps, self.runner.eager_steps
-        return StepOutputs(chunks, copy(stats))  # the message lives on, on another thread
+        watching = self._watching
+        # The figures are copied: the message lives on, on another thread.
+        return StepOutputs(chunks, copy(stats), watching.batch(), watching.holdings(scheduler))
 
 
 def run(core: EngineCore, receive: Callable[[float], list[Down]], send: Callable[[Up], None]) -> None:

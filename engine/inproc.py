@@ -10,7 +10,7 @@ from .client import Heartbeat, OnMessage
 from .config import EngineConfig
 from .core import EngineCore, run
 from .errors import EngineDeadError, EngineStartError
-from .messages import Abort, AddRequest, Busy, Down, EngineDead, EngineReady, Shutdown, StepOutputs, Up
+from .messages import Abort, AddRequest, Busy, Down, EngineDead, EngineReady, Shutdown, StepOutputs, Up, Watch
 
 
 class InprocClient:
@@ -35,7 +35,7 @@ class InprocClient:
             raise ready
         return ready
 
-    def send(self, message: AddRequest | Abort) -> None:
+    def send(self, message: AddRequest | Abort | Watch) -> None:
         if self._dead is not None:
             raise EngineDeadError(self._dead)
         self._inbox.put(message)

@@ -1,6 +1,6 @@
 """What crosses between the API side and the engine: typed msgpack, never pickle.
 
-down  Launch (once, before all else)  AddRequest  Abort  Shutdown
+down  Launch (once, before all else)  AddRequest  Abort  Watch  Shutdown
 up    Progress  EngineReady  Busy  StepOutputs (one a step, for all requests)  EngineDead
 """
 
@@ -39,6 +39,12 @@ class AddRequest(msgspec.Struct, frozen=True, tag="add", omit_defaults=True):
 class Abort(msgspec.Struct, frozen=True, tag="abort", omit_defaults=True):
     request_ids: list[str]
     index: int | None = None  # of the sample that ends, while its siblings go on; None = all of them
+
+
+class Watch(msgspec.Struct, frozen=True, tag="watch"):
+    """Somebody looks on: for so long, StepOutputs tell what each step was made of, and who holds what."""
+
+    seconds: float
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
@@ -100,9 +106,44 @@ def add_totals(stats: StepStats, before: StepStats) -> StepStats:
     return stats
 
 
-class StepOutputs(msgspec.Struct, frozen=True, tag="step"):
+class StepBatch(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What one step was made of, as it ran. The tokens of all parts together are what the model was given."""
+
+    decodes: int  # streams that got their next token
+    packed_prompts: int  # prompts of which this step computed all that the cache lacked
+    packed_tokens: int
+    chunk_prompts: int  # prompts of which it computed a part
+    chunk_tokens: int
+    drafted: int  # tokens that were guessed and verified
+    accepted: int  # of these, those that were drawn
+    seconds: float  # of the whole step: planning, model, and taking in what it gave
+
+
+class Holding(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One tenant's part of the engine."""
+
+    tenant: str
+    waiting: int  # samples
+    running: int
+    blocks: int  # that its running samples hold; a shared one counts for each of them
+
+
+class Holdings(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Who holds the engine now. Blocks that nobody holds are in StepStats."""
+
+    shared_blocks: int  # held by several: the beginning of prompts that they have in common
+    whole_blocks: int  # held by one, and full: others can find them
+    open_blocks: int  # held by one, and still being written
+    tenants: list[Holding]
+
+
+class StepOutputs(msgspec.Struct, frozen=True, omit_defaults=True, tag="step"):
+    """News of a step; the last two only while somebody watches, and `holdings` only now and then."""
+
     chunks: list[Chunk]
     stats: StepStats
+    batch: StepBatch | None = None
+    holdings: Holdings | None = None
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag="ready"):
@@ -171,7 +212,7 @@ class EngineDead(msgspec.Struct, frozen=True, tag="dead"):
     final: bool = True
 
 
-Down = AddRequest | Abort | Shutdown
+Down = AddRequest | Abort | Watch | Shutdown
 Up = Progress | EngineReady | Busy | StepOutputs | EngineDead
 
 __all__ = [
@@ -182,14 +223,18 @@ __all__ = [
     "EngineDead",
     "EngineHung",
     "EngineReady",
+    "Holding",
+    "Holdings",
     "Launch",
     "Progress",
     "Shutdown",
     "Slo",
     "Speculative",
+    "StepBatch",
     "StepOutputs",
     "StepStats",
     "TokenLogprob",
+    "Watch",
 ]
 
 encoder = msgspec.msgpack.Encoder()

@@ -2,7 +2,7 @@
 
     API process                                  engine process (python -m quire.engine.process FOLDER)
     ProcessClient ── stdin: silence; its end means that the parent is gone ────────────────────────▶ exit
-      send() ──────── unix socket, PUSH → PULL: Launch, AddRequest, Abort, Shutdown ────────────────▶ run()
+      send() ──────── unix socket, PUSH → PULL: Launch, AddRequest, Abort, Watch, Shutdown ─────────▶ run()
       receiver thread ◀── unix socket, PULL ← PUSH: Progress, EngineReady, StepOutputs, EngineDead ── run()
       receiver thread ◀── a pipe: the process has ended ─────────────────────────────────────────────
 
@@ -45,6 +45,7 @@ from .messages import (
     Shutdown,
     StepOutputs,
     Up,
+    Watch,
     down_decoder,
     encoder,
     up_decoder,
@@ -99,7 +100,7 @@ class ProcessClient:
             self._receiver.start()
             return ready
 
-    def send(self, message: AddRequest | Abort) -> None:
+    def send(self, message: AddRequest | Abort | Watch) -> None:
         if self._dead is not None:
             raise EngineDeadError(self._dead)
         self._post(message)

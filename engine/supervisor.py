@@ -21,7 +21,7 @@ from functools import partial
 from .client import EngineClient, News, OnMessage
 from .config import EngineConfig
 from .errors import EngineDeadError, EngineStartError
-from .messages import Abort, AddRequest, EngineDead, EngineHung, EngineReady, Progress
+from .messages import Abort, AddRequest, EngineDead, EngineHung, EngineReady, Progress, Watch
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Supervisor:
         self._thread.start()
         return self._ready
 
-    def send(self, message: AddRequest | Abort) -> None:
+    def send(self, message: AddRequest | Abort | Watch) -> None:
         client = self._client
         if self._serving_since is None or client is None:
             raise EngineDeadError("the engine is being started again")

@@ -23,7 +23,8 @@ MAX_PATTERN_COUNT = 1_000_000
 MAX_STOP_STRINGS = 4  # as OpenAI's
 MAX_STOP_CHARS = 4096  # each is matched character by character, and up to so many are held back from a stream
 MAX_STOP_TOKEN_IDS = 128  # compared on the device at every step
-MAX_BAD_WORDS = 128  # as vLLM's; each is compared with the end of the output at every step
+MAX_BAD_WORDS = 128  # as vLLM's
+MAX_BAD_SPELLINGS = 2 * MAX_BAD_WORDS  # of them, in tokens; each is compared with the end of the output at every step
 MAX_BAD_WORD_TOKENS = 64
 MAX_THINKING_TAG_TOKENS = 32  # a tag of bytes has a dozen
 MAX_LOGIT_BIAS = 1024  # entries; a row of the device's table
@@ -269,7 +270,7 @@ def _check_token_lists(params: SamplingParams, vocab_size: int) -> None:
         if not params.allowed_token_ids:
             raise RequestError("allowed_token_ids is empty; leave it out to allow all", "allowed_token_ids")
 
-    _few(params.bad_words, "bad_words", MAX_BAD_WORDS)
+    _few(params.bad_words, "bad_words", MAX_BAD_SPELLINGS)
     for i, word in enumerate(params.bad_words):
         if not word:
             raise RequestError(f"bad_words[{i}] is empty; remove it", "bad_words")

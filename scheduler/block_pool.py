@@ -31,6 +31,14 @@ class BlockContent(NamedTuple):
     token_ids: tuple[int, ...]
 
 
+class Census(NamedTuple):
+    """Held blocks: by several; by one, with content that can be found; by one, without."""
+
+    shared: int
+    whole: int
+    open: int
+
+
 class BlockPool:
     """`eviction` names the order: "lru", or "discard" and "phase", which go by predictions (`predict.py`).
 
@@ -133,6 +141,12 @@ class BlockPool:
         life = self._lives[block]
         return life is not None and life.facts.generated
 
+    def census(self) -> Census:
+        """A walk over all blocks."""
+        shared = sum(refs > 1 for refs in self._refs)
+        whole = sum(refs == 1 and content is not None for refs, content in zip(self._refs, self._content, strict=True))
+        return Census(shared, whole, self.num_used - shared - whole)
+
     def _horizon(self) -> float:
         return self._foresight.horizon(self.num_cached, self.now) if self._foresight is not None else 0.0
 
@@ -175,6 +189,7 @@ class BlockPool:
         if content is not None:
             self._leave_cache(content)
         self._erase(block)
+        self.num_evicted += 1
         return block
 
     def _look_again(self, foresight: Foresight, count: int) -> None:

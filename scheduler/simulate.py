@@ -111,6 +111,18 @@ class Simulation:
         self._open: dict[str, Outcome] = {}
         self._answers = [RowResult()] * scheduler.config.max_num_seqs  # of a row that draws, by slot
 
+    @property
+    def num_open(self) -> int:
+        """Requests that have not ended."""
+        return len(self._due) + len(self._open)
+
+    def submit(self, arrival: Arrival) -> Outcome:
+        """One more request, which comes no earlier than those before it: `steps` goes on with it."""
+        outcome = Outcome(arrival)
+        self._due.append((len(self.outcomes), outcome))
+        self.outcomes.append(outcome)
+        return outcome
+
     def steps(self) -> Iterator[Step]:
         """Until the last request has ended. Raises RuntimeError if the scheduler stands still with work to do."""
         scheduler = self.scheduler

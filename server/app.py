@@ -24,12 +24,23 @@ from ..engine.messages import EngineDead, EngineReady, StepStats
 from ..engine.rendering import shared_workers
 from ..engine.tokenizer import generation_defaults, load_tokenizer
 from ..engine.validation import limits_of
-from . import errors, logs, routes_admin, routes_chat, routes_completions, routes_decisions, routes_fleet, routes_render
+from . import (
+    errors,
+    logs,
+    routes_admin,
+    routes_chat,
+    routes_completions,
+    routes_decisions,
+    routes_fleet,
+    routes_page,
+    routes_render,
+)
 from .admission import Admission
 from .auth import Door
 from .config import ServerConfig
 from .cost import Experience
 from .dispatcher import Dispatcher
+from .feed import Feed
 from .inputs import TextSide
 from .keys import Key, KeyRing
 from .keys_file import Stamp, follow, load_keys, stamp_of
@@ -63,6 +74,7 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
             if path is not None:
                 door.use_keys(load_keys(path))
             app.state.quire = await _start(dispatcher, config, door)
+            app.state.feed.shows(app.state.quire)
             if config.otlp_traces_endpoint is not None:
                 app.state.tracer = open_tracer(config.otlp_traces_endpoint, app.state.quire.model_names[0])
         except Exception as error:
@@ -110,11 +122,12 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
         title="Quire", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
     )
     asking = (routes_completions, routes_chat, responses, messages, routes_decisions, routes_render)
-    for module in (*asking, routes_admin, routes_fleet):
+    for module in (*asking, routes_admin, routes_fleet, *([routes_page] if config.live_page else [])):
         app.include_router(module.router)
     app.state.quire = None  # until the engine serves
     app.state.refused = False  # the engine cannot be what it was asked to be
     app.state.dispatcher = dispatcher
+    app.state.feed = Feed(dispatcher)
     app.state.life_metrics = LifeMetrics(dispatcher.life)
     app.state.door = door
     app.state.tracer = None

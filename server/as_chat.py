@@ -23,9 +23,10 @@ from .state import State
 # Fields of a chat request that other surfaces have names of their own for, or no place in their answers.
 ONLY_CHAT = frozenset(
     {
-        "add_generation_prompt", "continue_final_message", "echo", "include_reasoning", "logprobs",
-        "max_completion_tokens", "max_tokens", "messages", "n", "prompt_logprobs", "reasoning_effort",
-        "response_format", "return_token_ids", "stream_options",
+        "add_generation_prompt", "continue_final_message", "echo", "function_call", "functions", "include_reasoning",
+        "logprob_token_ids", "logprobs", "max_completion_tokens", "max_tokens", "messages", "n", "prompt_logprobs",
+        "reasoning_effort", "response_format", "return_prompt_text", "return_token_ids", "return_tokens_as_token_ids",
+        "stream_options", "top_logprobs",
     }
 )  # fmt: skip
 
@@ -105,6 +106,15 @@ def object_at(value: Any, where: str) -> dict[str, Any]:
     """Raises 400, naming the field, for anything but an object."""
     if not isinstance(value, dict):
         raise errors.invalid(f"`{where}` must be an object; got {errors.shown(value)}.", where)
+    return value
+
+
+def list_at(value: Any, where: str) -> list[Any]:
+    """None is none. Raises 400, naming the field, for anything else but a list."""
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise errors.invalid(f"`{where}` must be a list; got {errors.shown(value)}.", where)
     return value
 
 

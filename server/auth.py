@@ -52,6 +52,9 @@ POLICIES = {
     "/live": Policy(scope=None, counted=False, probe=True),
     "/metrics": Policy(scope=METRICS, counted=False, probe=True),
     "/version": Policy(scope=None, counted=False),
+    "/": Policy(scope=None, counted=False),
+    "/page/{file}": Policy(scope=None, counted=False),
+    "/steps": Policy(scope=METRICS, counted=False),
 }
 
 

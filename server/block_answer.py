@@ -87,10 +87,12 @@ class _Fold:
         self.ending: Ending | None = None
         self._usage = generation.usage
         self._usage.reasoning_tokens = 0
-        self._reading = Reading(generation.request.format)
+        (prompt,) = generation.request.prompts
+        self._reading = Reading(generation.request.format, tells_tokens=prompt.params.logprobs is not None)
 
     def add(self, delta: Delta) -> list[Change]:
-        changes = self.blocks.add(self._reading.pieces(delta))
+        pieces = self._reading.pieces(delta)
+        changes = self.blocks.add(pieces, self._reading.said)
         self._usage.reasoning_tokens = self._reading.reasoning_tokens
         if delta.finish_reason is not None:
             self.ending = Ending(delta.finish_reason, delta.stop_reason)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from ..scheduler.plan import TokenLogprob
 from .parsing.pieces import CallBegin, Content, Piece, Reasoning
 
 
@@ -20,6 +21,7 @@ class Block:
     id      of a call: what its result names
     name    of a call: the function
     is_cut  the answer ended inside it, and not by itself
+    tokens  of a text, if they were asked for: their log-probabilities; they may come before or after their text
     """
 
     index: int
@@ -28,6 +30,7 @@ class Block:
     name: str = ""
     is_cut: bool = False
     parts: list[str] = field(default_factory=list)
+    tokens: list[TokenLogprob] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -56,8 +59,8 @@ class Blocks:
     def __init__(self) -> None:
         self.row: list[Block] = []
 
-    def add(self, pieces: Iterable[Piece]) -> list[Change]:
-        """What `pieces` change, in their order."""
+    def add(self, pieces: Iterable[Piece], said: Iterable[tuple[int, TokenLogprob]] = ()) -> list[Change]:
+        """What `pieces` change, in their order; `said` are tokens of texts, as in Reading."""
         changes: list[Change] = []
         for piece in pieces:
             if isinstance(piece, CallBegin):
@@ -69,7 +72,18 @@ class Blocks:
             block = self.row[-1]
             block.parts.append(piece.text)
             changes.append(More(block, piece.text))
+        for num_calls, token in said:
+            self._text_behind(num_calls).tokens.append(token)
         return changes
+
+    def _text_behind(self, num_calls: int) -> Block:
+        """The text that stands behind so many calls: there is one, since tokens of it have been seen."""
+        before = 0
+        for block in self.row:
+            if block.kind == "text" and before == num_calls:
+                return block
+            before += block.kind == "call"
+        raise LookupError(num_calls)
 
     def end(self, *, is_cut: bool) -> list[Change]:
         """The answer has ended. One that said nothing is an empty text, so that there is a block in any case."""

@@ -321,6 +321,9 @@ def serve(
     max_engine_restarts: Annotated[
         int, option(LIMITS, "Times in a row that an engine which ended is started again.", min=0)
     ] = SERVER.max_engine_restarts,
+    live_page: Annotated[
+        bool, option(LOGS, "The page at / that shows the engine at work.", "--live-page/--no-live-page")
+    ] = SERVER.live_page,
     vllm_metrics: Annotated[
         bool, option(LOGS, "Repeat metrics under their vllm: names.", "--vllm-metrics/--no-vllm-metrics")
     ] = SERVER.vllm_metrics,

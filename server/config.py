@@ -38,6 +38,7 @@ class ServerConfig:
     generation_config     "auto" = the model's own sampling defaults, "none" = OpenAI's
     tool_call_parser      how the model spells calls of tools: "auto" = as its chat template does, "none" = no tools
     reasoning_parser      how it marks its thinking: "auto" = as its chat template does, "none" = all text is content
+    live_page             the page at / that shows the engine at work, and /steps, which feeds it
     vllm_metrics          repeat the metrics that dashboards and gateways know under their `vllm:` names
     otlp_traces_endpoint  where OpenTelemetry spans are sent (OTLP over HTTP); None = there are none
     log_json              one JSON object a line
@@ -67,6 +68,7 @@ class ServerConfig:
     generation_config: str = "auto"
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
+    live_page: bool = True
     vllm_metrics: bool = False
     otlp_traces_endpoint: str | None = None
     log_json: bool = False

@@ -26,6 +26,7 @@ from ..engine.messages import (
     Progress,
     StepOutputs,
     StepStats,
+    Watch,
     add_totals,
 )
 from . import errors
@@ -166,7 +167,8 @@ def _merge(held: Chunk, chunk: Chunk) -> None:
 
 
 class Dispatcher:
-    """The one user of the engine client. `on_stats` is called with the figures of every step.
+    """The one user of the engine client. `on_stats` is called with the figures of every step, and then `on_watched` with
+    its message where it tells more than figures, as it does after `watch`.
 
     An engine that was started again counts from zero. What its predecessors counted is added here, so that every total
     only grows for whoever looks at it from this side.
@@ -174,6 +176,7 @@ class Dispatcher:
 
     def __init__(self, client: EngineClient, hang_timeout: float) -> None:
         self.on_stats: Callable[[StepStats], None] = _ignore
+        self.on_watched: Callable[[StepOutputs], None] = _ignore
         self.life = Life(lambda: self._client.heartbeat_age(), hang_timeout)
         self.settled = asyncio.Event()  # the settings of the engine that starts are right
         self.stopping = False  # what fails from here on fails on purpose
@@ -231,6 +234,11 @@ class Dispatcher:
         with contextlib.suppress(EngineDeadError):  # then the mailbox learns of it
             self._client.send(Abort([request_id], index))
 
+    def watch(self, seconds: float) -> None:
+        """For so long, have the engine tell more of its steps; one that is being started again is asked in vain."""
+        with contextlib.suppress(EngineDeadError):
+            self._client.send(Watch(seconds))
+
     def fail_all(self, failure: errors.ApiError) -> None:
         for mailbox in set(self._mailboxes.values()):
             mailbox.fail(failure)
@@ -272,11 +280,13 @@ class Dispatcher:
         now = time.monotonic()
         self._stats = message.stats if self._before is None else add_totals(message.stats, self._before)
         self.on_stats(self._stats)
+        if message.batch is not None or message.holdings is not None:
+            self.on_watched(message)
         for chunk in message.chunks:
             mailbox = self._mailboxes.get(chunk.request_id)
             if mailbox is not None:  # else it was forgotten a moment ago, and the abort is on its way
                 mailbox.put(chunk, now)
 
 
-def _ignore(stats: StepStats) -> None:
+def _ignore(news: StepStats | StepOutputs) -> None:
     pass

@@ -95,6 +95,11 @@ def too_many_connections(limit: int) -> ApiError:
     return ApiError(503, message, code="too_many_connections", retry_after=random.uniform(1, 4))
 
 
+def too_many_watchers(limit: int) -> ApiError:
+    message = f"As many watch the engine's steps as may: {limit}. Close a page that shows them, and try again."
+    return ApiError(503, message, code="too_many_watchers", retry_after=random.uniform(5, 15))
+
+
 def unauthorized() -> ApiError:
     message = "Missing or wrong API key. Send it as `Authorization: Bearer KEY`."
     return ApiError(401, message, code="invalid_api_key")

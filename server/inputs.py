@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from jinja2.exceptions import TemplateError
 
 from ..engine.chat import ChatTemplate, Renderer, reason, require_chat_template
@@ -114,15 +115,26 @@ def completion_size(body: CompletionBody, limits: Limits) -> Asked:
 
 
 def chat_size(body: ChatBody) -> Asked:
-    """What `body` asks for, as far as its fields tell."""
+    """What `body` asks for, as far as its fields tell. Tools, and calls that were made, are a part of the prompt."""
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     return Asked(
         samples=body.samples,
-        prompt_bytes=sum(_content_bytes(message.get("content")) for message in body.messages),
+        prompt_bytes=_json_bytes(body.tools) + sum(_message_bytes(message) for message in body.messages),
         max_tokens=None if asked is None else max(asked, 0),
         logprobs=bool(body.logprobs),
         prompt_logprobs=body.prompt_logprobs is not None,
     )
+
+
+def _message_bytes(message: dict[str, Any]) -> int:
+    return _content_bytes(message.get("content")) + _json_bytes(message.get("tool_calls"))
+
+
+def _json_bytes(value: Any) -> int:
+    try:
+        return len(msgspec.json.encode(value)) if value else 0
+    except RecursionError:  # nested more deeply than is taken: refused where it is read
+        return 0
 
 
 def _content_bytes(content: Any) -> int:
@@ -194,18 +206,28 @@ def render_chat(body: ChatBody | TokenizeBody, text: TextSide, tools: list[dict[
 
 def _template_variables(body: ChatBody | TokenizeBody, template: ChatTemplate) -> dict[str, Any]:
     """What the caller sets for the template. An effort also switches thinking, where that is all there is to switch."""
-    variables = dict(body.template_variables)
+    variables = dict(body.chat_template_kwargs or {})
     if isinstance(body, ChatBody) and body.documents is not None:
         if "documents" not in template.variables:
             raise errors.unsupported(
                 "documents", "This model's chat template reads no `documents`; put their text into a message."
             )
         variables["documents"] = body.documents
-    if isinstance(body, ChatBody) and body.reasoning_effort is not None and "enable_thinking" in template.variables:
-        variables.setdefault("enable_thinking", body.reasoning_effort != "none")
-        if "reasoning_effort" not in template.variables:
-            variables.pop("reasoning_effort", None)
+    if isinstance(body, ChatBody) and body.reasoning_effort is not None:
+        _set_effort(variables, body.reasoning_effort, template)
     return variables
+
+
+def _set_effort(variables: dict[str, Any], effort: str, template: ChatTemplate) -> None:
+    """As far as the template reads it. Raises 400 where it does not, unless none is what was asked for."""
+    if "reasoning_effort" in template.variables and effort != "none":
+        variables.setdefault("reasoning_effort", effort)
+    if "enable_thinking" in template.variables:
+        variables.setdefault("enable_thinking", effort != "none")
+    elif "reasoning_effort" not in template.variables and effort != "none":
+        raise errors.unsupported(
+            "reasoning_effort", "`reasoning_effort`: this model's chat template reads none; leave it out."
+        )
 
 
 def encode_chat(rendered: str, body: ChatBody | TokenizeBody, text: TextSide) -> list[int]:
@@ -329,8 +351,8 @@ def _logit_bias(given: Mapping[str, float] | None) -> dict[int, float]:
 def _bad_words(words: list[str] | None, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
     """A word is spelled by other tokens at the start of a text than after a space: both are forbidden."""
     spelled: dict[tuple[int, ...], None] = {}
-    if len(words or ()) > MAX_BAD_WORDS // 2:
-        raise errors.invalid(f"`bad_words` has more than {MAX_BAD_WORDS // 2} entries.", "bad_words")
+    if len(words or ()) > MAX_BAD_WORDS:
+        raise errors.invalid(f"`bad_words` has more than {MAX_BAD_WORDS} entries.", "bad_words")
     for word in words or ():
         if not word.strip():
             raise errors.invalid("`bad_words` cannot contain an empty string.", "bad_words")

@@ -7,6 +7,7 @@ Written by the dispatcher on the event loop, read from any thread: by probes, by
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,10 +25,10 @@ FIRST_WAIT = 5.0  # seconds, for Retry-After: nobody knows how long the first st
 
 
 class Life:
-    """heartbeat_age: of the engine, in seconds; older than `hang_timeout` it hangs."""
+    """heartbeat_age: of the engine, in seconds, infinite where there is none; older than `hang_timeout` it hangs."""
 
     def __init__(self, heartbeat_age: Callable[[], float], hang_timeout: float) -> None:
-        self._heartbeat_age = heartbeat_age
+        self.heartbeat_age = heartbeat_age
         self._hang_timeout = hang_timeout
         self._phase: Literal["starting", "serving", "restarting", "dead"] = "serving"
         self._since = time.monotonic()
@@ -45,7 +46,7 @@ class Life:
         """Why no request can be served now: one of STATES, or None."""
         if self._phase != "serving":
             return self._phase
-        return "hung" if self._heartbeat_age() > self._hang_timeout else None
+        return "hung" if self.heartbeat_age() > self._hang_timeout else None
 
     def refusal(self) -> errors.ApiError | None:
         """The answer to a request that comes now, if it is not to be served."""
@@ -158,3 +159,11 @@ class LifeMetrics(Collector):
             restarts.add_metric((reason,), life.restarts[reason])
         yield restarts
         yield CounterMetricFamily("quire_engine_hung", "Times that the engine was taken to hang.", value=life.hangs)
+        heartbeat = GaugeMetricFamily(
+            "quire_engine_heartbeat_age_seconds",
+            "Since the engine's last sign of life; absent where none serves.",
+            labels=(),
+        )
+        if math.isfinite(age := life.heartbeat_age()):
+            heartbeat.add_metric((), age)
+        yield heartbeat

@@ -82,8 +82,11 @@ class Metrics:
         self.stats = StepStats(kv_blocks_total=ready.num_blocks)
         sizes = _one_two_five(ready.max_model_len)
 
-        self.time_to_first_token = self._histogram(
-            "time_to_first_token_seconds", "From arrival to a sample's first token.", TTFT_BUCKETS
+        self.time_to_first_token = TallyHistogram(
+            "quire_time_to_first_token_seconds",
+            "From arrival to a sample's first token.",
+            *("model_name", model_name),
+            TTFT_BUCKETS,
         )
         self.inter_token_latency = TallyHistogram(
             "quire_inter_token_latency_seconds",
@@ -102,9 +105,10 @@ class Metrics:
         )
         self.request_prompt_tokens = self._histogram("request_prompt_tokens", "Tokens of a prompt.", sizes)
         self.request_generation_tokens = self._histogram("request_generation_tokens", "Tokens of a sample.", sizes)
-        self.contention_factor = self._histogram(
-            "contention_factor",
+        self.contention_factor = TallyHistogram(
+            "quire_contention_factor",
             "A finished sample's time over the predicted one of a sample alone in the engine, with an empty cache.",
+            *("model_name", model_name),
             CONTENTION_BUCKETS,
         )
         self.step_tokens = self._histogram(
@@ -160,7 +164,13 @@ class Metrics:
             buckets=REQUEST_BUCKETS,
             registry=self._registry,
         )
-        for collector in (self.inter_token_latency, self.generation_tokens, _EngineCollector(self, ready, model_name)):
+        tallies = (
+            self.time_to_first_token,
+            self.inter_token_latency,
+            self.contention_factor,
+            self.generation_tokens,
+        )
+        for collector in (*tallies, _EngineCollector(self, ready, model_name)):
             self._registry.register(collector)
         ProcessCollector(registry=self._registry)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from ..engine.messages import Slo, Speculative
 from ..engine.validation import MAX_TENANT_BYTES, Limits, check_promises, check_speculative
@@ -22,10 +22,13 @@ from .logs import logger
 from .structured import GUIDED, grammar_of
 
 Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]  # what the wire to the engine can carry
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]  # to think with, as OpenAI's
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions only
 
 MAX_QUESTIONS = 400  # of one call, as OpenAI's
 MAX_ABORTED = 10_000  # ids in one call
+
+ID_NAMES = AliasChoices("request_id", "rid")
 
 # Accepted and without effect here.
 NO_EFFECT = frozenset(
@@ -49,6 +52,7 @@ NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "mm_processor_kwargs": (),
     "modalities": (["text"],),
     "prompt_embeds": (),
+    "separate_reasoning": (True,),
     "stop_regex": (),
     "suffix": ("",),
     "thinking_token_budget": (),
@@ -62,6 +66,7 @@ NOT_BUILT: dict[str, tuple[Any, ...]] = {
 REMEDIES = {
     "best_of": "ask for `n` samples",
     "extra_key": "send `cache_salt`",
+    "separate_reasoning": "thinking always comes apart; `include_reasoning` false leaves it out",
     "suffix": "this model has no format for filling a gap",
 }
 
@@ -160,7 +165,8 @@ class OrderBody(_Body):
     slo: SloBody | None = None
     timeout: float | None = None  # seconds from arrival
     cache_salt: Annotated[str, Field(min_length=1, max_length=128)] | None = None
-    request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None  # the suffix of the answer's id
+    # The suffix of the answer's id.
+    request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = Field(None, validation_alias=ID_NAMES)
     session_id: Annotated[str, Field(max_length=256)] | None = None  # a label of traces
 
     @property
@@ -282,10 +288,12 @@ class ChatBody(GenerateBody):
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[dict[str, Any]] | None = None
     echo: bool | None = None
-    reasoning_effort: str | None = None
+    reasoning_effort: Effort | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    functions: list[dict[str, Any]] | None = None  # the older names of the two (functions.py)
+    function_call: str | dict[str, Any] | None = None
     include_reasoning: bool | None = None
     thinking_token_budget: Integer | None = None
 
@@ -295,11 +303,6 @@ class ChatBody(GenerateBody):
             raise errors.invalid("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
         if self.top_logprobs is not None and self.top_logprobs < 0:
             raise errors.invalid("`top_logprobs` must be a positive value.", "top_logprobs")
-
-    @property
-    def template_variables(self) -> dict[str, Any]:
-        effort = {} if self.reasoning_effort in (None, "none") else {"reasoning_effort": self.reasoning_effort}
-        return effort | (self.chat_template_kwargs or {})
 
     @property
     def num_logprobs(self) -> int | None:
@@ -329,10 +332,6 @@ class TokenizeBody(_Body):
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
-
-    @property
-    def template_variables(self) -> dict[str, Any]:
-        return self.chat_template_kwargs or {}
 
 
 class OptionBody(_Body):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .generate import Generation
 
-Name = tuple[str, str]  # whose key it came with, and what its caller calls it
+Name = tuple[str, str]  # its owner: whose key it came with; and what its caller calls it
 
 # What stands before that in the ids of answers.
 PREFIXES = ("cmpl-", "chatcmpl-", "resp_", "msg_")
@@ -18,28 +18,36 @@ class Registry:
     """Names are labels: several requests may bear the same, and nobody reaches those of another's key."""
 
     def __init__(self) -> None:
-        self._open: dict[Name, set[Generation]] = {}
+        self._open: dict[str, dict[Generation, str]] = {}  # label -> its bearers, and their owners
 
     def enter(self, name: Name, generation: Generation) -> None:
-        self._open.setdefault(name, set()).add(generation)
+        owner, label = name
+        self._open.setdefault(label, {})[generation] = owner
 
     def leave(self, name: Name, generation: Generation) -> None:
         """Idempotent."""
-        bearers = self._open.get(name, set())
-        bearers.discard(generation)
+        _, label = name
+        bearers = self._open.get(label, {})
+        bearers.pop(generation, None)
         if not bearers:
-            self._open.pop(name, None)
+            self._open.pop(label, None)
 
-    def abort(self, owner: str, labels: Iterable[str]) -> list[str]:
-        """End `owner`'s requests of exactly these names, or of the answers' ids made of them; those that were found."""
+    def abort(self, owner: str | None, labels: Iterable[str]) -> list[str]:
+        """End `owner`'s requests of exactly these names, or of the answers' ids made of them; those that were found.
+
+        owner: None = whosever they are
+        """
         found = []
         for label in labels:
-            bearers = next((some for name in _names(label) if (some := self._open.get((owner, name)))), ())
-            for generation in tuple(bearers):
+            bearers = next((some for name in _names(label) if (some := self._bearers(owner, name))), [])
+            for generation in bearers:
                 generation.abort()
             if bearers:
                 found.append(label)
         return found
+
+    def _bearers(self, owner: str | None, label: str) -> list[Generation]:
+        return [one for one, whose in self._open.get(label, {}).items() if owner in (None, whose)]
 
     def __len__(self) -> int:
         return sum(len(bearers) for bearers in self._open.values())

@@ -12,6 +12,8 @@ from starlette.responses import Response
 
 from ..engine.outputs import Delta, SampleOutput
 from ..engine.tokenizer import Tokenizer
+from .as_chat import respelled
+from .functions import NAMES, as_tools, asks_for_functions, old_delta, old_finish
 from .generate import Generation
 from .inputs import chat_request, chat_size
 from .logprobs import chat_logprobs, prompt_logprobs, speller
@@ -29,10 +31,12 @@ router = APIRouter(route_class=GuardedRoute)
 async def chat_completions(body: ChatBody, request: Request) -> Response:
     state = state_of(request)
     model = state.model_name(body.model)
-    body.check_together(state.text.limits)
-    order = state.order_of(request, body)
-    generation = await state.open_generation(chat_size(body), order, lambda: chat_request(body, state.text, order))
-    wire = ChatWire(generation, body, state.text.tokenizer, model, body.request_id or request.state.request_id)
+    chat = as_tools(body)
+    chat.check_together(state.text.limits)
+    order = state.order_of(request, chat)
+    with respelled(NAMES if asks_for_functions(body) else {}):
+        generation = await state.open_generation(chat_size(chat), order, lambda: chat_request(chat, state.text, order))
+    wire = ChatWire(generation, chat, state.text.tokenizer, model, body.request_id or request.state.request_id)
     return await respond(request, state, body, generation, wire)
 
 
@@ -53,6 +57,7 @@ class ChatWire:
             "model": model,
         }
         self._begun: set[int] = set()
+        self._is_old = asks_for_functions(body)
         self._shows_tokens = body.num_logprobs is not None or bool(body.return_token_ids)
         self._reading = Reading(generation.request.format)
         generation.usage.reasoning_tokens = 0
@@ -74,7 +79,7 @@ class ChatWire:
             events.append(opening)
             if self._echoed:
                 events.append(self._piece(delta.index, {"content": self._echoed}))
-        spelled = [_spelled(piece) for piece in self._reading.pieces(delta)]
+        spelled = [self._named(_spelled(piece)) for piece in self._reading.pieces(delta)]
         self._generation.usage.reasoning_tokens = self._reading.reasoning_tokens
         if not spelled and delta.token_ids and (self._shows_tokens or delta.finish_reason is not None):
             spelled = [{"content": ""}]
@@ -86,7 +91,7 @@ class ChatWire:
             if not news:
                 news.append(self._piece(delta.index, {}))
             (choice,) = news[-1]["choices"]
-            choice["finish_reason"] = delta.finish_reason
+            choice["finish_reason"] = self._finish(delta.finish_reason)
             choice["stop_reason"] = delta.stop_reason
         return events + news
 
@@ -98,9 +103,9 @@ class ChatWire:
         self._generation.usage.reasoning_tokens = self._reading.reasoning_tokens
         choice: dict[str, Any] = {
             "index": output.index,
-            "message": _whole_message(message, self._echoed),
+            "message": self._named(_whole_message(message, self._echoed)),
             "logprobs": None,
-            "finish_reason": message.finish_reason,
+            "finish_reason": self._finish(message.finish_reason),
             "stop_reason": output.stop_reason,
         }
         self._add_details(choice, output)
@@ -121,6 +126,12 @@ class ChatWire:
         if self._body.return_prompt_text:
             answer["prompt_text"] = self._prompt_text()
         return answer
+
+    def _named(self, delta: dict[str, Any]) -> dict[str, Any]:
+        return old_delta(delta) if self._is_old else delta
+
+    def _finish(self, reason: str | None) -> str | None:
+        return old_finish(reason) if self._is_old else reason
 
     def _prompt_text(self) -> str:
         """What the model read, special tokens and all."""

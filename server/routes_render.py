@@ -14,6 +14,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from . import errors
+from .as_chat import respelled
+from .functions import NAMES, as_tools, asks_for_functions
 from .generate import GenerateRequest
 from .inputs import Order, chat_request, completion_request, completion_size
 from .protocol import ChatBody, CompletionBody, GenerateBody
@@ -36,8 +38,10 @@ async def render_completion(body: CompletionBody, request: Request) -> Response:
 async def render_chat_completion(body: ChatBody, request: Request) -> Response:
     """One object."""
     state = state_of(request)
-    order = _check(state, body, request)
-    (rendered,) = await _rendered(state, lambda: chat_request(body, state.text, order))
+    chat = as_tools(body)
+    order = _check(state, chat, request)
+    with respelled(NAMES if asks_for_functions(body) else {}):
+        (rendered,) = await _rendered(state, lambda: chat_request(chat, state.text, order))
     return _json(rendered)
 
 

@@ -124,6 +124,10 @@ class _Server(uvicorn.Server):
         if self.probes is not None:
             self.probes.start()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._app.state.feed.close()  # whoever watches would have it wait for them
+        await super().shutdown(sockets)
+
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second; True ends the server."""
         return await super().on_tick(counter) or self.engine_is_gone

@@ -36,17 +36,17 @@ class TallyHistogram(Collector):
 
     def __init__(self, name: str, text: str, label: str, value: str, buckets: tuple[float, ...]) -> None:
         self._name, self._text, self._label, self._value = name, text, label, value
-        self._bounds = buckets
-        self._counts = [0] * (len(buckets) + 1)
+        self.bounds = buckets
+        self.counts = [0] * (len(buckets) + 1)  # by bucket, not accumulated; the last has no upper bound
         self._sum = 0.0
 
     def observe(self, amount: float) -> None:
-        self._counts[bisect_left(self._bounds, amount)] += 1
+        self.counts[bisect_left(self.bounds, amount)] += 1
         self._sum += amount
 
     def collect(self) -> Iterator[Metric]:
-        bounds = [*map(floatToGoString, self._bounds), "+Inf"]
-        totals = accumulate(self._counts)
+        bounds = [*map(floatToGoString, self.bounds), "+Inf"]
+        totals = accumulate(self.counts)
         family = HistogramMetricFamily(self._name, self._text, labels=(self._label,))
         family.add_metric((self._value,), list(zip(bounds, totals, strict=True)), self._sum)
         yield family

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,16 +30,16 @@ NO_ARGUMENTS: dict[str, Any] = {"type": "object", "properties": {}, "additionalP
 class ToolUse:
     """The functions that an answer may call.
 
-    tools     as the caller described them, for the template
+    tools     as the caller described them, for the template: those that may be called, or where one is `named` all
     schemas   name -> JSON schema of the arguments
     required  at least one call has to be made
-    named     the one that has to be called
+    named     the caller has named the only one: it is called once, and that is no reason to finish
     """
 
     tools: list[dict[str, Any]]
     schemas: dict[str, dict[str, Any]]
     required: bool = False
-    named: str | None = None
+    named: bool = False
 
 
 def tool_use(body: ChatBody, markup: Markup) -> ToolUse | None:
@@ -59,7 +59,7 @@ def tool_use(body: ChatBody, markup: Markup) -> ToolUse | None:
         if name in schemas:
             raise errors.invalid(f"`tools[{i}].function.name`: `{name}` is there twice; rename one.", "tools")
         schemas[name] = schema
-    required, named = _chosen(choice, schemas)
+    required, allowed = _chosen(choice, schemas)
     if choice == "none":
         return None
     if markup.syntax is None:
@@ -68,7 +68,13 @@ def tool_use(body: ChatBody, markup: Markup) -> ToolUse | None:
             "How this model spells calls of `tools` is not known from its chat template; leave them out, or start the "
             "server with --tool-call-parser and the name of the syntax.",
         )
-    return ToolUse(body.tools, schemas, required, named)
+    named = isinstance(choice, dict) and choice["type"] == "function"
+    return ToolUse(
+        tools=[tool for tool in body.tools if named or tool["function"]["name"] in allowed],
+        schemas={name: schema for name, schema in schemas.items() if name in allowed},
+        required=required,
+        named=named,
+    )
 
 
 def _function(tool: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
@@ -115,25 +121,44 @@ def _depth(value: object) -> int:
     return depth
 
 
-def _chosen(choice: object, schemas: Mapping[str, object]) -> tuple[bool, str | None]:
-    """Whether a call has to be made, and which. Raises 400 for a choice that is none."""
-    if choice in (None, "none", "auto"):
-        return False, None
-    if choice == "required":
-        return True, None
-    if not isinstance(choice, dict) or choice.get("type") != "function" or not isinstance(choice.get("function"), dict):
-        raise errors.invalid(
-            '`tool_choice` must be "none", "auto", "required" or {"type": "function", "function": {"name": …}}; '
-            f"got {errors.shown(choice)}.",
-            "tool_choice",
-        )
-    name = choice["function"].get("name")
+def _chosen(choice: object, schemas: Mapping[str, object]) -> tuple[bool, Set[str]]:
+    """Whether a call has to be made, and which may be. Raises 400 for a choice that is none."""
+    if not isinstance(choice, dict):
+        if choice not in (None, "none", "auto", "required"):
+            raise _no_choice(choice)
+        return choice == "required", schemas.keys()
+    if choice.get("type") == "function":
+        return True, {_name_in(choice, schemas)}
+    allowed = choice.get("allowed_tools") if choice.get("type") == "allowed_tools" else None
+    if not isinstance(allowed, dict) or allowed.get("mode") not in ("auto", "required"):
+        raise _no_choice(choice)
+    tools = allowed.get("tools")
+    if not isinstance(tools, list) or not tools:
+        raise _no_choice(choice)
+    return allowed["mode"] == "required", {_name_in(tool, schemas) for tool in tools}
+
+
+def _name_in(choice: object, schemas: Mapping[str, object]) -> str:
+    """The function that `choice` names. Raises 400 for none of `schemas`."""
+    function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+    if not isinstance(function, dict):
+        raise _no_choice(choice)
+    name = function.get("name")
     if not isinstance(name, str) or name not in schemas:
         raise errors.invalid(
             f"The tool specified in `tool_choice` does not match any of the specified `tools`: {errors.shown(name)}.",
             "tool_choice",
         )
-    return True, name
+    return name
+
+
+def _no_choice(choice: object) -> errors.ApiError:
+    return errors.invalid(
+        '`tool_choice` must be "none", "auto", "required", {"type": "function", "function": {"name": …}} or '
+        '{"type": "allowed_tools", "allowed_tools": {"mode": "auto" or "required", "tools": […]}}; '
+        f"got {errors.shown(choice)}.",
+        "tool_choice",
+    )
 
 
 def required_calls(body: ChatBody, use: ToolUse | None, markup: Markup) -> tuple[Grammar, str] | None:
@@ -156,10 +181,10 @@ def required_calls(body: ChatBody, use: ToolUse | None, markup: Markup) -> tuple
             )
         otherwise = msgspec.json.decode(grammar.source) if grammar.source else {"type": "object"}
     grammar = tool_grammar(
-        {use.named: use.schemas[use.named]} if use.named else use.schemas,
+        use.schemas,
         markup.syntax,
         markup.special_ids,
-        parallel=use.named is None and body.parallel_tool_calls is not False,
+        parallel=not use.named and body.parallel_tool_calls is not False,
         otherwise=otherwise,
     )
     return grammar, "tools"
@@ -199,7 +224,7 @@ def answer_format(body: ChatBody, use: ToolUse | None, markup: Markup, rendered:
         markup_ids=frozenset(special.values()),
         parallel_calls=body.parallel_tool_calls is not False,
         include_reasoning=body.include_reasoning is not False,
-        named_call=use is not None and use.named is not None,
+        named_call=use is not None and use.named,
     )
 
 

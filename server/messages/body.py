@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from .. import errors
 from ..as_chat import chat_body, extras_of, object_at, text_at
-from ..protocol import ChatBody, Integer
+from ..protocol import ChatBody, Effort, Integer
 from .content import messages_of
 
 ROUTE = errors.ANTHROPIC
@@ -47,7 +47,7 @@ class ThinkingBody(BaseModel):
 class OutputBody(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
-    effort: str | None = None  # a hint: for models whose template reads one
+    effort: Effort | None = None  # a hint: for models whose template reads one
     format: dict[str, Any] | None = None
 
 

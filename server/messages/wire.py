@@ -11,7 +11,9 @@ from ..block_answer import Ending, Event
 from ..blocks import Block, Change, More, Opened
 from ..generate import Generation, Usage
 
-STOP_REASONS = {"length": "max_tokens"}
+# What clients call an answer that would have gone on, also where it was aborted or repeated itself: "pause_turn" would
+# have agents send it again.
+CUT = "max_tokens"
 
 
 class MessagesWire:
@@ -96,6 +98,6 @@ def _stop(row: list[Block], ending: Ending) -> dict[str, Any]:
     if isinstance(ending.stop_reason, str):
         return {"stop_reason": "stop_sequence", "stop_sequence": ending.stop_reason}
     if ending.is_cut:
-        return {"stop_reason": STOP_REASONS.get(ending.finish_reason, ending.finish_reason), "stop_sequence": None}
+        return {"stop_reason": CUT, "stop_sequence": None}
     calls = any(block.kind == "call" for block in row)
     return {"stop_reason": "tool_use" if calls else "end_turn", "stop_sequence": None}

@@ -6,15 +6,19 @@ import json
 import re
 from collections.abc import Callable
 
-from .calls import MAX_DEPTH, MAX_NAME, Calls, escaped
+from .calls import MAX_DEPTH, MAX_NAME, Calls
 from .reader import Reader, Step
 
 NAME = re.compile(r"[\w.:-]+", re.ASCII)
 SCALAR = re.compile(r"[\w.+-]+", re.ASCII)  # a number, true, false, null
 BETWEEN = re.compile(r"[\s\w,:.+-]+", re.ASCII)  # of an object: neither a bracket nor a string
-CONTROL = re.compile(r"[\x00-\x1f]+")
-STRING = re.compile(r"[^\"\\\x00-\x1f]+")
-ESCAPED_STRING = re.compile(r"(?:[^\"\\\x00-\x1f]++|\\.)++", re.DOTALL)  # possessive: nothing is tried twice
+CONTROL = re.compile(r"[\x00-\x1f]")
+CONTROL_ESCAPES = {code: json.dumps(chr(code))[1:-1] for code in range(0x20)}
+# Possessive, all of them: nothing is tried twice.
+WRITTEN = re.compile(r'(?:[^"\\]++|\\.)++', re.DOTALL)  # inside a string
+STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+FLAT = re.compile(f"(?:{BETWEEN.pattern}+|{STRING.pattern})++", re.ASCII | re.DOTALL)
+UP_TO_BRACKET = re.compile(f"(?:{BETWEEN.pattern}+|{STRING.pattern})*+[][{{}}]", re.ASCII | re.DOTALL)
 KEYS = {"name": "name", "arguments": "arguments", "parameters": "arguments"}
 OTHER_KEYS = frozenset({"type", "id", "index"})
 MAX_KEY = 16
@@ -95,6 +99,14 @@ def json_value(reader: Reader, emit: Callable[[str], None]) -> Step[bool]:
     """One JSON value as it is written, brackets and strings balanced; what else is wrong with it is left as it is."""
     depth = 0
     while first := (yield from reader.peek()):
+        if depth:  # what is there as a whole goes at once: character by character a megabyte takes seconds
+            written, depth = reader.balanced(UP_TO_BRACKET, depth, MAX_DEPTH)
+            written += reader.run(FLAT) if depth else ""
+            if written:
+                emit(_legal(written))
+                if not depth:
+                    return True
+                continue
         if first == '"':
             if not (yield from _string(reader, emit)):
                 return False
@@ -128,17 +140,21 @@ def _string(reader: Reader, emit: Callable[[str], None]) -> Step[bool]:
         if first == '"':
             emit(reader.take())
             return True
-        run = reader.run(ESCAPED_STRING)
-        if run:
-            emit(run)
-        elif first == "\\":  # what it escapes has not come yet
+        run = reader.run(WRITTEN)
+        if not run:  # what the backslash escapes has not come yet
             reader.take()
             if not (yield from reader.peek()):
                 return False
-            emit("\\" + reader.take())
-        else:
-            emit(escaped(reader.run(CONTROL)))
+            run = "\\" + reader.take()
+        emit(run.translate(CONTROL_ESCAPES))
     return False
+
+
+def _legal(written: str) -> str:
+    """JSON with all its strings closed; in these is no control character then."""
+    if CONTROL.search(written) is None:
+        return written
+    return STRING.sub(lambda string: string[0].translate(CONTROL_ESCAPES), written)
 
 
 def quoted(reader: Reader, most: int | None) -> Step[str | None]:
@@ -154,14 +170,13 @@ def quoted(reader: Reader, most: int | None) -> Step[str | None]:
             return _said('"' + "".join(written) + '"')
         if most is not None and size > most:
             return None
-        if first == "\\":
+        text = reader.run(WRITTEN, None if most is None else most + 1 - size)
+        if not text:  # what the backslash escapes has not come yet, or is past the bound
             text = reader.take()
             if not (yield from reader.peek()):
                 return None
             text += reader.take()
-        else:
-            text = reader.run(STRING, None if most is None else most + 1 - size) or escaped(reader.take())
-        written.append(text)
+        written.append(text.translate(CONTROL_ESCAPES))
         size += len(text)
     return None
 

@@ -9,11 +9,12 @@ turns out to begin no call is text again.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 from .calls import Body, Calls, Pieces, call_id
-from .pieces import Content, Piece, Reasoning
+from .pieces import Content, Piece, Reasoning, Stretch
 from .reader import Marks, Reader, Step
 from .syntaxes import Syntax, Tags
 
@@ -44,6 +45,7 @@ class AnswerParser:
         self._pieces = Pieces()
         self._calls = Calls(self._reader, self._pieces, tools or {}, syntax.make_id if syntax else call_id)
         self._held: list[str] = []  # white space that may turn out to be layout
+        self.content: deque[Stretch] = deque()
         self._behind_mark = False
         self.thinks: bool | None = None if tags is not None else False
         self._reasoning_chars = 0
@@ -170,6 +172,8 @@ class AnswerParser:
             self._behind_mark = False
         solid = text.rstrip()
         if solid:
+            if kind is Content:
+                self._locate(text, len(text) - len(solid))
             for held in self._held:
                 self._pieces.add(kind(held))
             self._held.clear()
@@ -177,8 +181,18 @@ class AnswerParser:
         if len(solid) < len(text):
             self._held.append(text[len(solid) :])
 
+    def _locate(self, text: str, blank: int) -> None:
+        """Content has been found: what was held, and `text`, which has just been read, but for `blank` at its end."""
+        position, calls = self._reader.position, self.num_calls
+        start = position - len(text) - sum(map(len, self._held))
+        if self.content and self.content[-1].end == start and self.content[-1].num_calls == calls:
+            start = self.content.pop().start
+        self.content.append(Stretch(start, position - blank, calls))
+
     def _say_held(self) -> None:
         """The sample ends in white space: it is part of the answer."""
+        if self._held:
+            self._locate("", 0)
         for held in self._held:
             self._pieces.add(Content(held))
         self._held.clear()

@@ -8,6 +8,7 @@ arguments. A surface that streams spells each as it comes; a whole answer is the
 
 from __future__ import annotations
 
+from collections import deque
 from typing import NamedTuple, Protocol
 
 
@@ -44,6 +45,14 @@ class CallArguments(NamedTuple):
 Piece = Content | Reasoning | CallBegin | CallArguments
 
 
+class Stretch(NamedTuple):
+    """Content by where it stands in the sample's text: characters from start to end, behind so many calls."""
+
+    start: int
+    end: int
+    num_calls: int
+
+
 class Parser(Protocol):
     """Reads one sample's text as it comes. Where the text is cut into pushes makes no difference to the whole."""
 
@@ -58,6 +67,13 @@ class Parser(Protocol):
     @property
     def reasoning_chars(self) -> int:
         """Characters read so far that are thinking, its tags included: the first so many of the text."""
+
+    @property
+    def content(self) -> deque[Stretch]:
+        """Where content stands, as far as it has been told. What lies between is markup, thinking, calls and layout.
+
+        Whoever wants to know takes from its left, and leaves the last one, which may grow.
+        """
 
     def push(self, text: str) -> list[Piece]:
         """The news in `text`; what could still become markup is held back. Raises nothing, whatever a model writes.

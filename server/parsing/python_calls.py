@@ -17,7 +17,10 @@ NUMBER = re.compile(r"[\w.+-]+", re.ASCII)
 WORDS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
 JSON_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 MAX_NUMBER = 400  # characters; the largest float written out has 309
-STRING = {quote: re.compile(rf"[^{quote}\\]+") for quote in "\"'"}
+# What needs no look at what comes next: all but \U and the halves of a pair.
+ESCAPE = r"\\(?:x([0-9a-fA-F]{2})|u((?![dD][89a-fA-F])[0-9a-fA-F]{4})|([^xuU]))"
+ESCAPED = re.compile(ESCAPE, re.DOTALL)
+STRING = {quote: re.compile(rf"(?:[^{quote}\\]++|{ESCAPE})++", re.DOTALL) for quote in "\"'"}
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "0": "\0", "\n": ""}
 HEX_DIGITS = {"x": 2, "u": 4, "U": 8}
 HEX = re.compile(r"[0-9a-fA-F]+")
@@ -119,25 +122,33 @@ def _string(reader: Reader, emit: Emit) -> Step[bool]:
             reader.take()
             emit('"')
             return True
-        if first == "\\":
-            text = yield from _escape(reader)
-            if text is None:
-                return False
-            emit(escaped(text))
-        else:
-            emit(escaped(reader.run(STRING[quote])))
+        run = reader.run(STRING[quote])
+        text = ESCAPED.sub(_meaning, run) if run else (yield from _escape(reader))
+        if text is None:
+            return False
+        emit(escaped(text))
     return False
 
 
+def _meaning(escape: re.Match[str]) -> str:
+    byte, code, kind = escape.groups()
+    return _simple(kind) if kind else chr(int(byte or code, 16))
+
+
+def _simple(kind: str) -> str:
+    """What a backslash and this character say; where they mean nothing they stay, as in Python."""
+    return ESCAPES.get(kind, kind if kind in "\\'\"" else "\\" + kind)
+
+
 def _escape(reader: Reader) -> Step[str | None]:
-    """What a backslash and what follows it say; one that means nothing stays, as in Python."""
+    """What a backslash and what follows it say, piece by piece; None if it is cut, or wrong."""
     reader.take()
     kind = yield from reader.peek()
     if not kind:
         return None
     reader.take()
     if kind not in HEX_DIGITS:
-        return ESCAPES.get(kind, kind if kind in "\\'\"" else "\\" + kind)
+        return _simple(kind)
     digits = yield from _hex(reader, HEX_DIGITS[kind])
     if digits is None:
         return None

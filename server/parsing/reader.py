@@ -106,6 +106,18 @@ class Reader:
         match = pattern.match(self._text, self._at, end)
         return self._consume(match.end()) if match else ""
 
+    def balanced(self, pattern: re.Pattern[str], depth: int, most: int) -> tuple[str, int]:
+        """What `pattern` matches here again and again, a bracket at the end of each match, up to where `depth` brackets
+        have closed; and how many are open then. Never more than `most` are.
+        """
+        text, end, begin = self._text, self._at, pattern.match
+        while depth and (match := begin(text, end)):
+            change = 1 if text[match.end() - 1] in "{[" else -1
+            if depth + change > most:
+                break
+            end, depth = match.end(), depth + change
+        return self._consume(end), depth
+
     def all_of(self, pattern: re.Pattern[str], emit: Callable[[str], None]) -> Step[None]:
         """The longest run of characters, each of which `pattern` matches."""
         while (yield from self.peek()):

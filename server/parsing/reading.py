@@ -7,11 +7,12 @@ AnswerFormat, made with the prompt ──▶ Reading ── pieces(delta) ──
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ...engine.outputs import Delta, SampleOutput
+from ...scheduler.plan import TokenLogprob
 from .parser import AnswerParser
 from .pieces import CallArguments, CallBegin, Content, Parser, Piece, Reasoning
 from .syntaxes import Syntax, Tags
@@ -50,6 +51,10 @@ class AnswerFormat:
             return self.include_reasoning
         return self.parallel_calls or not isinstance(piece, CallBegin | CallArguments) or piece.call == 0
 
+    def kept(self, num_calls: int) -> int:
+        """Of so many calls."""
+        return num_calls if self.parallel_calls else min(num_calls, 1)
+
     def finish_reason(self, reason: str | None, num_calls: int) -> str | None:
         """A sample that ended by itself after a call waits for the result."""
         return "tool_calls" if reason == "stop" and num_calls and not self.named_call else reason
@@ -73,11 +78,18 @@ class Message:
 
 
 class Reading:
-    """The samples of one request as they are read. reasoning_tokens: drawn for thinking so far, tags included."""
+    """The samples of one request as they are read.
 
-    def __init__(self, format: AnswerFormat) -> None:
+    reasoning_tokens  drawn for thinking so far, tags included
+    said              if `tells_tokens`: the tokens of content that the last delta brought, and how many calls stand
+                      before each
+    """
+
+    def __init__(self, format: AnswerFormat, *, tells_tokens: bool = False) -> None:
         self.reasoning_tokens = 0
+        self.said: list[tuple[int, TokenLogprob]] = []
         self._format = format
+        self._tells_tokens = tells_tokens
         self._samples: dict[int, _Sample] = {}
 
     def pieces(self, delta: Delta) -> list[Piece]:
@@ -87,7 +99,7 @@ class Reading:
         """
         sample = self._samples.get(delta.index)
         if sample is None:
-            parser = self._format.parser()
+            parser = self._format.parser() or (AnswerParser() if self._tells_tokens else None)
             if parser is None:
                 return [Content(delta.text)] if delta.text else []
             sample = self._samples[delta.index] = _Sample(parser)
@@ -97,6 +109,8 @@ class Reading:
             delta.finish_reason = self._format.finish_reason(delta.finish_reason, sample.parser.num_calls)
             del self._samples[delta.index]
         self.reasoning_tokens += sample.count_reasoning(delta.offsets)
+        if self._tells_tokens:
+            self.said = [(self._format.kept(num_calls), token) for num_calls, token in sample.take_said(delta)]
         return [piece for piece in pieces if self._format.keeps(piece)]
 
     def message(self, output: SampleOutput) -> Message:
@@ -116,6 +130,22 @@ class _Sample:
     def __init__(self, parser: Parser) -> None:
         self.parser = parser
         self._offsets: deque[int] = deque()
+        self._tokens: deque[tuple[int, TokenLogprob]] = deque()
+
+    def take_said(self, delta: Delta) -> Iterator[tuple[int, TokenLogprob]]:
+        """Of the tokens of `delta`, and those before that were undecided: content, and behind how many calls it is."""
+        self._tokens.extend(zip(delta.offsets, delta.logprobs or (), strict=False))
+        content = self.parser.content
+        while self._tokens and content:
+            offset, token = self._tokens[0]
+            if offset < content[0].end:
+                self._tokens.popleft()
+                if offset >= content[0].start:
+                    yield content[0].num_calls, token
+            elif len(content) > 1:
+                content.popleft()
+            else:
+                return
 
     def count_reasoning(self, offsets: list[int]) -> int:
         """Of the tokens that begin at these characters, and those before that were undecided: what is thinking."""

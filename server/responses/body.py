@@ -5,14 +5,13 @@ This server keeps no responses: a request holds its whole conversation, and what
 
 from __future__ import annotations
 
-from collections.abc import Set
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from .. import errors
-from ..as_chat import chat_body, extras_of, object_at, text_at
-from ..protocol import ChatBody, Integer
+from ..as_chat import chat_body, extras_of, list_at, object_at, text_at
+from ..protocol import ChatBody, Effort, Integer
 from .items import messages_of
 
 ROUTE = "/v1/responses"
@@ -23,7 +22,9 @@ NAMES = {
     "prompt": "input",
     "max_completion_tokens": "max_output_tokens",
     "max_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
     "response_format": "text.format",
+    "logprobs": "top_logprobs",
     ".function": "",
 }
 
@@ -33,9 +34,9 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "conversation": ((), "it keeps none, so send all of it as `input`"),
     "previous_response_id": ((), "it keeps no responses, so send the whole conversation as `input`"),
     "prompt": ((), "send its text as `instructions` or `input`"),
-    "top_logprobs": ((0,), "log-probabilities are to be had from /v1/chat/completions"),
 }
-# Of `include`; the others belong to tools that are refused, or to thinking, which is shown as it is.
+# Of `include`, what turns log-probabilities on, as rivals that are asked for do; the others belong to tools that are
+# refused, or to thinking, which is shown as it is.
 LOGPROBS = "message.output_text.logprobs"
 
 
@@ -51,7 +52,7 @@ class ReasoningBody(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
 
-    effort: str | None = None
+    effort: Effort | None = None
 
 
 class ResponsesBody(BaseModel):
@@ -74,14 +75,13 @@ class ResponsesBody(BaseModel):
     text: TextBody | None = None
     tool_choice: str | dict[str, Any] | None = None
     tools: list[Any] | None = None
+    top_logprobs: Integer | None = None
     top_p: float | None = None
     truncation: Literal["auto", "disabled"] | None = None
 
-    def chat(self, reads: Set[str]) -> ChatBody:
-        """`reads`: variables of the model's template. Raises 400 for whatever cannot be said in a chat request."""
+    def chat(self) -> ChatBody:
+        """Raises 400 for whatever cannot be said in a chat request."""
         extras = extras_of(self, ROUTE, REFUSED)
-        if LOGPROBS in (self.include or ()):
-            raise errors.unsupported("include", f"`include`: `{LOGPROBS}` is not supported; leave it out.")
         fields = {
             "model": self.model,
             "messages": messages_of(self.input, self.instructions),
@@ -91,18 +91,17 @@ class ResponsesBody(BaseModel):
             "stream": self.stream,
             "tools": [_tool(tool, f"tools[{i}]") for i, tool in enumerate(self.tools or ())] or None,
             "tool_choice": _tool_choice(self.tool_choice),
+            "logprobs": self.shows_logprobs,
+            "top_logprobs": self.top_logprobs,
             "parallel_tool_calls": self.parallel_tool_calls,
-            "reasoning_effort": self._effort(reads),
+            "reasoning_effort": self.reasoning.effort if self.reasoning else None,
             "response_format": _format(self.text.format) if self.text and self.text.format else None,
         }
         return chat_body(extras | fields)
 
-    def _effort(self, reads: Set[str]) -> str | None:
-        effort = self.reasoning.effort if self.reasoning else None
-        if effort not in (None, "none") and not reads & {"reasoning_effort", "enable_thinking"}:
-            message = "`reasoning.effort`: this model's chat template reads none; leave it out."
-            raise errors.unsupported("reasoning.effort", message)
-        return effort
+    @property
+    def shows_logprobs(self) -> bool:
+        return LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
 
 
 def _tool(tool: Any, where: str) -> dict[str, Any]:
@@ -118,13 +117,25 @@ def _tool(tool: Any, where: str) -> dict[str, Any]:
 def _tool_choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
     if not isinstance(choice, dict):
         return choice
+    if choice.get("type") == "allowed_tools":
+        where = "tool_choice.tools"
+        tools = [
+            _named(object_at(tool, f"{where}[{i}]"), f"{where}[{i}]")
+            for i, tool in enumerate(list_at(choice.get("tools"), where))
+        ]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": choice.get("mode"), "tools": tools}}
+    return _named(choice, "tool_choice")
+
+
+def _named(choice: dict[str, Any], where: str) -> dict[str, Any]:
     if choice.get("type") != "function":
         raise errors.unsupported(
             "tool_choice",
-            '`tool_choice` must be "none", "auto", "required" or {"type": "function", "name": …}; '
-            f"got {errors.shown(choice)}.",
+            f'`{where}` must be {{"type": "function", "name": …}}'
+            + (', {"type": "allowed_tools", …}, "none", "auto" or "required"' if where == "tool_choice" else "")
+            + f"; got {errors.shown(choice)}.",
         )
-    return {"type": "function", "function": {"name": text_at(choice.get("name"), "tool_choice.name")}}
+    return {"type": "function", "function": {"name": text_at(choice.get("name"), f"{where}.name")}}
 
 
 def _format(given: dict[str, Any]) -> dict[str, Any]:

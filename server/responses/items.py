@@ -11,7 +11,7 @@ from typing import Any
 
 from ...engine.chat import MAX_MESSAGES
 from .. import errors
-from ..as_chat import object_at, text_at, text_part
+from ..as_chat import list_at, object_at, text_at, text_part
 
 ROLES = ("system", "developer", "user", "assistant")
 # part -> the field with its text
@@ -83,7 +83,7 @@ def _think(turn: dict[str, Any], item: dict[str, Any], where: str) -> None:
     parts = [
         text_at(object_at(part, f"{where}.{field}[{i}]").get("text"), f"{where}.{field}[{i}].text")
         for field in ("content", "summary")
-        for i, part in enumerate(_list(item.get(field), f"{where}.{field}"))
+        for i, part in enumerate(list_at(item.get(field), f"{where}.{field}"))
     ]
     if parts:
         turn["reasoning"] = "\n".join([turn["reasoning"], *parts] if "reasoning" in turn else parts)
@@ -116,11 +116,3 @@ def _parts(content: Any, where: str) -> list[dict[str, str]]:
             )
         parts.append(text_part(text_at(part.get(field), f"{place}.{field}")))
     return parts
-
-
-def _list(value: Any, where: str) -> list[Any]:
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        raise errors.invalid(f"`{where}` must be a list; got {errors.shown(value)}.", where)
-    return value

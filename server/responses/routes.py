@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..as_chat import open_chat, respelled, template_variables
+from ..as_chat import open_chat, respelled
 from ..block_answer import answer_in_blocks
 from ..generate import GenerateRequest
 from ..inputs import Order, chat_request
@@ -24,7 +24,7 @@ router = APIRouter(route_class=GuardedRoute)
 async def create_response(body: ResponsesBody, request: Request) -> Response:
     state = state_of(request)
     model = state.model_name(body.model)
-    chat = body.chat(template_variables(state.text))
+    chat = body.chat()
 
     def prepare(chat: ChatBody, order: Order) -> GenerateRequest:
         if body.truncation != "auto":
@@ -36,5 +36,6 @@ async def create_response(body: ResponsesBody, request: Request) -> Response:
 
     with respelled(NAMES):
         generation = await open_chat(request, state, chat, prepare)
-    wire = ResponsesWire(generation, body, model, chat.request_id or request.state.request_id)
+    label = chat.request_id or request.state.request_id
+    wire = ResponsesWire(generation, body, state.text.tokenizer, model, label)
     return await answer_in_blocks(request, state, generation, wire, stream=bool(body.stream))

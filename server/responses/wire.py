@@ -5,14 +5,23 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from ...engine.tokenizer import Tokenizer
+from ...scheduler.plan import TokenLogprob
 from .. import errors, sse
 from ..block_answer import Ending, Event
 from ..blocks import Block, Change, More, Opened
 from ..generate import Generation, Usage
+from ..logprobs import chat_logprobs, speller
 from .body import ResponsesBody
 
 ID_PREFIXES = {"thinking": "rs", "text": "msg", "call": "fc"}
-INCOMPLETE = {"length": "max_output_tokens"}
+# Of an answer that would have gone on: its status, and the reason that clients have a name for. To end repetition is a
+# bound on the output that the request itself has set.
+CUT = {
+    "length": ("incomplete", "max_output_tokens"),
+    "repetition": ("incomplete", "max_output_tokens"),
+    "abort": ("cancelled", None),
+}
 
 
 class ResponsesWire:
@@ -20,8 +29,13 @@ class ResponsesWire:
 
     keep_alive = sse.KEEP_ALIVE
 
-    def __init__(self, generation: Generation, body: ResponsesBody, model: str, label: str) -> None:
+    def __init__(
+        self, generation: Generation, body: ResponsesBody, tokenizer: Tokenizer, model: str, label: str
+    ) -> None:
         self._generation = generation
+        self._tokenizer = tokenizer
+        self._spell = speller(tokenizer, as_ids=False)
+        self._shown_tokens: dict[int, int] = {}  # of the text of that index, by the events so far
         self._label = label
         self._num_events = 0
         params = generation.request.prompts[0].params
@@ -43,7 +57,7 @@ class ResponsesWire:
             "text": {"format": body.text.format if body.text and body.text.format else {"type": "text"}},
             "tool_choice": body.tool_choice or "auto",
             "tools": body.tools or [],
-            "top_logprobs": 0,
+            "top_logprobs": body.top_logprobs or 0,
             "top_p": params.top_p,
             "truncation": body.truncation or "disabled",
             "background": False,
@@ -69,8 +83,8 @@ class ResponsesWire:
         return self._closed(block)
 
     def end(self, row: list[Block], ending: Ending) -> list[Event]:
-        response = self.whole(row, ending)
-        return [self._event(f"response.{response['status']}", response=response)]
+        kind = "response.incomplete" if ending.is_cut else "response.completed"
+        return [self._event(kind, response=self.whole(row, ending))]
 
     def fail(self, row: list[Block], error: errors.ApiError) -> list[Event]:
         response = self._response("failed", self._output(row))
@@ -78,11 +92,11 @@ class ResponsesWire:
         return [self._event("response.failed", response=response)]
 
     def whole(self, row: list[Block], ending: Ending) -> dict[str, Any]:
-        response = self._response("incomplete" if ending.is_cut else "completed", self._output(row))
-        if ending.is_cut:
-            reason = INCOMPLETE.get(ending.finish_reason, ending.finish_reason)
+        status, reason = CUT[ending.finish_reason] if ending.is_cut else ("completed", None)
+        response = self._response(status, self._output(row))
+        if reason is not None:
             response["incomplete_details"] = {"reason": reason}
-        else:
+        if status == "completed":
             response["completed_at"] = int(time.time())
         response["usage"] = _usage(self._generation.usage)
         return response
@@ -93,7 +107,8 @@ class ResponsesWire:
         )
         if block.kind == "call":
             return [added]
-        return [added, self._event("response.content_part.added", **self._place(block), part=_part(block, ""))]
+        part = self._part(block, is_empty=True)
+        return [added, self._event("response.content_part.added", **self._place(block), part=part)]
 
     def _more(self, block: Block, text: str) -> Event:
         if block.kind == "call":
@@ -105,7 +120,10 @@ class ResponsesWire:
             )
         if block.kind == "thinking":
             return self._event("response.reasoning_text.delta", **self._place(block), delta=text)
-        return self._event("response.output_text.delta", **self._place(block), delta=text, logprobs=[])
+        shown = self._shown_tokens.get(block.index, 0)
+        self._shown_tokens[block.index] = len(block.tokens)
+        logprobs = self._logprobs(block.tokens[shown:])
+        return self._event("response.output_text.delta", **self._place(block), delta=text, logprobs=logprobs)
 
     def _closed(self, block: Block) -> list[Event]:
         text = block.text
@@ -122,9 +140,11 @@ class ResponsesWire:
         elif block.kind == "thinking":
             events = [self._event("response.reasoning_text.done", **self._place(block), text=text)]
         else:
-            events = [self._event("response.output_text.done", **self._place(block), text=text, logprobs=[])]
+            logprobs = self._logprobs(block.tokens)
+            events = [self._event("response.output_text.done", **self._place(block), text=text, logprobs=logprobs)]
         if block.kind != "call":
-            events.append(self._event("response.content_part.done", **self._place(block), part=_part(block, text)))
+            part = self._part(block)
+            events.append(self._event("response.content_part.done", **self._place(block), part=part))
         item = self._item(block, _status(block))
         return [*events, self._event("response.output_item.done", output_index=block.index, item=item)]
 
@@ -153,22 +173,28 @@ class ResponsesWire:
         item: dict[str, Any] = {"id": self._item_id(block), "status": status}
         if block.kind == "call":
             return item | {"type": "function_call", "call_id": block.id, "name": block.name, "arguments": text}
-        content = [] if is_empty else [_part(block, text)]
+        content = [] if is_empty else [self._part(block)]
         if block.kind == "thinking":
             return item | {"type": "reasoning", "summary": [], "content": content}
         return item | {"type": "message", "role": "assistant", "content": content}
+
+    def _part(self, block: Block, *, is_empty: bool = False) -> dict[str, Any]:
+        """is_empty: before its first text"""
+        text = "" if is_empty else block.text
+        if block.kind == "thinking":
+            return {"type": "reasoning_text", "text": text}
+        logprobs = self._logprobs([] if is_empty else block.tokens)
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
+
+    def _logprobs(self, tokens: list[TokenLogprob]) -> list[dict[str, Any]]:
+        spelled: list[dict[str, Any]] = chat_logprobs(self._tokenizer, self._spell, tokens)["content"]
+        return spelled
 
     def _item_id(self, block: Block) -> str:
         return f"{ID_PREFIXES[block.kind]}_{self._label}_{block.index}"
 
     def _place(self, block: Block) -> dict[str, Any]:
         return {"item_id": self._item_id(block), "output_index": block.index, "content_index": 0}
-
-
-def _part(block: Block, text: str) -> dict[str, Any]:
-    if block.kind == "thinking":
-        return {"type": "reasoning_text", "text": text}
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
 def _status(block: Block) -> str:

@@ -18,7 +18,7 @@ from fastapi import FastAPI
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from quire.engine.errors import EngineDeadError
-from quire.engine.messages import Abort, AddRequest, Chunk, EngineDead, EngineReady, StepOutputs, StepStats
+from quire.engine.messages import Abort, AddRequest, Chunk, EngineDead, EngineReady, StepOutputs, StepStats, Watch
 from quire.scheduler.plan import TokenLogprob
 from quire.server.app import create_app
 from quire.server.config import ServerConfig
@@ -87,6 +87,7 @@ class FakeClient:
         self.answer: Callable[[AddRequest, int], list[int]] = lambda request, index: [*b"Hello, world!", EOS]
         self.tokens_per_step = 1
         self.step_seconds = 0.0
+        self.finish: str | None = None  # how its samples end, other than by their last token
         self.fail_request: str | None = None  # error text that the next step gives every sample
         self.num_cached = 0
         self.draft = 0  # ids that it guesses for each sample and step: all but the step's last one were right
@@ -99,6 +100,8 @@ class FakeClient:
         self.gate.set()
         self.added: list[AddRequest] = []
         self.aborted: list[str] = []
+        self.watches: list[float] = []  # seconds for which it was to tell more
+        self.told: dict[str, Any] = {}  # of StepOutputs, beside chunks and figures
         self.closed = False
         self._inbox: queue.SimpleQueue[AddRequest | Abort | EngineDead | None] = queue.SimpleQueue()
         self._running: list[_Sample] = []
@@ -136,11 +139,14 @@ class FakeClient:
 
     def report(self) -> None:
         """Send the figures of now, as an idle engine does."""
-        self._on_message(StepOutputs([], self._figures()))
+        self._on_message(StepOutputs([], self._figures(), **self.told))
 
-    def send(self, message: AddRequest | Abort) -> None:
+    def send(self, message: AddRequest | Abort | Watch) -> None:
         if self._dead:
             raise EngineDeadError("gone")
+        if isinstance(message, Watch):
+            self.watches.append(message.seconds)
+            return
         if isinstance(message, Abort):
             self.aborted += message.request_ids
         else:
@@ -204,7 +210,7 @@ class FakeClient:
         self._stats.steps_total += 1
         self._stats.running = len(self._running)
         self._stats.generated_tokens_total += sum(len(chunk.token_ids) for chunk in chunks)
-        self._on_message(StepOutputs(chunks, self._figures()))
+        self._on_message(StepOutputs(chunks, self._figures(), **self.told))
 
     def _figures(self) -> StepStats:
         figures = {field: getattr(self._stats, field) for field in self._stats.__struct_fields__}
@@ -251,6 +257,8 @@ class FakeClient:
         chunk.num_drafted, chunk.num_accepted = self.draft, min(self.draft, len(chunk.token_ids) - 1)
         if chunk.finish_reason is None and sample.done >= min(params.max_tokens, len(sample.answer)):
             chunk.finish_reason = "length"
+        if chunk.finish_reason is not None and self.finish is not None:
+            chunk.finish_reason = self.finish
         if params.logprobs is not None:
             named = tuple((token_id, logprob_of(token_id)) for token_id in params.logprob_token_ids)
             entries = [entry(token_id, params.logprobs) for token_id in chunk.token_ids]

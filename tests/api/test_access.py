@@ -15,7 +15,8 @@ from quire.server.keys import METRICS
 from quire.server.routing import GuardedRoute
 
 KEY = "canary-key-5f1d"
-OPEN = {"/health", "/ready", "/live", "/metrics", "/version"}  # where the keys file has no key for /metrics
+# Where the keys file has no key for /metrics.
+OPEN = {"/health", "/ready", "/live", "/metrics", "/version", "/", "/page/{file}", "/steps"}
 
 
 def routes_of(app):
@@ -41,7 +42,7 @@ async def test_without_the_key_only_the_open_routes_answer(serve):
     async with serve(api_key=(KEY, "second")) as http:
         for path, methods in routes_of(http.app).items():
             for method in methods:
-                url = path.replace("{model}", "tiny")
+                url = path.replace("{model}", "tiny").replace("{file}", "style.css")
                 for header in (
                     None,
                     "",

@@ -91,6 +91,17 @@ def samples_of(text):
     return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines}
 
 
+async def test_01_models_are_not_there_before_the_load(fake):
+    """Nor a wrong answer: the caller is told when to come again."""
+    app = create_app(fake, ServerConfig())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://localhost") as client:
+        for path in ("/v1/models", "/v1/models/tiny"):
+            response = await client.get(path)
+            assert response.status_code == 503
+            assert error_of(response)["code"] == "engine_starting"
+            assert int(response.headers["Retry-After"]) >= 1
+
+
 async def test_01_models_are_listed_and_shown(http):
     (model,) = (await http.get("/v1/models")).json()["data"]
     assert model["id"] == "tiny"
@@ -235,7 +246,9 @@ async def test_12_a_stream_is_the_whole_answer_for_text_tools_and_thinking(serve
     assert bool(thoughts) == ("<think>" in text)
 
 
-SCHEMAS = [
+# One for each construct that schemas of real use are made of.
+CLOSED = {"additionalProperties": False}
+SCHEMAS: list[dict[str, Any]] = [
     {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False},
     {"type": "array", "items": {"enum": ["x", "yy"]}, "minItems": 1, "maxItems": 3},
     {"anyOf": [{"const": None}, {"type": "boolean"}]},
@@ -248,21 +261,53 @@ SCHEMAS = [
             "pair": {"type": "array", "prefixItems": [{"type": "boolean"}, {"const": 5}], "minItems": 2, "maxItems": 2}
         },
     },
+    {"type": "string", "pattern": "^[a-f]{2,4}-[0-9]$"},
+    {"type": "string", "format": "date"},
+    {"type": "integer", "minimum": -7, "maximum": 12},
+    {"type": "number", "exclusiveMinimum": 0, "maximum": 1, "multipleOf": 0.25},
+    {"type": ["null", "boolean"]},
+    {"oneOf": [{"const": "a"}, {"type": "object", "properties": {"t": {"const": 1}}, "required": ["t"]} | CLOSED]},
+    {"allOf": [{"type": "integer", "minimum": 3}, {"type": "integer", "maximum": 5}]},
+    {"type": "object", "additionalProperties": {"type": "boolean"}, "maxProperties": 2},
+    {"type": "object", "properties": {"kind": {"enum": ["x", 1, None]}, "n": {"type": "null"}}, "required": ["n"]}
+    | CLOSED,
+    {
+        "$ref": "#/definitions/tree",
+        "definitions": {
+            "tree": {
+                "type": "object",
+                "properties": {"left": {"anyOf": [{"$ref": "#/definitions/tree"}, {"type": "null"}]}},
+            }
+            | {"required": ["left"], "additionalProperties": False}
+        },
+    },
 ]
 
 
-@pytest.mark.parametrize("engine", [{}, {"speculative_method": "ngram"}], ids=["plain", "speculation"])
-async def test_13_a_strict_schema_holds_whatever_the_model_would_say(running, engine):
+@pytest.mark.parametrize(
+    ("engine", "settings", "fields"),
+    [
+        ({}, {}, {}),
+        ({"speculative_method": "ngram"}, {}, {}),
+        ({}, {"reasoning_parser": "qwen3"}, {"thinking_token_budget": 6}),
+    ],
+    ids=["plain", "speculation", "thinking"],
+)
+async def test_13_a_strict_schema_holds_whatever_the_model_would_say(running, engine, settings, fields):
     """A random model: nothing but the grammar makes this JSON."""
-    async with running(engine) as http:
+    whole = []
+    async with running(engine, **settings) as http:
         for schema in SCHEMAS:
             wish = {"type": "json_schema", "json_schema": {"name": "it", "strict": True, "schema": schema}}
-            body = {**CHAT, "response_format": wish, "max_tokens": 120, "temperature": 1.0, "seed": 3}
+            body = {**CHAT, "response_format": wish, "max_tokens": 200, "temperature": 1.0, "seed": 3, **fields}
             (choice,) = (await ask(http, PATHS[1], **body))["choices"]
             if choice["finish_reason"] == "stop":
-                jsonschema_rs.validate(schema, json.loads(choice["message"]["content"]))
-            else:  # a long number or much white space: a beginning of such a text
+                content = choice["message"]["content"]
+                jsonschema_rs.validate(schema, json.loads(content), validate_formats=True)
+                whole.append(content)
+            else:  # a long text or number, or much white space: a beginning of such a text
                 assert choice["finish_reason"] == "length"
+    assert len(whole) >= len(SCHEMAS) - 4
 
 
 async def test_14_the_old_names_of_guided_decoding_are_honoured(running):
@@ -292,8 +337,20 @@ async def test_14_the_old_names_of_guided_decoding_are_honoured(running):
         ({"stream_options": {"include_usage": True}}, 400, "stream_options"),
         ({"response_format": {"type": "json_schema"}}, 400, "response_format.json_schema"),
         ({"top_k": -2}, 400, "top_k"),
+        ({"min_p": 1.5}, 400, "min_p"),
+        ({"repetition_penalty": 0}, 400, "repetition_penalty"),
+        ({"min_tokens": 5, "max_tokens": 4}, 400, "min_tokens"),
+        ({"bad_words": ["x"] * 129}, 400, "bad_words"),
+        ({"allowed_token_ids": []}, 400, "allowed_token_ids"),
+        ({"stop_token_ids": [-1]}, 400, "stop_token_ids"),
+        ({"logit_bias": {"one": 1}}, 400, "logit_bias"),
+        ({"prompt_logprobs": 1, "stream": True}, 400, "prompt_logprobs"),
         ({"priority": 1}, 400, "priority"),
+        ({"cache_salt": "x" * 129}, 400, "cache_salt"),
+        ({"request_id": "a b"}, 400, "request_id"),
         ({"suffix": "x"}, 400, "suffix"),
+        ({"best_of": 2}, 400, "best_of"),
+        ({"user": 7, "n": "1"}, 400, "n"),
     ],
 )
 @pytest.mark.parametrize("path", PATHS)
@@ -309,6 +366,13 @@ async def test_15_errors_have_one_shape_and_name_the_field(http, fake, path, fie
     [
         ({"logprobs": True, "top_logprobs": 21}, "logprobs"),
         ({"top_logprobs": 1}, "top_logprobs"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"tools": [TOOL], "tool_choice": "perhaps"}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"functions": [{}]}, "functions"),
+        ({"reasoning_effort": "hard"}, "reasoning_effort"),
+        ({"chat_template": "{{ 1 }}"}, "chat_template"),
+        ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
         ({"tools": []}, "tools"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
         ({"messages": []}, "messages"),
@@ -317,6 +381,24 @@ async def test_15_errors_have_one_shape_and_name_the_field(http, fake, path, fie
 )
 async def test_15_errors_of_chat_alone(http, fields, param):
     response = await http.post(PATHS[1], json={**BODY, **fields})
+    assert response.status_code == 400
+    assert error_of(response)["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": ["x"] * 1025}, "prompt"),
+        ({"prompt": [[1], []]}, "prompt"),
+        ({"prompt": [320]}, "prompt"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"tools": [TOOL]}, "tools"),
+    ],
+)
+async def test_15_errors_of_completions_alone(http, fields, param):
+    response = await http.post(PATHS[0], json={**BODY, **fields})
     assert response.status_code == 400
     assert error_of(response)["param"] == param
 

@@ -123,7 +123,7 @@ ROWS = [
     (COMPLETION, {"allowed_token_ids": [320]}, 400, "allowed_token_ids", None, "320"),
     (COMPLETION, {"allowed_token_ids": []}, 400, "allowed_token_ids", None, "empty"),
     (COMPLETION, {"bad_words": [""]}, 400, "bad_words", None, "empty"),
-    (COMPLETION, {"bad_words": ["x"] * 200}, 400, "bad_words", None, "64"),
+    (COMPLETION, {"bad_words": ["x"] * 200}, 400, "bad_words", None, "128"),
     (COMPLETION, {"cache_salt": ""}, 400, "cache_salt", None, "at least 1"),
     (COMPLETION, {"cache_salt": "x" * 129}, 400, "cache_salt", None, "128"),
     (COMPLETION, {"request_id": "a b"}, 400, "request_id", None, "pattern"),
@@ -152,7 +152,8 @@ ROWS = [
     (CONVERSATION, {"priority": -1}, 400, "priority", None, "--scheduling-policy priority"),
     (COMPLETION, {"truncate_prompt_tokens": 0}, 400, "truncate_prompt_tokens", None, "between 1 and 512"),
     (CONVERSATION, {"chat_template_kwargs": {"tokenize": True}}, 400, "chat_template_kwargs", None, "tokenize"),
-    (CONVERSATION, {"reasoning_effort": "high"}, 400, "chat_template_kwargs", None, "reasoning_effort"),
+    (CONVERSATION, {"reasoning_effort": "high"}, 400, "reasoning_effort", "unsupported_parameter", "template"),
+    (CONVERSATION, {"reasoning_effort": "hard"}, 400, "reasoning_effort", "invalid_value", "xhigh"),
     (CONVERSATION, {"chat_template_kwargs": {"unread": True}}, 400, "chat_template_kwargs", None, "unread"),
     (
         CONVERSATION,
@@ -192,6 +193,7 @@ ROWS = [
         for name, value in {
             "suffix": "x",
             "best_of": 3,
+            "separate_reasoning": False,
             "use_beam_search": True,
             "prompt_embeds": "x",
             "vllm_xargs": {},
@@ -200,12 +202,11 @@ ROWS = [
     ),
     *(
         (COMPLETION, {name: value}, 400, name, "unsupported_parameter", f"`{name}`")
-        for name, value in {"tools": [{}], "tool_choice": "required"}.items()
+        for name, value in {"tools": [{}], "tool_choice": "required", "functions": []}.items()
     ),
     *(
         (CONVERSATION, {name: value}, 400, name, "unsupported_parameter", f"`{name}`")
         for name, value in {
-            "functions": [],
             "modalities": ["text", "audio"],
             "audio": {"voice": "x"},
             "chat_template": "{{ 1 }}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 
 import pytest
@@ -109,6 +110,22 @@ async def test_nobody_aborts_anothers_request_or_by_a_part_of_its_name(serve, fa
         assert (await http.post("/abort_requests", json={"request_ids": ["ab"]})).status_code == 401
         fake.gate.set()
         assert (await running).json()["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_an_admin_aborts_anybodys(serve, fake, eventually, tmp_path):
+    fake.gate.clear()
+    digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("user", "boss")}
+    entries = [{"name": "user", "sha256": digests["user"]}]
+    entries += [{"name": "boss", "sha256": digests["boss"], "scopes": ["infer", "admin"]}]
+    path = tmp_path / "keys.json"
+    path.write_text(json.dumps(entries))
+    async with serve(api_keys_file=path) as http:
+        body = {"prompt": "x", "request_id": "theirs"}
+        running = asyncio.ensure_future(http.post("/v1/completions", json=body, headers=key("user")))
+        await eventually(lambda: len(fake.added) == 1)
+        response = await http.post("/abort_requests", json={"request_ids": ["theirs"]}, headers=key("boss"))
+        assert response.json() == {"aborted": ["theirs"]}
+        assert (await running).json()["choices"][0]["finish_reason"] == "abort"
 
 
 async def test_rendered_completions(http, fake):

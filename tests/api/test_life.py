@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 
 import pytest
@@ -133,6 +134,13 @@ async def test_hangs_are_counted(http, fake, eventually):
     fake._on_message(EngineHung(11.0))
     await eventually(lambda: http.app.state.dispatcher.life.hangs == 1)
     assert "quire_engine_hung_total 1.0" in (await http.get("/metrics")).text
+
+
+async def test_the_age_of_the_last_sign_of_life_is_told_while_there_is_an_engine(http, fake):
+    fake.age = 1.5
+    assert "\nquire_engine_heartbeat_age_seconds 1.5" in (await http.get("/metrics")).text
+    fake.age = math.inf
+    assert "\nquire_engine_heartbeat_age_seconds " not in (await http.get("/metrics")).text
 
 
 @pytest.mark.parametrize("stage", ["tokenize", "detokenize"])

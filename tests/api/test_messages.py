@@ -98,6 +98,13 @@ def without_ids(message):
     return {**message, "id": None, "content": content}
 
 
+@pytest.mark.parametrize("finish", ["abort", "repetition"])
+async def test_what_would_have_gone_on_is_cut_in_the_one_word_that_clients_know(http, fake, finish):
+    fake.finish = finish
+    response = await http.post("/v1/messages", json={"messages": [USER], "max_tokens": 50})
+    assert response.json()["stop_reason"] == "max_tokens"
+
+
 async def test_the_events_of_a_text(http, fake):
     said(fake, "Hello", per_step=3)
     events = await streamed(http)

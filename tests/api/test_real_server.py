@@ -26,6 +26,7 @@ from quire.server.attempts import FREE
 from quire.server.auth import POLICIES
 from quire.server.config import ServerConfig
 from quire.server.http_protocol import BoundedProtocol
+from quire.server.keys import METRICS
 
 
 @pytest.fixture
@@ -287,7 +288,7 @@ def test_nothing_but_the_open_routes_answers_without_a_key(server):
     port, _ = server
     unlocked = []
     for path, policy in POLICIES.items():
-        if policy.scope is None or path == "/metrics":
+        if policy.scope in (None, METRICS):
             continue
         method = "POST" if policy.has_body else "GET"
         plain = path.replace("{model:path}", "tiny")

@@ -171,6 +171,73 @@ async def test_one_call_alone_where_calls_are_not_parallel(http, fake):
     assert len((await whole(http, tools=TOOLS, parallel_tool_calls=False))["output"]) == 1
 
 
+@pytest.mark.parametrize("per_step", [1, 2, 3, 7, 200])
+@pytest.mark.parametrize("answer", ANSWERS)
+async def test_logprobs_are_those_of_the_tokens_of_each_text(serve, fake, answer, per_step):
+    """One for each byte that is shown, markup and thinking left out, wherever the answer is cut."""
+    said(fake, ANSWERS[answer], per_step)
+    asked = {"tools": TOOLS, "top_logprobs": 2, "seed": 1}
+    async with serve(reasoning_parser="qwen3") as http:
+        expected = await whole(http, **asked)
+        events = await streamed(http, **asked)
+    assert expected["top_logprobs"] == 2
+    assert without_labels(events[-1]["response"]) == without_labels(expected)
+    for index, item in enumerate(expected["output"]):
+        for part in item.get("content", ()):
+            logprobs = part.get("logprobs", [])
+            shown = b"".join(bytes(entry["bytes"]) for entry in logprobs)
+            assert shown == (part["text"].encode() if part["type"] == "output_text" else b"")
+            assert all(len(entry["top_logprobs"]) == 2 for entry in logprobs)
+            mine = [event for event in events if event.get("output_index") == index]
+            deltas = [event for event in mine if event["type"] == "response.output_text.delta"]
+            assert [entry for event in deltas for entry in event["logprobs"]] == logprobs
+            done = [event for event in mine if event["type"] == "response.output_text.done"]
+            assert [event["logprobs"] for event in done] == ([logprobs] if part["type"] == "output_text" else [])
+
+
+async def test_logprobs_without_rivals(http, fake):
+    said(fake, "Hi")
+    response = await whole(http, include=["message.output_text.logprobs"])
+    logprobs = response["output"][0]["content"][0]["logprobs"]
+    assert [(entry["token"], entry["top_logprobs"]) for entry in logprobs] == [("H", []), ("i", [])]
+    assert (await whole(http))["output"][0]["content"][0]["logprobs"] == []
+
+
+async def test_of_the_tools_some_are_allowed(http, fake):
+    said(fake, CALL)
+    tools = [*TOOLS, {"type": "function", "name": "sub"}]
+    await whole(http, tools=tools, tool_choice=allowed("sub"))
+    response = await whole(http, tools=tools, tool_choice=allowed("add", mode="required"))
+    free, required = fake.added
+    assert b'"sub"' in bytes(free.prompt_ids)
+    assert b'"add"' not in bytes(free.prompt_ids)
+    assert free.params.grammar is None
+    assert "add" in required.params.grammar.source
+    assert "sub" not in required.params.grammar.source
+    assert response["tool_choice"]["type"] == "allowed_tools"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_aborted_answer_is_cancelled(http, fake, eventually, stream):
+    fake.answer = lambda request, index: [97] * 400
+    fake.step_seconds = 0.005
+    asking = streamed(http, request_id="mine") if stream else whole(http, request_id="mine")
+    running = asyncio.ensure_future(asking)
+    await eventually(lambda: http.app.state.quire.metrics.stats.generated_tokens_total > 3)
+    await http.post("/abort_requests", json={"request_ids": ["resp_mine"]})
+    answer = await running
+    response = answer[-1]["response"] if stream else answer
+    assert (response["status"], response["incomplete_details"]) == ("cancelled", None)
+    assert response["output"][0]["status"] == "incomplete"
+    assert not stream or answer[-1]["type"] == "response.incomplete"
+
+
+async def test_an_end_of_repetition_is_a_bound_on_the_output(http, fake):
+    fake.finish = "repetition"
+    response = await whole(http)
+    assert (response["status"], response["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+
+
 async def test_usage(serve, fake):
     said(fake, "<think>abc</think>de")
     fake.num_cached = 4
@@ -267,6 +334,13 @@ async def test_nothing_is_kept(http):
 
 USER = {"role": "user", "content": "x"}
 FUNCTION = {"type": "function", "name": "f"}
+
+
+def allowed(*names, mode="auto"):
+    tools = [{"type": "function", "name": name} for name in names]
+    return {"type": "allowed_tools", "mode": mode, "tools": tools}
+
+
 REFUSALS = [
     ({"input": None}, "input", "required"),
     ({"input": []}, "input", "required"),
@@ -288,14 +362,21 @@ REFUSALS = [
     ({"conversation": "c"}, "conversation", "keeps none"),
     ({"background": True}, "background", "stream"),
     ({"prompt": {"id": "p"}}, "prompt", "instructions"),
-    ({"top_logprobs": 2}, "top_logprobs", "chat/completions"),
-    ({"include": ["message.output_text.logprobs"]}, "include", "message.output_text.logprobs"),
+    ({"top_logprobs": 99}, "top_logprobs", "20"),
+    ({"top_logprobs": -1}, "top_logprobs", "top_logprobs"),
+    ({"logprobs": True}, "logprobs", "/v1/responses"),
+    ({"functions": [FUNCTION]}, "functions", "/v1/responses"),
+    ({"return_tokens_as_token_ids": True}, "return_tokens_as_token_ids", "/v1/responses"),
     ({"tools": [{"type": "web_search"}]}, "tools[0].type", "web_search"),
     ({"tools": [FUNCTION, {"type": "function"}]}, "tools", "tools[1].name"),
     ({"tools": [FUNCTION | {"parameters": {"type": "string"}}]}, "tools", "tools[0].parameters"),
     ({"tools": [FUNCTION], "tool_choice": {"type": "file_search"}}, "tool_choice", "file_search"),
     ({"tools": [FUNCTION], "tool_choice": {"type": "function"}}, "tool_choice.name", "text"),
     ({"tools": [FUNCTION], "tool_choice": {"type": "function", "name": "g"}}, "tool_choice", "g"),
+    ({"tools": [FUNCTION], "tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "tool_choice", "allowed_tools"),
+    ({"tools": [FUNCTION], "tool_choice": allowed("g")}, "tool_choice", "g"),
+    ({"tools": [FUNCTION], "tool_choice": allowed("f", mode="maybe")}, "tool_choice", "maybe"),
+    ({"tools": [FUNCTION], "tool_choice": allowed(7)}, "tool_choice.tools[0].name", "text"),
     ({"tool_choice": "required"}, "tool_choice", "tools"),
     ({"max_output_tokens": 0}, "max_output_tokens", "max_output_tokens"),
     ({"max_output_tokens": 9999}, "max_output_tokens", "This model's maximum context length is 512"),

@@ -147,7 +147,7 @@ async def test_scopes(tenants):
     async with tenants(**{name: {"scopes": listed} for name, listed in scopes.items()}) as http:
         for path, policy in POLICIES.items():
             method = "POST" if policy.has_body else "GET"
-            url = path.replace("{model:path}", "tiny")
+            url = path.replace("{model:path}", "tiny").replace("{file}", "style.css")
             for name, listed in scopes.items():
                 response = await http.request(method, url, headers=bearer(name), json={} if policy.has_body else None)
                 if policy.scope is None or policy.scope in listed:

@@ -1,4 +1,4 @@
-"""Bodies, requests by our own description of them, and bytes that are nearly HTTP: sent to a real server, and judged."""
+"""Bodies, requests by our own description of them, and bytes that are nearly HTTP: sent to a server, and judged."""
 
 from __future__ import annotations
 

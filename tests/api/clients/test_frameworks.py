@@ -8,7 +8,8 @@ import pytest
 from api.clients.served import KEY, served
 from pydantic import BaseModel
 
-pytestmark = pytest.mark.slow
+# What their makers warn each other of is not ours to judge.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 TOO_LONG = [{"role": "user", "content": "x" * 5000}]
@@ -27,7 +28,8 @@ def base_url(tmp_path_factory):
         yield f"{server.url}/v1"
 
 
-def test_litellm(base_url):
+def test_litellm(base_url, monkeypatch):
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # or it asks the network for prices
     litellm = pytest.importorskip("litellm")
     common = {"model": "hosted_vllm/tiny", "api_base": base_url, "api_key": KEY}
     answer = litellm.completion(messages=MESSAGES, max_tokens=8, **common)

@@ -107,7 +107,7 @@ CASES = [
     *(("logit_bias", {3: value}) for value in [NAN, INF, 1e308, 100.5, -101, "1", True, None]),
     ("allowed_token_ids", ()),
     ("bad_words", ((),)),
-    ("bad_words", ((1,),) * 129),
+    ("bad_words", ((1,),) * 257),
 ]
 
 

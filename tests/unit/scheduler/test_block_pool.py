@@ -80,9 +80,11 @@ def test_blocks_without_content_go_first_and_the_cache_from_the_ends(order: str)
     use(pool, "abcd")
     taken = pool.take(4)
     assert found(pool, "abcd") == "abcd"
+    assert pool.num_evicted == 0
     for rest in ("abc", "ab", "a", ""):
         assert pool.take(1)
         assert found(pool, "abcd") == rest
+        assert pool.num_evicted == 4 - len(rest)
     assert pool.take(1) is None
     assert taken is not None
     assert pool.num_used == 8

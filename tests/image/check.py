@@ -1,0 +1,209 @@
+"""`make image-check`: the Dockerfile is linted, its CPU image built and run, on a machine that has no Docker.
+
+    python tests/image/check.py [--again]
+
+The base image is stood for by a fresh Debian of the same release, made by debootstrap once and kept. On it the very
+instructions of the Dockerfile are run (layers.py), so the check cannot drift from the file. The image then serves as a
+container without privileges, network or a root that it could write to (container.py). --again leaves out the build and
+runs what the last one made.
+
+    IMAGE_CHECK_FOLDER   where roots, layers and pip's cache are kept (/var/tmp/quire-image-check)
+    IMAGE_CHECK_BIND     paths of this machine that the build may read, separated by colons
+    IMAGE_CHECK_MIRROR   of Debian (http://deb.debian.org)
+    PIP_…                are passed to the build as they are, in place of the file's arguments of these names
+
+Needs root, Linux, and debootstrap. Exit status 0: everything held; otherwise what did not is said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from image.container import Container  # noqa: E402
+from image.dockerfile import Config, read  # noqa: E402
+from image.layers import Layers  # noqa: E402
+
+TARGET = "cpu"
+KEY = "image-check-key"
+START_SECONDS = 300  # for the bundled model, on a machine with much else to do
+STOP_SECONDS = 60  # more than --drain-timeout
+MIRROR = os.environ.get("IMAGE_CHECK_MIRROR", "http://deb.debian.org")
+
+PACKAGE = "/opt/quire/lib/python3*/site-packages/quire"
+
+# Run inside, with the image's own Python: it has no other client, and the container no network but its own.
+ASK = """
+import json, sys, urllib.error, urllib.request
+path, key, body = sys.argv[1:]
+headers = {"Content-Type": "application/json"} | ({"Authorization": "Bearer " + key} if key else {})
+request = urllib.request.Request("http://127.0.0.1:8000" + path, body.encode() or None, headers)
+try:
+    answer = urllib.request.urlopen(request, timeout=120)
+except urllib.error.HTTPError as error:
+    answer = error
+print(json.dumps([answer.status, answer.read().decode()]))
+"""
+# Writable by the container's user although it is no device and not in the volume.
+WRITABLE = "find / -xdev -writable -not -type l 2>/dev/null; touch /opt/quire/x /tmp/x /etc/x 2>&1"
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--again", action="store_true")
+    again = options.parse_args().again
+    if os.geteuid() != 0:
+        sys.exit("image-check: chroot and mount want root; run it as root")
+    folder = Path(os.environ.get("IMAGE_CHECK_FOLDER", "/var/tmp/quire-image-check"))
+    passed = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
+    binds = [Path(path) for path in os.environ.get("IMAGE_CHECK_BIND", "").split(":") if path]
+    file = read(ROOT / "Dockerfile", build_args=passed)
+
+    lint()
+    layers = Layers(folder, debian(file.base(TARGET), folder), binds, passed)
+    image = layers.found(file, TARGET) if again else layers.build(file, TARGET, ROOT)
+    for name, size in layers.size(TARGET).items():
+        print(f"{name:12} {size / 1e6:8.0f} MB")
+
+    config = file.config(TARGET)
+    check = Check(folder / "containers", image, config)
+    check.contents()
+    check.refuses_to_serve_without_a_key()
+    check.serves_without_privileges()
+    check.serves_as_any_user()
+    print("image-check: all held")
+
+
+def lint() -> None:
+    subprocess.run(["hadolint", "--config", str(ROOT / ".hadolint.yaml"), str(ROOT / "Dockerfile")], check=True)
+
+
+def debian(image: str, folder: Path) -> Path:
+    """A root of the release that `image` is of: debian:bookworm-20260824-slim@sha256:…"""
+    found = re.fullmatch(r"debian:([a-z]+)-[0-9]+-slim@sha256:[0-9a-f]{64}", image)
+    if found is None:
+        sys.exit(f"image-check: the base is {image}, and only a Debian can be made here")
+    release = found[1]
+    root = folder / "bases" / release
+    if not (root / "complete").exists():
+        shutil.rmtree(root, ignore_errors=True)
+        root.mkdir(parents=True)
+        command = ["debootstrap", "--variant=minbase", release, str(root), f"{MIRROR}/debian"]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        (root / "etc/apt/sources.list").write_text(
+            f"deb {MIRROR}/debian {release} main\n"
+            f"deb {MIRROR}/debian {release}-updates main\n"
+            f"deb {MIRROR}/debian-security {release}-security main\n"
+        )
+        (root / "complete").touch()
+    return root
+
+
+class Check:
+    """Each method is one promise of the image; it ends the program where that is not kept."""
+
+    def __init__(self, folder: Path, image: list[Path], config: Config) -> None:
+        self._folder = folder
+        self._image = image
+        self._config = config
+
+    def contents(self) -> None:
+        """The compiled kernels are there, without which an install would go on; what built them is not."""
+        with self._container(env={"QUIRE_API_KEY": KEY}) as container:
+            native = container.execute(["sh", "-c", f"ls {PACKAGE}/kernels/cpu/native"])
+            expect("_kernels." in native.stdout, f"the compiled kernels are missing: {native.stdout}")
+            strange = container.execute(["sh", "-c", f"command -v g++ gcc cc pip git curl; ls -d /src {PACKAGE}/tests"])
+            expect(not strange.stdout.strip(), f"in the image without being of use: {strange.stdout}")
+        said("compiled kernels are there; compilers, pip and tests are not")
+
+    def refuses_to_serve_without_a_key(self) -> None:
+        with self._container() as container:
+            status = container.wait(START_SECONDS)
+            lines = container.log.strip().splitlines()
+        expect(status == 2, f"without a key the container ended with {status}, not 2")
+        expect(len(lines) == 1 and "QUIRE_API_KEY" in lines[0], f"without a key it said {lines}")
+        said(f"without a key: exit status 2 and {lines[0]!r}")
+
+    def serves_without_privileges(self) -> None:
+        with self._container(env={"QUIRE_API_KEY": KEY}) as container:
+            self._wait_until_healthy(container)
+            first = Path(f"/proc/{container.first_process()}")
+            expect((first / "comm").read_text().strip() == "tini", "the first process is not the init")
+            everybody = container.execute(["sh", "-c", "cat /proc/[0-9]*/status"]).stdout
+            users = set(re.findall(r"^Uid:\t(\d+)", everybody, re.M))
+            expect(users == {self._config.user}, f"processes run as {users}")
+            expect(set(re.findall(r"^CapEff:\t0*(\w+)", everybody, re.M)) == {"0"}, "a process has capabilities")
+            writable = container.execute(["sh", "-c", WRITABLE]).stdout
+            expect(writable.count("Read-only file system") == 3, f"something could be written to: {writable}")
+            self._answers(container)
+            status = container.stop(STOP_SECONDS)
+        expect(status == 0, f"after SIGTERM the container ended with {status}:\n{container.log}")
+        said("served as a user without privileges, on a read-only root, and ended with 0 when told to")
+
+    def serves_as_any_user(self) -> None:
+        """As clusters do that give a container a user id of their own, and group 0."""
+        config = Config(**{**vars(self._config), "user": "1000680000"})
+        with self._container(env={"QUIRE_API_KEY": KEY}, config=config) as container:
+            self._wait_until_healthy(container)
+            self._answers(container)
+        said("served as a user id that the image does not know")
+
+    def _answers(self, container: Container) -> None:
+        body = json.dumps({"prompt": "def add(a, b):", "max_tokens": 8, "temperature": 0})
+        status, text = self._ask(container, "/v1/completions", KEY, body)
+        expect(status == 200 and json.loads(text)["choices"][0]["text"], f"a completion was answered {status}: {text}")
+        status, text = self._ask(container, "/v1/completions", "", body)
+        expect(status == 401, f"a completion without a key was answered {status}: {text}")
+
+    def _ask(self, container: Container, path: str, key: str, body: str) -> tuple[int, str]:
+        done = container.execute(["python", "-c", ASK, path, key, body])
+        expect(done.returncode == 0, f"nobody answers {path}: {done.stderr}\n{container.log}")
+        status, text = json.loads(done.stdout)
+        return status, text
+
+    def _wait_until_healthy(self, container: Container) -> None:
+        """By the image's own health check, which has to fail while nothing listens."""
+        health: Any = self._config.health
+        expect(container.execute(health).returncode == 1, "the health check held before the server was there")
+        deadline = time.monotonic() + START_SECONDS
+        while container.execute(health).returncode != 0:
+            expect(time.monotonic() < deadline, f"not healthy after {START_SECONDS} s:\n{container.log}")
+            time.sleep(0.5)
+
+    @contextmanager
+    def _container(
+        self, command: list[str] | None = None, env: dict[str, str] | None = None, config: Config | None = None
+    ) -> Iterator[Container]:
+        """With a new volume."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        volume = self._folder / "volume"
+        volume.mkdir(parents=True)
+        volume.chmod(0o775)
+        with Container(self._folder, self._image, config or self._config, volume, command, env) as container:
+            yield container
+
+
+def expect(held: bool, otherwise: str) -> None:
+    if not held:
+        sys.exit(f"image-check: {otherwise}")
+
+
+def said(what: str) -> None:
+    print(f"  ok  {what}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

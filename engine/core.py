@@ -111,9 +111,9 @@ class EngineCore:
         with startup.phase("allocate KV cache"):
             self.runner = self._runner(path, model, settings, kernels, decoder, drafter)
         with startup.phase("warm up"):
-            self.runner.warm_up(min(settings.max_num_batched_tokens, settings.max_model_len))
+            self.runner.warm_up(min(settings.max_num_batched_tokens, settings.max_model_len), startup.advance)
         with startup.phase("time steps"):
-            cost = calibrate(self.runner, settings)
+            cost = calibrate(self.runner, settings, startup.advance)
         self.scheduler = Scheduler(
             SchedulerConfig(
                 num_blocks=settings.num_blocks,

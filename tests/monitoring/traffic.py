@@ -23,7 +23,7 @@ PREFIX = " ".join(WORDS[:120])  # what all prompts begin with: the prefix cache 
 # Four at a time and eight that wait, in a cache that holds two long requests: it queues, preempts and refuses.
 OPTIONS = (
     *("--max-num-seqs", "4", "--max-queued-requests", "8", "--max-model-len", "1024", "--kv-cache-bytes", "6MiB"),
-    *("--speculative-method", "draft", "--speculative-model", "bundled"),
+    *("--speculative-method", "draft", "--speculative-model", "bundled", "--speculative-adaptive", "off"),
 )
 
 

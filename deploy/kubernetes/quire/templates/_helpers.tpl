@@ -54,6 +54,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- define "quire.options" -}}
 {{- $options := deepCopy .Values.options }}
 {{- $_ := set $options "drain-timeout" .Values.drain.timeoutSeconds }}
+{{- $_ := set $options "live-page" .Values.livePage }}
 {{- $entry := include "quire.keysEntry" . }}
 {{- if eq $entry "api-keys" }}{{ $_ := set $options "api-key-file" "/etc/quire/keys/api-keys" }}{{ end }}
 {{- if eq $entry "keys.yaml" }}{{ $_ := set $options "api-keys-file" "/etc/quire/keys/keys.yaml" }}{{ end }}
@@ -70,7 +71,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if ne (int $ways) 1 }}
 {{- fail (printf "auth: %d of keys, namedKeys, existingSecret and insecureNoAuth are set; set exactly one" (int $ways)) }}
 {{- end }}
-{{- range $name, $value := dict "port" "service.port" "health-port" "service.healthPort" "drain-timeout" "drain.timeoutSeconds" "host" "nothing: it is 0.0.0.0 in a pod" "api-key" "auth.keys" "api-key-file" "auth.existingSecret" "api-keys-file" "auth.namedKeys or auth.existingSecret" "insecure-no-auth" "auth.insecureNoAuth" "config" "options itself" "model" "model" }}
+{{- range $name, $value := dict "port" "service.port" "health-port" "service.healthPort" "drain-timeout" "drain.timeoutSeconds" "host" "nothing: it is 0.0.0.0 in a pod" "api-key" "auth.keys" "api-key-file" "auth.existingSecret" "api-keys-file" "auth.namedKeys or auth.existingSecret" "insecure-no-auth" "auth.insecureNoAuth" "live-page" "livePage" "config" "options itself" "model" "model" }}
 {{- if hasKey $.Values.options $name }}
 {{- fail (printf "options.%s is %v: the chart writes it; set %s" $name (index $.Values.options $name) $value) }}
 {{- end }}

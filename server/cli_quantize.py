@@ -39,7 +39,7 @@ def quantize(
     context = load_config(source).max_position
     if window is not None and window > context:
         raise typer.BadParameter(
-            f"{window} is more than the model's context; give at most {context}", param_hint="--window"
+            f"{window}: the model's context is {context}, give at most that", param_hint="--window"
         )
     windows = _windows(source, text, tokens, window or min(WINDOW, context))
     with bar(f"calibrating on {sum(map(len, windows))} tokens") as shown:

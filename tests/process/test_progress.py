@@ -92,6 +92,14 @@ def test_quantizing(quantizable: list[str], tmp_path: Path) -> None:
     assert ESCAPE not in into_a_file(*QUIRE, *quantizable, "--out", str(tmp_path / "b"))
 
 
+def test_a_window_that_the_model_cannot_read_is_refused(quantizable: list[str], tmp_path: Path) -> None:
+    command = [*QUIRE, *quantizable, "--out", str(tmp_path / "a"), "--window", "600"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2
+    assert "--window: 600: the model's context is 512, give at most that" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def serve(model: Path, stderr: int, log: Path) -> subprocess.Popen[bytes]:
     options = ["--port", "0", "--dtype", "float32", "--threads", "1"]
     with log.open("wb") as out:

@@ -151,6 +151,14 @@ class Metrics:
             )
         self._errors = self._family("request_errors", "Answers that are errors.", "code", "reason")
         self._rejected = self._family("admission_rejections", "Requests that were not let in.", "reason")
+        for family, ways in (
+            (self._aborted, (("waiting",), ("running",))),
+            (self._expired, (("timeout",), ("deadline",), ("unreachable",))),
+            (self._rejected, (("server_overloaded",), ("tenant_overloaded",), ("rate_limit_exceeded",))),
+            (self._errors, (("500", "internal_error"), ("500", "engine_error"))),
+        ):
+            for way in ways:
+                family.labels(model_name, *way)  # there from the start: of a series that is new, no rate sees the first
         self._steps = self._family("step_seconds", "Time in the engine's steps, by part.", "part")
         self.schedule_seconds = self._steps.labels(model_name, "schedule")
         self.forward_seconds = self._steps.labels(model_name, "forward")

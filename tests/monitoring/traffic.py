@@ -52,7 +52,7 @@ async def drive(url: str, seconds: float) -> Result:
         temperature=1.0,
         extra_body={"slo": {"ttft_ms": 1000, "itl_ms": 100}},
     )
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as http:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as http:
         ask = Asker(http, url)
         others = (
             ask.again(end, pause, how)

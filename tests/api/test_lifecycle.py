@@ -167,7 +167,7 @@ async def test_a_client_that_leaves_is_aborted(http, fake, eventually, stream, b
     assert state.dispatcher._mailboxes == {}
     await eventually(lambda: fake.running == 0)
     metrics = (await http.get("/metrics")).text
-    assert re.search(r'^quire_requests_aborted_total\{.*\} 1\.0$', metrics, re.MULTILINE)
+    assert re.search(r"^quire_requests_aborted_total\{.*\} 1\.0$", metrics, re.MULTILINE)
 
 
 async def test_ids_of_callers_are_labels_only(http, fake):

@@ -212,7 +212,8 @@ class Metrics:
     def promise(self, slo: str, met: bool, tenant: str, count: int) -> None:
         """`count` samples were promised `slo`: "ttft", "itl", "deadline"."""
         whose = (self._label(tenant),) if self._by_tenant else ()
-        self._promises.labels(self._model, slo, str(met).lower(), *whose).inc(count)
+        for kept in (True, False):  # both from the first on: a share of those kept is 0 where there is none, not nothing
+            self._promises.labels(self._model, slo, str(kept).lower(), *whose).inc(count if kept == met else 0)
 
     def name_tenants(self, tenants: Iterable[str]) -> None:
         """These have names from now on; more than so many in the life of a server count as others."""

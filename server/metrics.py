@@ -212,7 +212,7 @@ class Metrics:
     def promise(self, slo: str, met: bool, tenant: str, count: int) -> None:
         """`count` samples were promised `slo`: "ttft", "itl", "deadline"."""
         whose = (self._label(tenant),) if self._by_tenant else ()
-        for kept in (True, False):  # both from the first on: a share of those kept is 0 where there is none, not nothing
+        for kept in (True, False):  # both from the first on: a share of none is 0, not nothing
             self._promises.labels(self._model, slo, str(kept).lower(), *whose).inc(count if kept == met else 0)
 
     def name_tenants(self, tenants: Iterable[str]) -> None:

@@ -40,7 +40,6 @@ def keys_file() -> str:
 
 async def drive(url: str, seconds: float) -> Result:
     """All of it beside `quire bench serve`, of which the result is given."""
-    end = time.monotonic() + seconds
     rate = 2.0
     bench = LoadConfig(
         base_url=url,
@@ -60,6 +59,7 @@ async def drive(url: str, seconds: float) -> Result:
         for _ in range(3):  # while there is room for sure
             await ask.late()
             await ask.leaves()
+        end = time.monotonic() + seconds
         others = (
             ask.again(end, pause, how)
             for how, pause in ((ask.stays, 0.5), (ask.leaves, 3), (ask.late, 3), (ask.wrong, 2))

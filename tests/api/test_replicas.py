@@ -93,7 +93,7 @@ async def test_a_replica_answers_as_a_server_does(house: Any, http: httpx.AsyncC
 
 
 async def test_turns_of_a_talk_go_to_one_replica(house: Any) -> None:
-    async with house() as (there, engines):
+    async with house() as (there, _):
         for talk in range(4):
             said = [{"role": "user", "content": f"talk {talk} " * 20}]
             start = len(there.went)
@@ -146,7 +146,7 @@ async def test_a_drain_waits_for_who_is_inside_and_no_longer_than_it_may(house: 
 
 
 async def test_what_a_replica_tells_of_itself(house: Any) -> None:
-    async with house() as (there, engines):
+    async with house() as (there, _):
         replica = there.replicas["r0"]
         ready = replica._state.ready
         stats = replica.record_routing_stats()

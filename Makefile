@@ -44,7 +44,7 @@ test-clients: $(VENV)/.installed-test  ## clients of other makers against a real
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/api/clients $(ARGS)
 
 page-test: $(VENV)/.installed-test  ## the live page in headless Chromium, which has to be installed; SCREENSHOTS=FOLDER takes pictures
-	$(BIN)/pip install --quiet --editable '.[page]'
+	$(BIN)/pip install --quiet --editable '.[browser]'
 	$(BIN)/python -m pytest -m slow tests/page $(ARGS)
 
 sanitize: $(VENV)/.installed-test  ## the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer (minutes)

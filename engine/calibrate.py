@@ -29,7 +29,8 @@ PATIENCE_SECONDS = 3.0
 def calibrate(rehearse: Callable[[list[Row]], None], settings: Resolved, advance: Callable[[float], None]) -> StepCost:
     """The fitted cost of a step, in seconds.
 
-    rehearse: runs such rows, and waits for them. advance: told which part of the shapes is timed, 0 to 1.
+    rehearse: runs such rows, and waits for them
+    advance: told which part of the shapes is timed, 0 to 1
     """
     model = StepTimeModel(StepCost(TILE[settings.device.type], 1e-3, 1e-4, 1e-8, 1e-9))
     spent = 0.0

@@ -16,6 +16,8 @@ const timeRange = { from: dateTime(from), to: dateTime(to), raw: { from: 'now-1m
 const legendOf = (target, metric) =>
   target.legendFormat.replace(/\{\{(\w+)\}\}/g, (_, label) => metric[label] ?? '') || target.expr;
 
+const numberOf = (text) => (Number.isFinite(Number(text)) ? Number(text) : null); // as Grafana does: a gap
+
 function framesOf(panel) {
   const series = panel.targets.flatMap((target) =>
     (answers[panel.id][target.refId] ?? []).map((one) => ({ name: legendOf(target, one.metric), values: one.values }))
@@ -24,7 +26,7 @@ function framesOf(panel) {
     const frame = toDataFrame({
       fields: [
         { name: 'Time', type: FieldType.time, values: values.map(([time]) => 1000 * time), config: {} },
-        { name, type: FieldType.number, values: values.map(([, value]) => Number(value)), config: configOf(panel, name) },
+        { name, type: FieldType.number, values: values.map(([, value]) => numberOf(value)), config: configOf(panel, name) },
       ],
     });
     for (const field of frame.fields) {

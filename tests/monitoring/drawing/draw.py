@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ PAGE = "<!doctype html><meta charset=utf-8><body style='margin:8px'><div id=boar
 
 
 def chromium() -> str | None:
-    """The program, where there is one."""
-    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    """The program, where there is one; $CHROMIUM names another."""
+    return os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 
 
 def ready() -> bool:

@@ -129,7 +129,9 @@ def run(config: SloConfig) -> dict[str, Any]:
     step, prompt_seconds = Load(first, config, config.seed).alone()
     slo_ms = config.slo_itl_ms or 1e3 * SLO_STEPS * step
     rate = config.load / prompt_seconds
-    engines = {"quire": _engine(config, slo_ms), "prefill_first": _prefill_first(_engine(config, slo_ms))}
+    whole = first.scheduler.config.max_model_len  # the tokens of the largest step that prefill-first takes
+    baseline = _engine(config, slo_ms, max_num_batched_tokens=max(first.scheduler.config.max_num_batched_tokens, whole))
+    engines = {"quire": _engine(config, slo_ms), "prefill_first": _prefill_first(baseline)}
     for core in engines.values():
         Load(core, config, config.seed).alone()  # warm
         Load(core, config, config.seed).run(rate, config.seed)
@@ -154,8 +156,8 @@ def run(config: SloConfig) -> dict[str, Any]:
     return result
 
 
-def _engine(config: SloConfig, slo_ms: float) -> EngineCore:
-    return start_engine(model=config.model, threads=config.threads, slo_itl_ms=slo_ms, prefix_caching=False)
+def _engine(config: SloConfig, slo_ms: float, **more: int) -> EngineCore:
+    return start_engine(model=config.model, threads=config.threads, slo_itl_ms=slo_ms, prefix_caching=False, **more)
 
 
 def _prefill_first(core: EngineCore) -> EngineCore:

@@ -73,6 +73,7 @@ def test_an_unknown_variable(tmp_path: Path) -> None:
         ("--max-model-len 100 --num-blocks 2", ("max_model_len", "100", "kv_cache_bytes")),
         ("--kernels attention=fast", ("attention", "fast", "reference")),
         ("--scheduling-policy lottery", ("scheduling_policy", "lottery", "fcfs")),
+        ("--tensor-parallel-size 3", ("tensor_parallel_size", "3")),
         ("--quantization int5", ("quantization", "int5", "int4")),
     ],
 )

@@ -151,12 +151,14 @@ class Check:
     def refuses_nonsense(self) -> None:
         """The variable that a cluster sets for a service named quire, and a file that is not there."""
         for command, env, named in (
-            (["serve"], {"QUIRE_PORT": "tcp://10.0.0.1:8000"}, "tcp://10.0.0.1:8000"),
+            (["serve"], {"QUIRE_PORT": "tcp://10.0.0.1:8000"}, "--port"),
             (["serve", "--config", "/nowhere.yaml"], {}, "/nowhere.yaml"),
         ):
             with self._container(command, {"QUIRE_API_KEY": KEY, **env}) as container:
                 status = container.wait(START_SECONDS)
-                expect(status == 2 and named in container.log, f"{named} ended it with {status}:\n{container.log}")
+                lines = container.log.strip().splitlines()
+                expect(status == 2 and len(lines) == 1, f"{named} ended it with {status}: {lines}")
+                expect(named in lines[0], f"{named} is not named: {lines}")
         said("settings that are nonsense: exit status 2, and they are named")
 
     def serves_without_privileges(self) -> None:

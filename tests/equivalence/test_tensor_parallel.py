@@ -143,8 +143,12 @@ def test_a_rank_that_draws_other_tokens_ends_the_engine(tiny_model, shared, monk
     monkeypatch.setattr(lm_head, "run", lambda x, packed, run=lm_head.run: run(x, packed).flip(1))
     core.handle(AddRequest("r", [1, 2, 3], replace(SAMPLED[0], max_tokens=50)))
     with pytest.raises(RankLost, match="rank 1 has drawn other tokens"):
-        for _ in range(60):
-            core.step()
+        _run(core, 60)
+
+
+def _run(core: EngineCore, steps: int) -> None:
+    for _ in range(steps):
+        core.step()
 
 
 def test_digests_tell_results_apart():

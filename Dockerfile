@@ -4,10 +4,8 @@
 #   docker build --tag quire .                        for processors
 #   docker build --tag quire:cuda --target cuda .     for NVIDIA GPUs
 #
-#   base ─┬─▶ build ─┬─▶ cpu-packages ────────┐
-#         │          └─▶ cuda-packages ──┐    │
-#         └─▶ runtime ─┬─▶ cuda ◀────────┘    │
-#                      └─▶ cpu  ◀─────────────┘
+#   base ─┬─▶ build ────┬─▶ cpu
+#         └─▶ runtime ──┴─▶ cuda
 
 # The digest decides; the tag tells people which one it is.
 ARG BASE=debian:bookworm-20260824-slim@sha256:88200866dfff7ea7f5cbcb6ec7c8a701889efe6fe859fe64d6990e4b07ea4171
@@ -32,17 +30,13 @@ RUN --mount=type=cache,target=/root/.cache/pip \
  && /opt/pip/bin/pip wheel --no-deps --wheel-dir /wheels . \
  && python3 -m venv --without-pip /opt/quire
 
-FROM build AS cpu-packages
-# torch without the CUDA libraries: a fifth of the size.
-ARG PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# torch as everybody gets it brings CUDA's libraries. Its builds without them, a fifth of the size, are on an index of
+# their own: --build-arg PIP_EXTRA_INDEX_URL=… takes them from there.
+ARG PIP_EXTRA_INDEX_URL=""
+# Of pyproject.toml, with commas: otel, ray.
+ARG EXTRAS=otel
 RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/pip/bin/pip --python /opt/quire/bin/python install "$(echo /wheels/quire-*.whl)[otel]"
-
-FROM build AS cuda-packages
-# CUDA's libraries come with torch's wheels, and the driver from the host, so NVIDIA's images would only add a second copy.
-ARG PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cu130
-RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/pip/bin/pip --python /opt/quire/bin/python install "$(echo /wheels/quire-*.whl)[otel]"
+    /opt/pip/bin/pip --python /opt/quire/bin/python install "$(echo /wheels/quire-*.whl)[${EXTRAS}]"
 
 FROM base AS runtime
 # Group 0 may write what the user may: some clusters give a container any user id, and that group.
@@ -59,11 +53,11 @@ ENV PATH=/opt/quire/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:
     PYTHONSAFEPATH=1 \
     PYTHONUNBUFFERED=1 \
     QUIRE_HOST=0.0.0.0 \
-    QUIRE_HEALTH_PORT=8081
+    QUIRE_HEALTH_PORT=8001
 VOLUME /cache
 WORKDIR /cache
 USER 10001
-EXPOSE 8000 8081
+EXPOSE 8000 8001
 # A port and a thread of its own: in time however busy the server is. Weights may take long to load; the start period
 # covers them, and after it three failures in a row are an outage.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30m --retries=3 \
@@ -83,12 +77,14 @@ LABEL org.opencontainers.image.title="Quire" \
       org.opencontainers.image.base.name="docker.io/library/debian:bookworm-slim"
 
 FROM runtime AS cuda
-# Triton compiles its kernels' launchers where it runs.
+# CUDA's libraries come with torch, and the driver from the host, so NVIDIA's images would only add a second copy. Triton
+# compiles its kernels' launchers where it runs.
 USER 0
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends gcc libc6-dev python3-dev \
  && rm -rf /var/lib/apt/lists/*
-COPY --from=cuda-packages /opt/quire /opt/quire
+COPY --from=build /opt/quire /opt/quire
+RUN ["python", "-c", "import torch; exit(None if torch.version.cuda else 'this torch has no CUDA: leave PIP_EXTRA_INDEX_URL out')"]
 # Read by NVIDIA's container runtime: which devices, what of the driver, and which drivers are too old for CUDA 13.
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
@@ -96,4 +92,4 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
 USER 10001
 
 FROM runtime AS cpu
-COPY --from=cpu-packages /opt/quire /opt/quire
+COPY --from=build /opt/quire /opt/quire

@@ -1,6 +1,6 @@
 # Everything a person types. Each target makes what it needs; a second call is instant.
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-all test-clients sanitize fuzz image-check lint format bench soak clean
+.PHONY: help serve test test-all test-clients page-test sanitize fuzz ray-test image-check ops-test lint format bench soak clean
 
 PYTHON ?= python3
 VENV   := .venv
@@ -43,6 +43,10 @@ test-clients: $(VENV)/.installed-test  ## clients of other makers against a real
 	$(BIN)/pip install --quiet --editable '.[clients]'
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/api/clients $(ARGS)
 
+page-test: $(VENV)/.installed-test  ## the live page in headless Chromium, which has to be installed; SCREENSHOTS=FOLDER takes pictures
+	$(BIN)/pip install --quiet --editable '.[browser]'
+	$(BIN)/python -m pytest -m slow tests/page $(ARGS)
+
 sanitize: $(VENV)/.installed-test  ## the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer (minutes)
 	$(BIN)/python tests/sanitizers/sanitize.py address $(ARGS)
 	$(BIN)/python tests/sanitizers/sanitize.py thread $(ARGS)
@@ -50,8 +54,30 @@ sanitize: $(VENV)/.installed-test  ## the C++ kernels under AddressSanitizer, UB
 fuzz: $(VENV)/.installed-test  ## more than fifty thousand bad inputs, counted (half an hour); ARGS="bodies --scale 0.1"
 	$(BIN)/python tests/security/fuzz.py $(ARGS)
 
+ray-test: $(VENV)/.installed-test  ## two replicas on Ray Serve, one of them killed under load; installs Ray (minutes)
+	$(BIN)/pip install --quiet --editable '.[ray]'
+	$(BIN)/python -m pytest tests/deploy tests/unit/deploy $(ARGS)
+
 image-check: $(VENV)/.installed-test  ## the Dockerfile's steps run and its image served, without Docker; as root, wants debootstrap
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/image/check.py $(ARGS)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/image/check.py $(ARGS)
+
+# Debian's Prometheus where none is installed, unpacked and not installed; Grafana's components, for the board's picture.
+MONITORING := build/monitoring
+PROMETHEUS := $(if $(shell command -v promtool),,$(MONITORING)/usr/bin/promtool)
+
+$(MONITORING)/usr/bin/promtool:
+	mkdir -p $(MONITORING)
+	cd $(MONITORING) && apt-get download prometheus && dpkg -x prometheus_*.deb .
+
+$(MONITORING)/board.js: tests/monitoring/drawing/package.json tests/monitoring/drawing/board.jsx
+	mkdir -p $(MONITORING)
+	cp $^ $(MONITORING)
+	cd $(MONITORING) && npm install --no-audit --no-fund --ignore-scripts --loglevel=error && npm run --silent build
+
+ops-test: $(VENV)/.installed-test $(PROMETHEUS) $(MONITORING)/board.js  ## alerts and board beside a real Prometheus and a server under load; wants npm and Chromium
+	$(BIN)/pip install --quiet --editable '.[browser]'
+	PATH="$$PATH:$(CURDIR)/$(MONITORING)/usr/bin" $(BIN)/python -m pytest tests/monitoring $(ARGS)
+	@echo "The board as it was drawn: $(MONITORING)/board.png"
 
 lint: $(VENV)/.installed-lint  ## style and types
 	$(BIN)/ruff check .

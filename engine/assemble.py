@@ -99,7 +99,7 @@ def assemble(config: EngineConfig, machine: Machine, meet: Callable[[Resolved], 
     with startup.phase("allocate KV cache"):
         runner = _runner(loaded, settings)
     with startup.phase("warm up"):
-        runner.warm_up(min(settings.max_num_batched_tokens, settings.max_model_len))
+        runner.warm_up(min(settings.max_num_batched_tokens, settings.max_model_len), startup.advance)
     return Assembled(path, model, settings, loaded.kernels, loaded.grammars, runner, memory)
 
 

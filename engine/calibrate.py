@@ -26,11 +26,17 @@ REPEATS = 3  # of each shape; the model takes the median
 PATIENCE_SECONDS = 3.0
 
 
-def calibrate(rehearse: Callable[[list[Row]], None], settings: Resolved) -> StepCost:
-    """The fitted cost of a step, in seconds. rehearse: runs such rows, and waits for them."""
+def calibrate(rehearse: Callable[[list[Row]], None], settings: Resolved, advance: Callable[[float], None]) -> StepCost:
+    """The fitted cost of a step, in seconds.
+
+    rehearse: runs such rows, and waits for them
+    advance: told which part of the shapes is timed, 0 to 1
+    """
     model = StepTimeModel(StepCost(TILE[settings.device.type], 1e-3, 1e-4, 1e-8, 1e-9))
     spent = 0.0
-    for rows in _shapes(settings):
+    shapes = list(_shapes(settings))
+    for number, rows in enumerate(shapes):
+        advance(number / len(shapes))
         shape = shape_of((row.start, row.num_tokens) for row in rows)
         if settings.device.type == "cuda":
             rehearse(rows)  # kernels are compiled and graphs captured when they are first needed

@@ -64,7 +64,7 @@ class EngineCore:
             made = assemble(config, machine, self._ranks.meet, startup)
             model, settings, self.runner, self.grammars = made.model, made.settings, made.runner, made.grammars
             with startup.phase("time steps"):
-                cost = calibrate(self._rehearse, settings)
+                cost = calibrate(self._rehearse, settings, startup.advance)
         except RankLost as error:
             reason = f"{error}: {self._ranks.last_words()}"
             self._ranks.close()

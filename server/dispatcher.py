@@ -167,8 +167,8 @@ def _merge(held: Chunk, chunk: Chunk) -> None:
 
 
 class Dispatcher:
-    """The one user of the engine client. `on_stats` is called with the figures of every step, and then `on_watched` with
-    its message where it tells more than figures, as it does after `watch`.
+    """The one user of the engine client. `on_stats` is called with the figures of every step, and then `on_watched`
+    with its message where it tells more than figures, as it does after `watch`.
 
     An engine that was started again counts from zero. What its predecessors counted is added here, so that every total
     only grows for whoever looks at it from this side.

@@ -186,15 +186,17 @@ class Feed:
     async def _send_frames(self) -> None:
         """Runs while anybody watches."""
         leased = sent = -math.inf
-        last: tuple[Any, ...] = ()
+        life: dict[str, Any] = {}
+        moves: tuple[int, ...] = ()
         while True:
-            now = time.monotonic()
-            if now - leased >= LEASE_SECONDS / 3:
+            now, last_life, last_moves = time.monotonic(), life, moves
+            life = self._life()
+            moves = () if self._state is None else _moves(self._state.metrics.stats)
+            if life != last_life or now - leased >= LEASE_SECONDS / 3:  # another engine has yet to be asked
                 leased = now
                 self._dispatcher.watch(LEASE_SECONDS)
-            news = (self._life(), None if self._state is None else _moves(self._state.metrics.stats))
-            if self._steps or news != last or now - sent >= QUIET_SECONDS:
-                last, sent = news, now
+            if self._steps or (life, moves) != (last_life, last_moves) or now - sent >= QUIET_SECONDS:
+                sent = now
                 self._send()
             await asyncio.sleep(FRAME_SECONDS)
 

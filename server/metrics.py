@@ -151,6 +151,14 @@ class Metrics:
             )
         self._errors = self._family("request_errors", "Answers that are errors.", "code", "reason")
         self._rejected = self._family("admission_rejections", "Requests that were not let in.", "reason")
+        for family, ways in (
+            (self._aborted, (("waiting",), ("running",))),
+            (self._expired, (("timeout",), ("deadline",), ("unreachable",))),
+            (self._rejected, (("server_overloaded",), ("tenant_overloaded",), ("rate_limit_exceeded",))),
+            (self._errors, (("500", "internal_error"), ("500", "engine_error"))),
+        ):
+            for way in ways:
+                family.labels(model_name, *way)  # there from the start: of a series that is new, no rate sees the first
         self._steps = self._family("step_seconds", "Time in the engine's steps, by part.", "part")
         self.schedule_seconds = self._steps.labels(model_name, "schedule")
         self.forward_seconds = self._steps.labels(model_name, "forward")
@@ -204,7 +212,8 @@ class Metrics:
     def promise(self, slo: str, met: bool, tenant: str, count: int) -> None:
         """`count` samples were promised `slo`: "ttft", "itl", "deadline"."""
         whose = (self._label(tenant),) if self._by_tenant else ()
-        self._promises.labels(self._model, slo, str(met).lower(), *whose).inc(count)
+        for kept in (True, False):  # both from the first on: a share of none is 0, not nothing
+            self._promises.labels(self._model, slo, str(kept).lower(), *whose).inc(count if kept == met else 0)
 
     def name_tenants(self, tenants: Iterable[str]) -> None:
         """These have names from now on; more than so many in the life of a server count as others."""

@@ -31,7 +31,9 @@ class Window:
         self._looks: deque[tuple[float, list[int]]] = deque()
 
     def since(self, now: float, counts: Sequence[int]) -> list[int]:
-        """What was counted in the window that ends `now`, when the histogram shows `counts`; at first, since it began."""
+        """What was counted in the window that ends `now`, when the histogram shows `counts`. Nothing is known of the
+        time before the first look.
+        """
         looks = self._looks
         while looks and now - looks[0][0] > self._seconds:
             looks.popleft()

@@ -32,7 +32,7 @@ from .panels import (
 )
 
 BOARD = Path(__file__).with_name("grafana") / "dashboards" / "quire.json"
-OURS = 'job="quire"'  # other programs have metrics of these names too
+OURS = 'job=~".*quire.*"'  # other programs have metrics of these names too
 
 ROWS: dict[str, list[Json]] = {
     "Now": [

@@ -14,10 +14,11 @@ from collections.abc import Collection, Iterable, Mapping
 
 from .prefix import Chain
 
-# What a request that is open at a replica weighs against chunks of prefix that lie there: a prefix of 16 chunks (512
-# tokens or so) is worth waiting beside one more request, not beside two. `simulate.py --sweep` plays traffic against
-# other weights: less crowds conversations together, more scatters them.
-OPEN_CHUNKS = 16
+# What a request that is open at a replica weighs against chunks of prefix that lie there: a prefix of 4 chunks (128
+# tokens or so) is worth joining a batch that is larger by one, not by two. By the step times of an 8B model on an H100
+# a stream costs those beside it as much as the prefill of some 8 chunks over its life, half of it still to come.
+# `simulate.py --sweep` plays traffic against other weights: less crowds conversations together, more scatters them.
+OPEN_CHUNKS = 4
 
 UNKNOWN_CAPACITY = 4096  # chunks, of a replica that has not told yet: half a mebibyte of text
 

@@ -164,9 +164,7 @@ def main() -> None:
     given = vars(args)
     traffic = Traffic(**{name: given[name] for name in ("replicas", "rate", "requests", "blocks", "seed")})
     if args.sweep:
-        ways = {
-            f"open request = {w:g} chunks": prefix_aware(traffic, profile, w) for w in (0, 2, 4, 8, 16, 32, 64, 128)
-        }
+        ways = {f"open request = {w:g} chunks": prefix_aware(traffic, profile, w) for w in (0, 1, 2, 4, 8, 16, 32)}
     else:
         ways = {
             "random": at_random(args.seed),

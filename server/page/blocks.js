@@ -6,10 +6,10 @@ import { count, percent, plural } from "./format.js";
 const CELL = 12; // CSS pixels, two of them a gap
 
 const KINDS = {
-  shared: ["held by several", "striped", "beginnings that prompts have in common"],
-  whole: ["held by one, full", "solid", "others could find them"],
-  open: ["held by one, in writing", "dotted", "and room for guesses"],
-  cached: ["free, still known", "solid", "a prompt could hit them"],
+  shared: ["held by several", "striped", "common beginnings"],
+  whole: ["full, held by one", "solid", "others can find them"],
+  open: ["being written", "dotted", "with room for guesses"],
+  cached: ["free, still known", "solid", "a prompt may hit them"],
   empty: ["free, empty", "hollow", ""],
 };
 

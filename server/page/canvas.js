@@ -30,7 +30,11 @@ export function block(context, way, colour, x, y, width, height) {
     context.globalAlpha = 0.45;
     context.fillRect(x, y, width, height);
     context.globalAlpha = 1;
-    for (let at = 1; at < height; at += 4) context.fillRect(x + width / 2 - 0.75, y + at, 1.5, Math.min(1.5, height - at));
+    for (let down = 1; down < height; down += 4) {
+      for (let right = (width % 4) / 2 + 1.25; right < width; right += 4) {
+        context.fillRect(x + right - 0.75, y + down, 1.5, Math.min(1.5, height - down));
+      }
+    }
   }
   if (way === "hollow" && width > 0 && height > 0) {
     context.lineWidth = 1;
@@ -47,10 +51,10 @@ export function swatch(way, colour) {
   return canvas;
 }
 
-/** The least of 1, 2, 5, 10, 20, 50 … that is not below `value`. */
+/** An end for an axis: the least of 1, 2, 3, 4, 5, 6, 8, 10, 20, 30 … that is not below `value`. */
 export function round(value) {
   const power = 10 ** Math.floor(Math.log10(Math.max(value, 1e-9)));
-  return [1, 2, 5, 10].map((m) => m * power).find((step) => step >= value * 0.999);
+  return [1, 2, 3, 4, 5, 6, 8, 10].map((m) => m * power).find((step) => step >= value * 0.999);
 }
 
 export const scheme = matchMedia("(prefers-color-scheme: dark)");

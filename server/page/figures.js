@@ -3,7 +3,6 @@
 import { amount, count, percent, time } from "./format.js";
 
 const RATE_MS = 3000; // over which tokens a second are counted
-const JUDGED = 200; // steps by which the present is judged
 
 // Totals of the feed, and the names that they have in /metrics.
 const TOTALS = {
@@ -83,20 +82,6 @@ export function showSpeculation({ drafted_by_position: drafted, accepted_by_posi
   if (!on) return say("spec-note", "");
   say("spec-note", `${method} ${limits.speculative_tree}: ${count(right)} of ${count(guessed)} accepted, ${guessed ? percent(right / guessed) : "–"}`);
   fill(at("spec"), drafted.map((number, k) => [`${k + 1}`, count(number), number ? percent((accepted[k] ?? 0) / number) : "–"]));
-}
-
-export function showIdeal(steps, contention) {
-  const judged = steps.slice(-JUDGED);
-  const sum = (name) => judged.reduce((all, step) => all + step[name], 0);
-  const times = (ratio) => `${ratio.toFixed(2)} ×`;
-  say("ideal-contention", contention.p50 === null ? "–" : `${times(contention.p50)} (p90 ${times(contention.p90)})`);
-  const [measured, predicted, host] = [sum("ms"), sum("predicted"), sum("host")];
-  say("ideal-steps", predicted ? times(measured / predicted) : "–");
-  say("ideal-host", measured ? percent(Math.min(host / measured, 1)) : "–");
-  const useful = sum("decodes") + sum("packed") + sum("chunk") + sum("accepted");
-  const wasted = sum("refused") + Math.max(0, sum("padding"));
-  say("ideal-waste", useful + wasted ? percent(wasted / (useful + wasted)) : "–");
-  at("ideal-meter").value = measured ? Math.min(predicted / measured, 1) : 0;
 }
 
 export function showTotals(totals) {

@@ -8,7 +8,7 @@ export const count = (value) => whole.format(value);
 /** Three digits or so: 0.4, 12.3, 1,234. */
 export const amount = (value) => (value < 100 && value !== Math.round(value) ? tenth : whole).format(value);
 
-export const percent = (share) => `${share < 0.1 && share > 0 ? tenth.format(100 * share) : whole.format(100 * share)} %`;
+export const percent = (share) => `${share < 0.1 && share > 0 ? tenth.format(100 * share) : whole.format(100 * share)}\u00a0%`;
 
 /** A time given in seconds; null is one that nobody knows. */
 export function time(seconds) {

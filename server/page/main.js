@@ -2,9 +2,10 @@
 
 import { Blocks } from "./blocks.js";
 import { follow } from "./feed.js";
-import { forget, showFigures, showIdeal, showSpeculation, showTenants, showTotals } from "./figures.js";
+import { forget, showFigures, showSpeculation, showTenants, showTotals } from "./figures.js";
 import { count, percent } from "./format.js";
 import { request, useKey } from "./http.js";
+import { Ideal } from "./ideal.js";
 import { startPlayground } from "./playground.js";
 import { Spread } from "./spread.js";
 import { Steps } from "./steps.js";
@@ -14,6 +15,7 @@ const at = (id) => document.getElementById(id);
 const steps = new Steps(at("steps"), at("steps-reading"), at("steps-legend"));
 const blocks = new Blocks(at("blocks"), at("blocks-key"), at("blocks-note"));
 const ttft = new Spread(at("ttft"), at("ttft-percentiles"), "Time to first token");
+const ideal = new Ideal(at("ideal"), at("ideal-key"), at("ideal-steps"), at("ideal-contention"));
 const itl = new Spread(at("itl"), at("itl-percentiles"), "Time between tokens");
 
 let limits = null; // what /version tells of the engine that serves
@@ -67,7 +69,7 @@ function show(frame) {
   showFigures(frame, limits);
   showTenants(frame.tenants);
   showSpeculation(frame.totals, limits);
-  showIdeal(steps.steps, frame.latency.contention);
+  ideal.show(steps.steps, frame.latency.contention);
   if (at("totals").closest("details").open) showTotals(frame.totals);
 }
 

@@ -56,7 +56,7 @@ export class Spread {
     context.textAlign = "right";
     context.fillStyle = colour.quiet;
     const every = Math.ceil(48 / step);
-    for (let i = first; i <= last; i += every) context.fillText(time(bounds[i]), (i - first + 1) * step - gap, floor + 4);
+    for (let i = first + every - 1; i <= last; i += every) context.fillText(time(bounds[i]), (i - first + 1) * step - gap, floor + 4);
     MARKS.forEach((mark, i) => {
       const value = this.last[mark];
       const bucket = Math.min(bounds.findIndex((bound) => bound >= value), last);

@@ -26,6 +26,9 @@ export function stepOf(row, number) {
   };
 }
 
+/** What all but one in fifty stay below: an axis that a single pause stretched would show nothing else. */
+const usual = (values) => values.toSorted((a, b) => a - b)[Math.floor(0.98 * (values.length - 1))] ?? 0;
+
 /** One sentence that says what a step was. */
 export function describe(step) {
   const parts = [];
@@ -107,10 +110,10 @@ export class Steps {
     this.drawnAt = performance.now();
     const { context, width, height } = surface(this.canvas);
     const shown = this.shown();
-    const colour = colours("ink", "quiet", "rule", "faint", ...Object.keys(PARTS));
+    const colour = colours("ink", "quiet", "rule", "faint", "paper", ...Object.keys(PARTS));
     const above = round(Math.max(8, ...shown.map((step) => step.packed + step.chunk)));
     const below = round(Math.max(4, ...shown.map((step) => step.decodes + step.drafted)));
-    const slowest = round(Math.max(1, ...shown.map((step) => Math.max(step.ms, step.predicted))));
+    const slowest = round(Math.max(1, usual(shown.map((step) => step.ms)), ...shown.map((step) => step.predicted)));
     const [top, line, bottom, floor] = [8, height * 0.36, height * 0.68, height - 4];
     const ceiling = bottom + 16;
     const up = (line - top) / above;
@@ -150,15 +153,23 @@ export class Steps {
         y += tokens * down;
       }
       context.fillStyle = colour.quiet;
-      context.fillRect(x, floor - step.ms * tall, wide, step.ms * tall);
+      const rest = Math.min(step.ms, slowest) * tall;
+      context.fillRect(x, floor - rest, wide, rest);
+      if (step.ms > slowest) { // it goes on beyond the top
+        context.fillStyle = colour.paper;
+        context.fillRect(x, ceiling + 4, wide, 2);
+      }
       context.fillStyle = colour.ink;
       context.fillRect(x - 0.5, floor - step.predicted * tall - 1, wide + 1, 2);
     });
     context.textAlign = "left";
-    context.fillStyle = colour.quiet;
-    context.fillText("prompt tokens", LEFT + 4, top + 8);
-    context.fillText("streams and guesses", LEFT + 4, bottom - 8);
-    context.fillText("time of the step; the tick is what was predicted", LEFT + 4, ceiling + 8);
+    context.lineWidth = 4;
+    context.strokeStyle = colour.paper;
+    for (const [text, y] of [["prompt tokens", top + 8], ["streams and guesses", bottom - 8], ["time; the tick is what was predicted", ceiling + 8]]) {
+      context.strokeText(text, LEFT + 4, y);
+      context.fillStyle = colour.quiet;
+      context.fillText(text, LEFT + 4, y);
+    }
     const last = shown.at(-1);
     this.canvas.setAttribute("aria-label", last
       ? `Batches of the latest ${count(shown.length)} steps, at most ${count(above)} prompt tokens and ${count(below)} streams and guesses each. ${describe(last)}`

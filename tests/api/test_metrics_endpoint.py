@@ -104,6 +104,21 @@ async def test_latencies_and_ends_are_counted_per_sample(http, fake):
     assert total(samples, "quire_engine_steps_total") == total(samples, "quire_iteration_tokens_total_count") > 0
 
 
+async def test_what_alerts_are_about_is_there_before_it_happens(http):
+    """A counter that appears with its first event hides that event from every rate."""
+    samples = await scrape(http)
+    for name, labels in (
+        ("quire_requests_aborted_total", {"stage": "waiting"}),
+        ("quire_requests_expired_total", {"reason": "deadline"}),
+        ("quire_admission_rejections_total", {"reason": "server_overloaded"}),
+        ("quire_request_errors_total", {"code": "500", "reason": "engine_error"}),
+    ):
+        found = [
+            value for (have, own), value in samples.items() if have == name and labels.items() <= dict(own).items()
+        ]
+        assert found == [0.0], name
+
+
 async def test_errors_are_counted_by_code_and_reason(http, fake):
     await http.post("/v1/completions", json={"prompt": "x", "n": 0})
     await http.post("/v1/completions", json={"prompt": "x" * 600})

@@ -53,7 +53,7 @@ async def test_the_page_and_all_that_it_names_is_served(http):
     named = set(re.findall(r'(?:href|src)="/page/([^"]+)"', html.text))
     for name, (content, _) in FILES.items():
         if name.endswith(".js"):
-            named |= {part for part in re.findall(r'from "\./([^"]+)"', content.decode())}
+            named |= set(re.findall(r'from "\./([^"]+)"', content.decode()))
     assert named | {"index.html"} == set(FILES) == {path.name for path in FOLDER.iterdir()}
     for name in FILES:
         response = await http.get(f"/page/{name}")

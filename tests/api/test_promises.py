@@ -141,6 +141,7 @@ async def test_promises_are_counted_per_tenant_only_where_tenants_are_known(serv
         await http.post("/v1/completions", json={**PROMPT, "slo": {"ttft_ms": 60_000}, "tenant": "b"})
         metrics = (await http.get("/metrics")).text
     assert 'quire_slo_total{met="true",model_name="tiny",slo="ttft",tenant="b"} 1.0' in metrics
+    assert 'quire_slo_total{met="false",model_name="tiny",slo="ttft",tenant="b"} 0.0' in metrics
 
 
 async def test_known_tenants_must_be_named(serve, fake):

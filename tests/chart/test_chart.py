@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,15 @@ def test_references_meet(objects: list[Object]) -> None:
     assert sorted(mounted) == sorted(volume["name"] for volume in template["spec"]["volumes"])
 
 
+@pytest.mark.parametrize("release", ["a", "quire", "a" * 53, "quire-" + "a" * 47])
+def test_names_fit(release: str) -> None:
+    """53 characters are the longest that Helm takes; a label has 63."""
+    values = {**KEYS, "cache": {"persistence": True}}
+    names = [item["metadata"]["name"] for item in render(values, release)]
+    assert all(re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", name) for name in names), names
+    assert one(render(values, "quire"), "Service")["metadata"]["name"] == "quire"
+
+
 # what a pod may do
 
 
@@ -258,6 +268,11 @@ def test_the_server_gets_what_was_set(settings: Any) -> None:
     assert [key.name for key in load_keys(server.api_keys_file)] == ["alice"]
 
 
+def test_the_page_is_off_unless_it_is_wanted(settings: Any) -> None:
+    assert not settings(render(KEYS))[1].live_page
+    assert settings(render({**KEYS, "livePage": True}))[1].live_page
+
+
 def test_keys_and_doors(settings: Any) -> None:
     assert settings(render({"auth": {"keys": ["x", "y"]}}))[1].api_key == ("x", "y")
     assert settings(render(OPEN))[1].api_key == ()
@@ -323,7 +338,7 @@ def test_keda_asks_for_this_release_alone() -> None:
         ({**KEYS, "replicas": "two"}, "at '/replicas': got string, want integer"),
         ({**KEYS, "autoscaling": {"kvUsage": 80}}, "at '/autoscaling/kvUsage': maximum: got 80, want 1"),
         ({**KEYS, "service": {"port": 80}}, "at '/service/port': minimum: got 80, want 1,024"),
-        ({**KEYS, "service": {"port": 8081}}, "service.healthPort is 8081, as service.port is"),
+        ({**KEYS, "service": {"port": 8001}}, "service.healthPort is 8001, as service.port is"),
         ({**KEYS, "options": {"max_model_len": 5}}, "'max_model_len'"),
         ({**KEYS, "options": {"port": 5000}}, "options.port is 5000: the chart writes it; set service.port"),
         ({**KEYS, "options": {"drain-timeout": 5}}, "set drain.timeoutSeconds"),
@@ -360,6 +375,24 @@ def test_every_value_is_in_the_schema_and_explained() -> None:
     assert all(any(key.startswith(place) for place in told) for key in set_here)
     unset = {place for place in told if not any(key.startswith(place) or place.startswith(key) for key in set_here)}
     assert unset == {"/global"}  # Helm's own
+
+
+def test_what_the_docs_tell_people_to_type_is_understood(settings: Any) -> None:
+    text = (ROOT / "docs" / "deploy.md").read_text()
+    installs = re.findall(r"\$ helm (?:install|upgrade) (?:.*\\\n)*.*", text)
+    assert len(installs) == 2
+    for command in installs:
+        words = shlex.split(command.replace("\\\n", " "))
+        told = helm.parse_set_string(",".join(words[at + 1] for at, word in enumerate(words) if word == "--set"))
+        objects = render({**KEYS, **told})
+        assert any(item["kind"] == "ScaledObject" for item in objects) == ("keda" in command)
+    (values,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    engine, server = settings(render(yaml.safe_load(values)))
+    assert (engine.model, engine.max_model_len, engine.scheduling_policy) == ("Qwen/Qwen3-8B", 16384, "fair")
+    assert server.api_keys_file is not None
+    (openshift,) = re.findall(r"--set (podSecurityContext\S+)`", text)
+    context = pod(render({**KEYS, **helm.parse_set_string(openshift)}))["spec"]["securityContext"]
+    assert {"runAsUser", "fsGroup"} & set(context) == set()
 
 
 def test_versions_are_one() -> None:

@@ -6,6 +6,7 @@ Nothing of it outlives `Container`: its first process is the first of a process 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -45,7 +46,7 @@ class Container:
         self._config = config
         self._env = {**config.env, **(env or {})}
         self._log = folder / "log"
-        root = folder / "root"
+        self._root = root = folder / "root"
         root.mkdir(parents=True, exist_ok=True)
         os.chown(volume, int(config.user), 0)
         (where,) = config.volumes
@@ -86,11 +87,13 @@ class Container:
         return self._log.read_text(errors="replace")
 
     def first_process(self) -> int:
-        """As this machine numbers it. RuntimeError if the container has ended."""
+        """As this machine numbers it, once it has the container's root. RuntimeError if the container has ended."""
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
         while self._process.poll() is None:
-            if found := children.read_text().split():
-                return int(found[0])
+            with contextlib.suppress(FileNotFoundError):
+                for found in children.read_text().split():
+                    if os.readlink(f"/proc/{found}/root") == str(self._root):
+                        return int(found)
             time.sleep(0.02)
         raise RuntimeError(f"the container ended with {self._process.returncode}:\n{self.log}")
 

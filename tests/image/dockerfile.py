@@ -116,11 +116,11 @@ class Dockerfile:
             case "EXPOSE":
                 return replace(config, ports=(*config.ports, *(int(port) for port in value.split())))
             case "ENTRYPOINT":
-                return replace(config, entrypoint=_command(value), command=None)
+                return replace(config, entrypoint=command(value), command=None)
             case "CMD":
-                return replace(config, command=_command(value))
+                return replace(config, command=command(value))
             case "HEALTHCHECK":
-                return replace(config, health=_command(value.strip().removeprefix("CMD").strip()))
+                return replace(config, health=command(value.strip().removeprefix("CMD").strip()))
             case "RUN" | "COPY":
                 return config
         raise ValueError(f"{step.name} is an instruction that nobody here knows")
@@ -162,7 +162,7 @@ def _pairs(value: str, known: Mapping[str, str]) -> dict[str, str]:
     return pairs
 
 
-def _command(value: str) -> list[str] | str:
+def command(value: str) -> list[str] | str:
     """The exec form is JSON; whatever is none is for a shell."""
     try:
         return [str(part) for part in json.loads(value)]

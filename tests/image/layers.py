@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from docker.utils.build import exclude_paths
-from image.dockerfile import Config, Dockerfile, Stage, Step, cache_mounts, sources
+from image.dockerfile import Config, Dockerfile, Stage, Step, cache_mounts, command, sources
 
 NAMESPACES = ("--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child")
 
@@ -53,7 +53,7 @@ class Layers:
 
     def size(self, target: str) -> dict[str, int]:
         """Bytes of each layer, by its name."""
-        return {layer.parent.name if layer.name == "upper" else "base": _bytes(layer) for layer in self._of[target]}
+        return {layer.parent.name: _bytes(layer) for layer in self._of[target]}
 
     def _build(self, dockerfile: Dockerfile, stage: Stage, context: Path) -> None:
         below = self._of.get(stage.parent, [self._base])
@@ -80,7 +80,8 @@ class Layers:
             mounts[target] = self._folder / "caches" / target.strip("/").replace("/", "-")
             mounts[target].mkdir(parents=True, exist_ok=True)
         variables = {**config.args, **self._passed, **config.env}
-        self._inside(stage, ["/bin/sh", "-c", step.value], mounts, variables, config)
+        argv = command(step.value)
+        self._inside(stage, argv if isinstance(argv, list) else ["/bin/sh", "-c", argv], mounts, variables, config)
 
     def _copy(self, stage: Stage, step: Step, config: Config, context: Path) -> None:
         """From another stage by its layers; from the context what .dockerignore lets through."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from image.dockerfile import Config, Dockerfile, Step, cache_mounts, read
 from image.layers import context_files
 from typer.main import get_command
@@ -119,6 +121,13 @@ def test_the_health_check_asks_the_port_of_its_own(file: Dockerfile, target: str
     assert set(config.ports) == {8000, int(config.env["QUIRE_HEALTH_PORT"])}
 
 
+def test_compose_leaves_the_probes_where_the_health_check_asks(file: Dockerfile) -> None:
+    compose = yaml.safe_load((ROOT / "deploy" / "compose" / "compose.yaml").read_text())
+    command = compose["services"]["quire"]["command"]
+    told = dict(itertools.pairwise(command)).get("--health-port")
+    assert told in (None, file.config("cpu").env["QUIRE_HEALTH_PORT"])
+
+
 def test_the_health_check_fails_where_nobody_listens(file: Dockerfile) -> None:
     health = file.config("cpu").health
     assert isinstance(health, list)
@@ -126,6 +135,11 @@ def test_the_health_check_fails_where_nobody_listens(file: Dockerfile) -> None:
     done = subprocess.run([sys.executable, *health[1:]], env=env, capture_output=True, text=True)
     assert done.returncode == 1
     assert "refused" in done.stderr
+
+
+def test_a_gpu_image_with_the_wrong_torch_is_not_built(file: Dockerfile) -> None:
+    steps = [step.value for step in file.stages["cuda"].steps if step.name == "RUN"]
+    assert any("torch.version.cuda" in step for step in steps)
 
 
 def test_labels_are_those_of_the_open_container_initiative() -> None:
@@ -165,8 +179,8 @@ def test_a_build_gets_every_package_and_nothing_else() -> None:
         assert str(Path(folder) / "__init__.py") in context or folder == "kernels/cpu/native", package
     assert {"pyproject.toml", "README.md", "LICENSE", "kernels/cpu/native/src/api.cpp"} <= set(context)
     folders = {path.partition("/")[0] for path in context if "/" in path}
-    assert folders == {"bench", "engine", "kernels", "models", "scheduler", "server"}
-    assert not [path for path in context if path.endswith((".so", ".pyc"))]
+    assert folders == {"bench", "deploy", "engine", "kernels", "models", "scheduler", "server"}
+    assert not [path for path in context if path.endswith((".so", ".pyc")) or path.startswith("deploy/k")]
 
 
 def test_what_lies_around_stays_outside(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from monitoring.drawing.draw import BUILT, answers, draw, ready
 from monitoring.prometheus import Prometheus, installed, prometheus
 from monitoring.queries import RULES, STACK, Query, board_queries, rule_queries, rules, selectors
 from monitoring.traffic import OPTIONS, drive, keys_file
@@ -64,6 +65,14 @@ def test_every_question_of_the_board_has_an_answer_under_load(watched: Watched, 
     numbers = [value for values in series for value in values if math.isfinite(value)]
     assert numbers
     assert any(numbers) or any(f"{title!r}" in query.where for title in CALM), "it is nothing but zeros"
+
+
+@pytest.mark.skipif(not ready(), reason="no Chromium, or Grafana's components are not built: make ops-test")
+def test_the_board_is_drawn_and_no_panel_is_empty(watched: Watched, tmp_path: Path) -> None:
+    told = answers(watched.prometheus, watched.begin, watched.end)
+    assert draw(told, BUILT / "board.png") == []
+    unheard = told | {"answers": {panel: {} for panel in told["answers"]}}
+    assert len(draw(unheard, tmp_path / "unheard.png")) == len({query.where for query in board_queries()})
 
 
 def test_a_question_that_nobody_can_answer_has_none(watched: Watched) -> None:

@@ -114,3 +114,12 @@ def test_every_alert_says_how_bad_it_is_and_what_to_do() -> None:
 def test_every_alert_is_expected_by_a_test_of_the_rules() -> None:
     tests = (STACK / "prometheus" / "alerts_test.yml").read_text(encoding="utf-8")
     assert set(re.findall(r'alertname="(\w+)"', tests)) == {rule["alert"] for rule in rules()}
+
+
+def test_the_page_tells_every_alert_and_counts_what_there_is() -> None:
+    page = (STACK.parents[1] / "docs" / "monitoring.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^\| `(Quire\w+)` \| .* \| (\w+) \|$", page, re.MULTILINE))
+    assert told == {rule["alert"]: rule["labels"]["severity"] for rule in rules()}
+    assert f"{len(rules())} rules" in page
+    assert f"{sum(len(panels) for panels in board.ROWS.values())} panels in eight rows" in page
+    assert len(board.ROWS) == 8

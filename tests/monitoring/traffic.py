@@ -20,10 +20,12 @@ KEYS = {"alice": "key-of-alice", "bob": "key-of-bob"}
 WORDS = POOL_TEXT.split()
 PREFIX = " ".join(WORDS[:120])  # what all prompts begin with: the prefix cache holds it
 
+SCRAPES = 3.0  # seconds: of what happens before Prometheus has looked, no rate tells
+
 # Four at a time and eight that wait, in a cache that holds two long requests: it queues, preempts and refuses.
 OPTIONS = (
     *("--max-num-seqs", "4", "--max-queued-requests", "8", "--max-model-len", "1024", "--kv-cache-bytes", "6MiB"),
-    *("--speculative-method", "draft", "--speculative-model", "bundled"),
+    *("--speculative-method", "draft", "--speculative-model", "bundled", "--speculative-adaptive", "off"),
 )
 
 
@@ -38,7 +40,6 @@ def keys_file() -> str:
 
 async def drive(url: str, seconds: float) -> Result:
     """All of it beside `quire bench serve`, of which the result is given."""
-    end = time.monotonic() + seconds
     rate = 2.0
     bench = LoadConfig(
         base_url=url,
@@ -52,8 +53,13 @@ async def drive(url: str, seconds: float) -> Result:
         temperature=1.0,
         extra_body={"slo": {"ttft_ms": 1000, "itl_ms": 100}},
     )
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as http:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as http:
         ask = Asker(http, url)
+        await asyncio.sleep(SCRAPES)
+        for _ in range(3):  # while there is room for sure
+            await ask.late()
+            await ask.leaves()
+        end = time.monotonic() + seconds
         others = (
             ask.again(end, pause, how)
             for how, pause in ((ask.stays, 0.5), (ask.leaves, 3), (ask.late, 3), (ask.wrong, 2))
@@ -75,7 +81,7 @@ class Asker:
             await asyncio.sleep(pause * self._rng.uniform(0.5, 1.5))
 
     async def stays(self) -> None:
-        await self._post("bob", max_tokens=64)
+        await self._post("bob", max_tokens=64, slo={"deadline_ms": 600_000})
 
     async def leaves(self) -> None:
         body = {**self._body(), "max_tokens": 400, "ignore_eos": True, "stream": True}

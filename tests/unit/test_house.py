@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("server", "engine", "scheduler", "kernels", "models", "bench")
+PACKAGES = ("server", "engine", "scheduler", "kernels", "models", "bench", "deploy")
 SOURCES = sorted(ROOT.glob("*.py")) + sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 # What a package may import of its siblings. `bench` measures from outside; `server` reaches into it for `quire bench`.
@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "kernels": {"kernels"},
     "models": {"models"},
     "bench": {"bench", "engine", "scheduler", "kernels", "models"},
+    "deploy": {"deploy", "server", "engine", "scheduler", "bench"},
 }
 # Plain data that crosses every layer unchanged.
 CONTRACTS = ("quire.scheduler.params.", "quire.scheduler.plan.", "quire.scheduler.step_time.")

@@ -20,7 +20,7 @@ from quire.engine import ranks
 from quire.engine.core import EngineCore
 from quire.engine.errors import EngineStartError, RankLost
 from quire.engine.messages import AddRequest
-from quire.engine.orders import digest
+from quire.engine.orders import checksum
 from quire.scheduler.params import Grammar, SamplingParams
 from quire.scheduler.plan import RowResult, StepResult
 
@@ -151,11 +151,11 @@ def _run(core: EngineCore, steps: int) -> None:
         core.step()
 
 
-def test_digests_tell_results_apart():
+def test_checksums_tell_results_apart():
     same = [StepResult(1, [RowResult([1, 2]), RowResult(error="x")]) for _ in range(2)]
-    assert digest(same[0]) == digest(same[1])
+    assert checksum(same[0]) == checksum(same[1])
     for other in ([RowResult([1, 3]), RowResult(error="x")], [RowResult([1, 2]), RowResult()], [RowResult([1, 2])]):
-        assert digest(StepResult(1, other)) != digest(same[0])
+        assert checksum(StepResult(1, other)) != checksum(same[0])
 
 
 @pytest.mark.parametrize(

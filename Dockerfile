@@ -33,8 +33,10 @@ RUN --mount=type=cache,target=/root/.cache/pip \
 # torch as everybody gets it brings CUDA's libraries. Its builds without them, a fifth of the size, are on an index of
 # their own: --build-arg PIP_EXTRA_INDEX_URL=… takes them from there.
 ARG PIP_EXTRA_INDEX_URL=""
+# Of pyproject.toml, with commas: otel, ray.
+ARG EXTRAS=otel
 RUN --mount=type=cache,target=/root/.cache/pip \
-    /opt/pip/bin/pip --python /opt/quire/bin/python install "$(echo /wheels/quire-*.whl)[otel]"
+    /opt/pip/bin/pip --python /opt/quire/bin/python install "$(echo /wheels/quire-*.whl)[${EXTRAS}]"
 
 FROM base AS runtime
 # Group 0 may write what the user may: some clusters give a container any user id, and that group.

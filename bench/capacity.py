@@ -382,6 +382,7 @@ def as_json(result: Result) -> dict[str, Any]:
     settings = asdict(result.config)
     del settings["api_key"]
     return {
+        "benchmark": "capacity",
         "settings": settings,
         "slo_ms": 1e3 * result.slo,
         "max_delay_s": MAX_DELAY,

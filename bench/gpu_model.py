@@ -104,7 +104,9 @@ def random_decoder(config: DecoderConfig, kernels: Kernels, form: str) -> tuple[
     first = make_norm(config, kernels, norm, blocks[0].rows)
     embedding = torch.randn(config.vocab_size, config.hidden, device=DEVICE, dtype=BF16)
     lm_head = linear(config.vocab_size, config.hidden, packed=False)
-    decoder = Decoder(config, kernels, embedding, first, list(zip(blocks, joins, strict=True)), lm_head, (None,))
+    decoder = Decoder(
+        config, kernels, embedding, kernels.embed.run, first, list(zip(blocks, joins, strict=True)), lm_head, (None,)
+    )
     return decoder, nbytes
 
 

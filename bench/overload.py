@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -76,13 +76,17 @@ class Trial:
     refused_p99: float
 
 
-def run(config: OverloadConfig) -> dict[str, Any]:
+Progress = Callable[[int, int], None]  # (trials that are over, of how many)
+
+
+def run(config: OverloadConfig, progress: Progress = lambda done, total: None) -> dict[str, Any]:
     """The peak and each factor's trial. Raises ServerError when the server cannot be asked."""
-    trials = asyncio.run(_measure(config))
+    trials = asyncio.run(_measure(config, progress))
     peak = max(trial.tokens_per_second for trial in trials)
     settings = asdict(config)
     del settings["api_key"]
     return {
+        "benchmark": "overload",
         "settings": settings,
         "trials": [{**asdict(trial), "share_of_peak": trial.tokens_per_second / peak} for trial in trials],
     }
@@ -109,7 +113,7 @@ def table(result: dict[str, Any]) -> Table:
     return shown
 
 
-async def _measure(config: OverloadConfig) -> list[Trial]:
+async def _measure(config: OverloadConfig, progress: Progress) -> list[Trial]:
     base_url = config.url.rstrip("/").removesuffix("/v1")
     headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
     timeout, connector = aiohttp.ClientTimeout(total=PATIENCE), aiohttp.TCPConnector(limit=0)
@@ -127,6 +131,7 @@ async def _measure(config: OverloadConfig) -> list[Trial]:
             raise ServerError(f"the warm-up request failed: {warmed.error} {warmed.detail}")
         trials = [await _closed(session, target, asks(256, config.seed), config)]
         for number, factor in enumerate(config.factors, 1):
+            progress(number, 1 + len(config.factors))
             rate = factor * trials[0].rate
             count = max(1, round(rate * config.seconds))
             times = arrival_times(count, rate, seed=config.seed + number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -14,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .. import __version__
-from .metrics import LATENCIES, Distribution
+from .metrics import LATENCIES, Distribution, Record, percentile
 from .serve import NUM_PROMPTS, LoadConfig, Result
 
 TITLES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E"}
@@ -82,6 +83,7 @@ def as_json(result: Result) -> dict[str, Any]:
     settings = asdict(config)
     del settings["api_key"]
     return {
+        "benchmark": "serve",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "quire_version": __version__,
         "client_machine": {"system": platform.platform(), "cpus": os.cpu_count()},
@@ -104,6 +106,36 @@ def as_json(result: Result) -> dict[str, Any]:
         "client_tokens": asdict(result.client_tokens),
         "server_tokens": None if result.server_tokens is None else asdict(result.server_tokens),
         **{key: value for name in LATENCIES for key, value in _flat(name, summary.latencies[name]).items()},
+        "itl_quantiles_ms": _quantiles(result.records),
+        "requests": _columns(result.records),
+        "looks": result.looks,
+        "server": result.version,
+    }
+
+
+def _quantiles(records: Sequence[Record]) -> list[float]:
+    """Of all gaps, at every half percent from 0 to 100: enough to draw them by. Empty where there are none."""
+    gaps = sorted(1000 * gap for record in records if record.error is None for gap in record.itls)
+    return [round(percentile(gaps, q / 2), 3) for q in range(201)] if gaps else []
+
+
+def _columns(records: Sequence[Record]) -> dict[str, list[Any]]:
+    """Every request, in the order in which they were asked; latencies of those that failed are null."""
+    start = min(record.due for record in records)
+
+    def ms(value: float | None, record: Record) -> float | None:
+        return None if value is None or record.error is not None else round(1000 * value, 3)
+
+    return {
+        "due_s": [round(r.due - start, 4) for r in records],
+        "sent_s": [round(r.sent - start, 4) for r in records],
+        "ttft_ms": [ms(r.ttft, r) for r in records],
+        "tpot_ms": [ms(r.tpot, r) for r in records],
+        "e2el_ms": [ms(r.e2el, r) for r in records],
+        "prompt_tokens": [r.prompt_tokens for r in records],
+        "cached_tokens": [r.cached_tokens for r in records],
+        "output_tokens": [r.output_tokens for r in records],
+        "error": [r.error for r in records],
     }
 
 

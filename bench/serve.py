@@ -9,10 +9,13 @@ open loop's times are drawn, or those of a trace (replay.py).
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from .counters import TokenCounts, read_counters
 from .dataset import POOL_TEXT, Ask, random_shapes, read_asks, sharegpt_like_shapes, text_asks, token_asks
 from .metrics import Record, Summary, summarise
 from .replay import TOO_LONG, Pool, asks_of, fitting, scaled
+from .timeline import Look, watch
 from .trace_files import Trace, read_trace_file
 
 NUM_PROMPTS = 100  # where nothing says how many
@@ -118,7 +122,9 @@ class Result:
     records: list[Record]
     client_tokens: TokenCounts
     server_tokens: TokenCounts | None  # growth of the server's counters meanwhile; None = it shows none
+    version: dict[str, Any] | None = None  # what the server says at /version; None = nothing
     left_out: dict[str, int] = field(default_factory=dict)  # of a trace: how many requests, by why
+    looks: list[Look] = field(default_factory=list)
 
     @property
     def details(self) -> dict[str, str]:
@@ -126,11 +132,16 @@ class Result:
         return {record.error: record.detail for record in reversed(self.records) if record.error is not None}
 
 
-Progress = Callable[[int, int], None]  # (so many more are done, of how many)
+Progress = Callable[[int, int], None]  # (requests that are over, of how many)
 
 
-async def run(config: LoadConfig, progress: Progress = lambda done, total: None) -> Result:
-    """Measure one load. Raises ServerError (no server, no such model) and ValueError (a setting that cannot be)."""
+async def run(
+    config: LoadConfig, progress: Progress = lambda done, total: None, looks: list[Look] | None = None
+) -> Result:
+    """Measure one load. Raises ServerError (no server, no such model) and ValueError (a setting that cannot be).
+
+    looks: takes what the server had in hand meanwhile; None = nobody looks.
+    """
     trace = None if config.trace is None else read_trace_file(Path(config.trace))
     base_url = config.base_url.rstrip("/").removesuffix("/v1")
     headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
@@ -148,12 +159,17 @@ async def run(config: LoadConfig, progress: Progress = lambda done, total: None)
             if warmed.error is not None:
                 raise ServerError(f"the warm-up request failed: {warmed.error} {warmed.detail}")
         before = await _counters(session, base_url)
+        version = await _version(session, base_url)
+        ask_metrics = partial(metrics_text, session, base_url)
+        watching = None if looks is None else asyncio.create_task(watch(ask_metrics, looks))
         records = await _play(session, target, load, config.concurrency, progress)
+        if watching is not None:
+            watching.cancel()
         client = TokenCounts(sum(r.prompt_tokens for r in records), sum(r.output_tokens for r in records))
         server = None if before is None else await _settled_growth(session, base_url, before, client)
     duration = max(record.last for record in records) - min(record.sent for record in records)
     summary = summarise(records, duration, config.goodput, config.percentiles)
-    return Result(model, config, summary, records, client, server, load.left_out)
+    return Result(model, config, summary, records, client, server, version, load.left_out, looks or [])
 
 
 def _extra_body(config: LoadConfig, load: Load) -> dict[str, Any]:
@@ -226,9 +242,11 @@ async def _play(
     """Records in the order of the asks."""
     records: list[Record | None] = [None] * len(load.asks)
 
+    over = itertools.count(1)
+
     async def one(index: int, due: float | None) -> None:
         records[index] = await send(session, target, load.asks[index], due)
-        progress(1, len(records))
+        progress(next(over), len(records))
 
     if load.times is None:
         await _closed_loop(one, len(records), concurrency or len(records))
@@ -263,6 +281,15 @@ async def _open_loop(one: One, times: Iterable[float], concurrency: int | None) 
         for index, offset in enumerate(times):
             await asyncio.sleep(start + offset - time.perf_counter())
             group.create_task(at(index, start + offset))
+
+
+async def _version(session: aiohttp.ClientSession, base_url: str) -> dict[str, Any] | None:
+    """What the server made of its settings, where it tells."""
+    with contextlib.suppress(aiohttp.ClientError, TimeoutError, ValueError):
+        async with session.get(base_url + "/version") as response:
+            if response.status == 200:
+                return dict(await response.json())
+    return None
 
 
 async def _counters(session: aiohttp.ClientSession, base_url: str) -> TokenCounts | None:

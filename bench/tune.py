@@ -82,6 +82,12 @@ def run(config: TuneConfig, tell: Callable[[Measured], None]) -> list[Path]:
     return sorted(set(paths))
 
 
+def most_products(config: TuneConfig) -> int:
+    """How many products are measured, if the card can do them all."""
+    shapes = USUAL_SHAPES if config.model is None else shapes_of(config.model)
+    return len(config.ops) * len(shapes) * len(config.rows)
+
+
 def check(config: TuneConfig) -> None:
     if unknown := [op for op in config.ops if op not in OPS]:
         raise ValueError(f"--ops {unknown[0]}: unknown; choose from {', '.join(OPS)}")

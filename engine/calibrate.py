@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ..scheduler.plan import Row
 from ..scheduler.step_time import StepCost, StepTimeModel, shape_of
 from .resolve import Resolved
-from .runner import ModelRunner
 
 log = logging.getLogger(__name__)
 
@@ -27,17 +26,23 @@ REPEATS = 3  # of each shape; the model takes the median
 PATIENCE_SECONDS = 3.0
 
 
-def calibrate(runner: ModelRunner, settings: Resolved) -> StepCost:
-    """The fitted cost of a step, in seconds."""
+def calibrate(rehearse: Callable[[list[Row]], None], settings: Resolved, advance: Callable[[float], None]) -> StepCost:
+    """The fitted cost of a step, in seconds.
+
+    rehearse: runs such rows, and waits for them
+    advance: told which part of the shapes is timed, 0 to 1
+    """
     model = StepTimeModel(StepCost(TILE[settings.device.type], 1e-3, 1e-4, 1e-8, 1e-9))
     spent = 0.0
-    for rows in _shapes(settings):
+    shapes = list(_shapes(settings))
+    for number, rows in enumerate(shapes):
+        advance(number / len(shapes))
         shape = shape_of((row.start, row.num_tokens) for row in rows)
         if settings.device.type == "cuda":
-            runner.rehearse(rows)  # kernels are compiled and graphs captured when they are first needed
+            rehearse(rows)  # kernels are compiled and graphs captured when they are first needed
         for _ in range(REPEATS):
             before = time.perf_counter()
-            runner.rehearse(rows)
+            rehearse(rows)
             seconds = time.perf_counter() - before
             model.observe(shape, seconds)
             spent += seconds

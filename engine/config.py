@@ -20,7 +20,10 @@ class EngineConfig:
     quantization            what the layers' matrices become while they are loaded: "int4", "int8", "w8a8", "fp8",
                             "fp8_block", a group size behind a colon ("int4:32"); None = as the checkpoint has them
     device                  "auto", "cpu", "cuda"
-    threads                 that compute on the CPU, at most the cores this process may use; None = all of these
+    threads                 that compute on the CPU, of each rank, at most the cores this process may use; None = all of
+                            these, shared out among the ranks
+    tensor_parallel_size    processes that share the model, each with a part of every layer (docs/parallel.md); on GPUs
+                            each has its own. Sizes of memory are those of one of them
     max_model_len           prompt and output together; None = the model's own context
     max_num_seqs            sequences that may run at once
     max_num_batched_tokens  tokens of one step over all sequences
@@ -67,6 +70,7 @@ class EngineConfig:
     quantization: str | None = None
     device: str = "auto"
     threads: int | None = None
+    tensor_parallel_size: int = 1
     max_model_len: int | None = None
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512

@@ -12,42 +12,25 @@ import time
 from collections import deque
 from collections.abc import Callable
 from copy import copy
-from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from ..kernels import Kernels
-from ..kernels.batch import LayerKV
-from ..kernels.kv_formats import kv_format
 from ..scheduler.config import SchedulerConfig
-from ..scheduler.plan import Chunk, StepPlan
+from ..scheduler.plan import Chunk, Row, StepPlan
 from ..scheduler.roster import Refused
 from ..scheduler.scheduler import Scheduler
+from .assemble import assemble
 from .calibrate import calibrate
 from .compiling import Compiling
 from .config import EngineConfig
-from .decoder import Decoder
-from .errors import EngineStartError, RequestError
-from .families import load_config
-from .grammar import Grammars, Vocabulary
-from .graphs import CudaCapture
-from .kv_cache import allocate, kv_spec
-from .kv_scales import load_kv_scales
+from .errors import EngineStartError, RankLost, RequestError
 from .layout import count_parameters
-from .loader import load_decoder, locate_model
-from .memory import CudaMeter, describe, measure
 from .messages import Abort, AddRequest, Busy, Down, EngineReady, Shutdown, StepOutputs, StepStats, Up, Watch
-from .model_config import DecoderConfig
-from .recorded import recorded, share_threads
-from .resolve import Resolved, choose_kernels, look_at_machine, resolve, with_kv_cache
-from .runner import Launched, ModelRunner
-from .sampler import NAN_LOGITS, Sampler
-from .slots import SlotTable
-from .spec.build import Drafter, load_draft_config, load_drafter, make_proposers
+from .ranks import Ranks
+from .recorded import share_threads
+from .resolve import look_at_machine
+from .runner import Launched
+from .sampler import NAN_LOGITS
 from .startup import Startup
-from .tokenizer import load_tokenizer
 from .validation import check_request, limits_of
 from .watching import Watching, batch_of
 
@@ -75,45 +58,20 @@ class EngineCore:
         self.config = config
         self.announce: Callable[[float], None] = _tell_nobody  # called before a step that is predicted to be a long one
         startup = startup or Startup()
-        with startup.phase("read configuration"):
-            path = locate_model(config.model, config.revision)
-            model = load_config(path)
-            draft = load_draft_config(config, path)
-            settings = resolve(config, model, look_at_machine(config.device), draft)
-            kernels = choose_kernels(config, settings, model, settings.kv_cache_dtype)
-        startup.settle()
-        torch.set_num_threads(settings.threads)
-        with startup.phase("load weights"):
-            decoder = load_decoder(
-                path,
-                model,
-                kernels,
-                settings.dtype,
-                settings.device,
-                settings.max_model_len,
-                rounding=settings.rounding,
-                turn_values=kv_format(settings.kv_cache_dtype).rotates_keys,
-                advance=startup.advance,
-            )
-            drafter = load_drafter(config, settings, path, decoder, kernels)
-        memory = {"weights": settings.weight_bytes}
-        if settings.memory_share is not None:
-            with startup.phase("measure memory"):
-                # Graphs hold on to the cache that they were captured over: this runner goes, with its own.
-                trial = self._runner(path, model, replace(settings, num_blocks=2), kernels, decoder, drafter)
-                measured = measure(trial, settings, meter := CudaMeter())
-                del trial
-                meter.settle()
-                settings = with_kv_cache(config, model, settings, measured.kv_cache(settings.memory_share))
-            memory = measured.table(settings.kv_cache_bytes)
-            log.info("memory of the GPU:\n%s", describe(memory))
-        memory["kv_cache"] = settings.kv_cache_bytes
-        with startup.phase("allocate KV cache"):
-            self.runner = self._runner(path, model, settings, kernels, decoder, drafter)
-        with startup.phase("warm up"):
-            self.runner.warm_up(min(settings.max_num_batched_tokens, settings.max_model_len))
-        with startup.phase("time steps"):
-            cost = calibrate(self.runner, settings)
+        machine = look_at_machine(config.device)
+        self._ranks = Ranks(config, machine)
+        try:
+            made = assemble(config, machine, self._ranks.meet, startup)
+            model, settings, self.runner, self.grammars = made.model, made.settings, made.runner, made.grammars
+            with startup.phase("time steps"):
+                cost = calibrate(self._rehearse, settings, startup.advance)
+        except RankLost as error:
+            reason = f"{error}: {self._ranks.last_words()}"
+            self._ranks.close()
+            raise EngineStartError(reason) from None
+        except BaseException:
+            self._ranks.close()
+            raise
         self.scheduler = Scheduler(
             SchedulerConfig(
                 num_blocks=settings.num_blocks,
@@ -124,7 +82,7 @@ class EngineCore:
                 max_model_len=settings.max_model_len,
                 eos_token_ids=frozenset(model.eos_token_ids),
                 prefix_caching=config.prefix_caching,
-                cache_context=(str(path), settings.quantization, settings.kv_cache_dtype),
+                cache_context=(str(made.path), settings.quantization, settings.kv_cache_dtype),
                 policy=config.scheduling_policy,
                 overtaking=config.overtaking,
                 tenant_weights=config.tenant_weights,
@@ -147,7 +105,7 @@ class EngineCore:
         self._update_seconds = 0.0
         self.stats = StepStats(kv_blocks_total=settings.num_blocks - 1)
         self.ready = EngineReady(
-            model_path=str(path),
+            model_path=str(made.path),
             model_type=model.model_type,
             num_parameters=count_parameters(model),
             dtype=str(settings.dtype).removeprefix("torch."),
@@ -166,52 +124,30 @@ class EngineCore:
             block_size=settings.block_size,
             num_blocks=settings.num_blocks,
             eos_token_ids=list(model.eos_token_ids),
-            kernels=kernels.describe(),
+            kernels=made.kernels.describe(),
             reasons=settings.reasons,
             startup_seconds=startup.seconds,
-            memory_bytes=memory,
+            memory_bytes=made.memory,
             tenant_weights=dict(config.tenant_weights),
             speculative_method=settings.draft_method,
             speculative_tree=str(settings.draft_shape or ""),
             num_speculative_tokens=settings.draft_shape.depth if settings.draft_shape else 0,
             speculative_adaptive=config.speculative_adaptive,
+            tensor_parallel_size=settings.tensor_parallel_size,
         )
         self.limits = limits_of(self.ready)
         for name, reason in settings.reasons.items():
             log.info("%s = %s (%s)", name, str(getattr(settings, name)).removeprefix("torch."), reason)
-        log.info("kernels: %s", ", ".join(f"{op}={name}" for op, name in kernels.describe().items()))
+        log.info("kernels: %s", ", ".join(f"{op}={name}" for op, name in made.kernels.describe().items()))
         log.info("started: %s", ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in startup.seconds.items()))
 
-    # ---------------------------------------------------------------- start
+    def close(self) -> None:
+        """End the other ranks; without any there is nothing to end."""
+        self._ranks.close()
 
-    def _runner(
-        self,
-        path: Path,
-        model: DecoderConfig,
-        settings: Resolved,
-        kernels: Kernels,
-        decoder: Decoder,
-        drafter: Drafter | None,
-    ) -> ModelRunner:
-        cache = self._allocate(path, model, settings)
-        slots = SlotTable(settings.max_num_seqs, settings.max_model_len, settings.block_size, settings.device)
-        self.grammars = Grammars(lambda: Vocabulary(load_tokenizer(path), model.vocab_size))
-        ends = tuple(model.eos_token_ids)
-        sampler = Sampler(kernels, model.vocab_size, settings.max_num_seqs, ends, settings.device, self.grammars)
-        taped = recorded(decoder, kernels, cache, settings.max_num_batched_tokens, settings.most_drawn)
-        proposers = make_proposers(settings, drafter, cache, sampler, model.eos_token_ids)
-        return ModelRunner(taped, kernels, cache, slots, sampler, CudaCapture() if settings.graphs else None, proposers)
-
-    def _allocate(self, path: Path, model: DecoderConfig, settings: Resolved) -> list[LayerKV]:
-        spec = kv_spec(model, settings.block_size, settings.kv_cache_dtype)
-        scales = load_kv_scales(path, model, settings.device) if spec.coding.scale == "static" else None
-        try:
-            return allocate(spec, model.num_layers, settings.num_blocks, settings.device, scales)
-        except (RuntimeError, MemoryError) as error:
-            raise EngineStartError(
-                f"the KV cache of {settings.kv_cache_bytes} bytes cannot be allocated ({type(error).__name__}); "
-                "lower kv_cache_bytes, num_blocks, gpu_memory_utilization or max_num_seqs"
-            ) from None
+    def _rehearse(self, rows: list[Row]) -> None:
+        self._ranks.rehearse(rows)
+        self.runner.rehearse(rows)
 
     # ---------------------------------------------------------------- requests and steps
 
@@ -288,8 +224,15 @@ class EngineCore:
         return chunks
 
     def step(self) -> list[Chunk]:
-        """Finish one step over all requests; nothing to do is an empty list."""
+        """Finish one step over all requests; nothing to do is an empty list. Raises RankLost where a rank has ended."""
+        try:
+            return self._step()
+        except RankLost as error:
+            raise RankLost(f"{error}: {self._ranks.last_words()}") from error
+
+    def _step(self) -> list[Chunk]:
         share_threads(self.runner.decoder, self._threads)
+        self._ranks.check()
         if not self.scheduler.has_work and not self._out:
             self._compiling.wait(COMPILING_SECONDS)
         expired = self._add_compiled() + self.scheduler.expire(time.monotonic())
@@ -322,6 +265,7 @@ class EngineCore:
         predicted = self.scheduler.steps.cost.seconds(self.scheduler.shape)
         scheduled = time.perf_counter()
         self._announce(predicted)
+        self._ranks.launch(plan)
         self._out.append(Step(plan, self.runner.launch(plan), predicted, started, scheduled - started))
         return True
 
@@ -330,6 +274,7 @@ class EngineCore:
         step = self._out.popleft()
         self._announce(step.predicted)
         result = self.runner.collect(step.launched)
+        self._ranks.collect(result)
         now = time.perf_counter()
         # The device began with it when it was launched, or was done with the one before.
         seconds = now - max(step.started, self._collected)

@@ -23,6 +23,7 @@ from ..kernels.packed import RowFormat
 from .linear import Experts, Linear, Rows
 from .model_config import DecoderConfig
 
+QkNormed = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # q [T, Hq, D] and k [T, Hk, D], each normed
 Join = Callable[[Tensor, Tensor], tuple[Rows, Tensor]]  # (delta, residual) [T, d] -> (the next block's x, residual)
 
 
@@ -56,7 +57,7 @@ class Attention:
         qkv: Linear,
         o: Linear,
         rope_table: Tensor | None,
-        qk_norms: tuple[Tensor, Tensor] | None,
+        norm_qk: QkNormed | None,
         turn_values: bool = False,
     ) -> None:
         """plan: index into Step.plans; rope_table: None = a layer without positions; turn_values: the cache holds
@@ -66,7 +67,7 @@ class Attention:
         self.heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self.shape = (-1, sum(self.heads), config.head_dim)
         self.scale, self.softcap = config.attention_scale, config.attention_softcap
-        self.norm_qk = _qk_norm(config, kernels, qk_norms)
+        self.norm_qk = norm_qk
         self.turn = kernels.hadamard.run if turn_values else None
         self.kv_write, self.rope_kv_write = kernels.kv_write.run, kernels.rope_kv_write.run
         self.attention = kernels.attention.run
@@ -88,13 +89,9 @@ class Attention:
         return self.o(out.flatten(1))
 
 
-def _qk_norm(
-    config: DecoderConfig, kernels: Kernels, weights: tuple[Tensor, Tensor] | None
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
-    if weights is None:
-        return None
+def make_qk_norm(config: DecoderConfig, kernels: Kernels, q_weight: Tensor, k_weight: Tensor) -> QkNormed:
+    """By weights of one head, or of all heads of a row."""
     norm, eps, offset = kernels.rms_norm.run, config.eps, config.norm_offset
-    q_weight, k_weight = weights
 
     def per_head(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return norm(q, q_weight, eps, offset), norm(k, k_weight, eps, offset)
@@ -208,18 +205,20 @@ class Decoder:
         config: DecoderConfig,
         kernels: Kernels,
         embedding: Tensor,
+        embed: Callable[[Tensor, Tensor, float], Tensor],
         first_norm: Callable[[Tensor], Rows] | None,
         blocks: list[tuple[Block, Join]],
         lm_head: Linear,
         windows: tuple[int | None, ...],
     ) -> None:
-        """embedding, lm_head [V, d]; first_norm: what stands before the first block; windows: the distinct ones."""
+        """embedding, lm_head [V, d]; embed: the op `embed`; first_norm: what stands before the first block; windows:
+        the distinct ones. Of several ranks each has some rows of the [V, d], and `embed` and `lm_head` give all."""
         self.config = config
         self.embedding, self.first_norm, self.blocks, self.lm_head = embedding, first_norm, blocks, lm_head
         self.windows = windows
         # Rounded as the weights are: Gemma was trained with sqrt(hidden) in the checkpoint's precision.
         self.embedding_scale = torch.tensor(config.embedding_scale, dtype=embedding.dtype).item()
-        self.embed, self.take_rows, self.soft_cap = kernels.embed.run, kernels.take_rows.run, kernels.soft_cap.run
+        self.embed, self.take_rows, self.soft_cap = embed, kernels.take_rows.run, kernels.soft_cap.run
         self.prepare_attention = kernels.attention.prepare
 
     def forward(self, batch: RaggedBatch, cache: Sequence[LayerKV]) -> Tensor:

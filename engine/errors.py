@@ -42,3 +42,10 @@ class SettingError(EngineStartError):
 
 class EngineDeadError(EngineError):
     pass
+
+
+class RankLost(BaseException):
+    """A rank of tensor parallelism has ended, or does not do what the others do: none of them can go on.
+
+    No `Exception`: a boundary that ends one request for its fault must not take this for one.
+    """

@@ -96,9 +96,13 @@ class Graphs:
         return [shape for shape, replay in self._replays.items() if replay is not None]
 
     @torch.inference_mode()
-    def capture_now(self, shapes: Sequence[Shape]) -> None:
-        """Capture these, before anything is served. Raises EngineStartError."""
-        for shape in shapes:
+    def capture_now(self, shapes: Sequence[Shape], advance: Callable[[float], None] = lambda done: None) -> None:
+        """Capture these, before anything is served. Raises EngineStartError.
+
+        advance: told which part of them is captured, 0 to 1.
+        """
+        for number, shape in enumerate(shapes):
+            advance(number / len(shapes))
             self._fill(shape, ())
             try:
                 self._replays[shape] = self._capture(self._captured(shape))

@@ -9,7 +9,7 @@ import threading
 from .client import Heartbeat, OnMessage
 from .config import EngineConfig
 from .core import EngineCore, run
-from .errors import EngineDeadError, EngineStartError
+from .errors import EngineDeadError, EngineStartError, RankLost
 from .messages import Abort, AddRequest, Busy, Down, EngineDead, EngineReady, Shutdown, StepOutputs, Up, Watch
 
 
@@ -65,6 +65,11 @@ class InprocClient:
         started.put(core.ready)
         try:
             run(core, self._receive, self._send)
+            core.close()
+        except RankLost as error:
+            self._dead = str(error)
+            self._on_message(EngineDead(self._dead))
+            core.close()
         except BaseException as error:
             self._dead = f"{type(error).__name__}; the engine's log has the details"
             self._on_message(EngineDead(self._dead))

@@ -28,8 +28,12 @@ def all_kv_scale_names(config: DecoderConfig) -> Iterator[str]:
             yield from names
 
 
-def load_kv_scales(path: Path, config: DecoderConfig, device: torch.device) -> list[tuple[Tensor, Tensor]] | None:
+def load_kv_scales(
+    path: Path, config: DecoderConfig, device: torch.device, heads: slice = slice(None)
+) -> list[tuple[Tensor, Tensor]] | None:
     """Per layer the scales of keys and values, [Hk] fp32 each; None where the checkpoint has none.
+
+    heads: of keys and values, those that are wanted.
 
     Raises EngineStartError for scales that are incomplete or wrong, and for none where config.json promises some.
     """
@@ -41,7 +45,8 @@ def load_kv_scales(path: Path, config: DecoderConfig, device: torch.device) -> l
         scales = []
         for layer, pair in enumerate(pairs):
             k, v = (
-                _read(checkpoint, name, config.num_kv_heads).to(device) for name in pair or kv_scale_names(layer)[0]
+                _read(checkpoint, name, config.num_kv_heads)[heads].to(device)
+                for name in pair or kv_scale_names(layer)[0]
             )
             scales.append((k, v))
         return scales

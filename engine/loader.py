@@ -23,7 +23,18 @@ from ..kernels import Kernels
 from ..kernels.packed import RowFormat
 from ..kernels.reference.rope import rope_table
 from .config import BUNDLED_MODEL
-from .decoder import Attention, Block, Decoder, FeedForward, Join, MixtureOfExperts, make_join, make_norm
+from .decoder import (
+    Attention,
+    Block,
+    Decoder,
+    FeedForward,
+    Join,
+    MixtureOfExperts,
+    QkNormed,
+    make_join,
+    make_norm,
+    make_qk_norm,
+)
 from .errors import EngineStartError
 from .kv_scales import all_kv_scale_names
 from .layout import (
@@ -35,11 +46,13 @@ from .layout import (
     iter_weights,
     model_weights,
 )
-from .linear import Rows, make_logits
+from .linear import Rows
 from .model_config import DecoderConfig, RopeConfig
+from .parallel import ALONE, Alone
 from .quant.scheme import Packing
 from .reader import Reader
 from .rotation import turn_columns, turn_rows
+from .sharding import Share, share_of
 from .weights import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -90,6 +103,7 @@ def load_decoder(
     *,
     rounding: Packing | None = None,
     turn_values: bool = False,
+    group: Alone = ALONE,
     advance: Callable[[float], None] | None = None,
 ) -> Decoder:
     """Read the weights of the folder into a decoder.
@@ -97,6 +111,7 @@ def load_decoder(
     max_positions: the length of the tables of rotary angles; None = the model's context.
     rounding: what float matrices of the layers become; None = they stay.
     turn_values: the cache holds values rotated (its format `rotates_keys`).
+    group: the ranks that share the model; of each cut weight only this rank's part is read.
     advance: told, now and then, which part of the layers is there, 0 to 1.
     Raises EngineStartError naming the tensor, its shape and the expected one.
     """
@@ -105,8 +120,9 @@ def load_decoder(
     with Checkpoint(path, config.quantization) as checkpoint:
         spare = [*all_kv_scale_names(config), *(["lm_head.weight"] if config.tied else [])]
         checkpoint.check(iter_weights(weights), spare=spare)
-        reader = Reader(checkpoint, kernels, dtype, device, rounding)
-        builder = _Builder(config, kernels, reader, max_positions or config.max_position, turn_values)
+        reader = Reader(checkpoint, kernels, dtype, device, rounding, group)
+        share = share_of(config, group.rank, group.size, rounding)
+        builder = _Builder(config, share, kernels, reader, max_positions or config.max_position, turn_values)
         decoder = builder.decoder(advance or (lambda done: None))
     log.info("loading %s took %.1f s", path, time.perf_counter() - started)
     return decoder
@@ -136,9 +152,16 @@ class _Builder:
     """Makes the decoder's parts of what the reader gives."""
 
     def __init__(
-        self, config: DecoderConfig, kernels: Kernels, reader: Reader, max_positions: int, turn_values: bool
+        self,
+        config: DecoderConfig,
+        share: Share,
+        kernels: Kernels,
+        reader: Reader,
+        max_positions: int,
+        turn_values: bool,
     ) -> None:
-        self.config, self.kernels, self.reader, self.turn_values = config, kernels, reader, turn_values
+        self.config, self.share, self.kernels, self.reader = config, share, kernels, reader
+        self.group, self.turn_values = reader.group, turn_values
         self.windows = tuple(dict.fromkeys(config.windows))
         self.rope_tables = [self._rope_table(rope, max_positions) for rope in config.ropes]
 
@@ -147,50 +170,61 @@ class _Builder:
         return table.to(self.reader.device)
 
     def decoder(self, advance: Callable[[float], None]) -> Decoder:
-        weights = model_weights(self.config)
+        weights = model_weights(self.config, self.share.spans)
         embedding = self.reader.floats(weights.embedding)
         blocks: list[Block] = []
         for index, layer in enumerate(weights.layers):
             advance(index / len(weights.layers))
-            blocks.append(self._attention(index, layer.attention))
-            blocks.append(self._moe(layer.ffn) if isinstance(layer.ffn, MoeWeights) else self._feed_forward(layer.ffn))
-        if weights.lm_head is None:
-            lm_head = make_logits(self.kernels, embedding)
-        else:
-            lm_head = self.reader.logits(weights.lm_head)
+            ffn = self._moe(layer.ffn) if isinstance(layer.ffn, MoeWeights) else self._feed_forward(layer.ffn)
+            blocks += [self.group.summed(self._attention(index, layer.attention)), self.group.summed(ffn)]
+        lm_head = self.reader.logits_of(embedding) if weights.lm_head is None else self.reader.logits(weights.lm_head)
         first, joins = make_norms(
             self.config, self.kernels, self.reader, weights.layers, weights.norm, [block.rows for block in blocks]
         )
         return Decoder(
-            self.config, self.kernels, embedding, first, list(zip(blocks, joins, strict=True)), lm_head, self.windows
+            self.config,
+            self.kernels,
+            embedding,
+            self.group.embedding(self.kernels.embed.run, embedding),
+            first,
+            list(zip(blocks, joins, strict=True)),
+            lm_head,
+            self.windows,
         )
 
     def _attention(self, layer: int, weights: AttentionWeights) -> Attention:
         rope = self.config.layer_ropes[layer]
-        norms = None
-        if weights.q_norm is not None and weights.k_norm is not None:
-            norms = self.reader.floats(weights.q_norm), self.reader.floats(weights.k_norm)
+        held = self.share.config
         folds = self.turn_values and self.reader.is_plain(weights.qkv) and self.reader.is_plain(weights.o)
         bias = self.reader.optional(weights.qkv_bias)
         if folds and bias is not None:
             bias = self._turn_values(bias, 0).to(self.reader.dtype)
         return Attention(
-            self.config,
+            held,
             self.kernels,
             layer=layer,
             plan=self.windows.index(self.config.windows[layer]),
             qkv=self.reader.linear(weights.qkv, bias, self._turn_values if folds else None),
-            o=self.reader.linear(
+            o=self.reader.row_parallel(
                 weights.o, self.reader.optional(weights.o_bias), self._turn_outputs if folds else None
             ),
             rope_table=None if rope is None else self.rope_tables[rope],
-            qk_norms=norms,
+            norm_qk=self._qk_norm(weights.q_norm, weights.k_norm),
             turn_values=self.turn_values and not folds,
         )
 
+    def _qk_norm(self, q: Weight | None, k: Weight | None) -> QkNormed | None:
+        if q is None or k is None:
+            return None
+        norm = make_qk_norm(self.config, self.kernels, self.reader.floats(q), self.reader.floats(k))
+        if self.config.qk_norm == "head":
+            return norm
+        return self.group.norms(norm, self.share.config.num_heads, self.config.num_kv_heads)
+
     def _turn_values(self, rows: Tensor, first: int) -> Tensor:
         """Rows [.., d] (or entries of the bias) of the joined q, k and v: those of v are turned."""
-        values = (self.config.num_heads + self.config.num_kv_heads) * self.config.head_dim
+        held = self.share.config
+        values = (held.num_heads + held.num_kv_heads) * held.head_dim
         kept, turned = rows[: max(values - first, 0)], rows[max(values - first, 0) :]
         if not len(turned):
             return rows
@@ -204,7 +238,7 @@ class _Builder:
             self.config,
             self.kernels,
             gate_up=self.reader.linear(weights.gate_up, self.reader.optional(weights.gate_up_bias)),
-            down=self.reader.linear(weights.down, self.reader.optional(weights.down_bias)),
+            down=self.reader.row_parallel(weights.down, self.reader.optional(weights.down_bias)),
         )
 
     def _moe(self, weights: MoeWeights) -> MixtureOfExperts:

@@ -177,6 +177,7 @@ class EngineReady(msgspec.Struct, frozen=True, tag="ready"):
     speculative_tree: str = ""  # the largest shape of a draft, as scheduler.drafts names it; empty = none
     num_speculative_tokens: int = 0  # its depth: the most that a request may ask for
     speculative_adaptive: bool = True  # whether less is guessed where that pays
+    tensor_parallel_size: int = 1  # processes that share the model; sizes in memory_bytes are those of one
 
 
 class Progress(msgspec.Struct, frozen=True, tag="progress"):

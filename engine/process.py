@@ -31,7 +31,7 @@ import zmq
 
 from .client import Heartbeat, OnMessage
 from .config import EngineConfig
-from .errors import EngineDeadError, EngineStartError, SettingError
+from .errors import EngineDeadError, EngineStartError, RankLost, SettingError
 from .lifeline import die_with_parent, exit_at_end_of
 from .messages import (
     Abort,
@@ -316,7 +316,8 @@ def main(folder: str) -> None:
         core = EngineCore(EngineConfig(**launch.config), startup)  # type: ignore[arg-type]
         send(core.ready)
         run(core, receive, send)
-    except EngineStartError as error:
+        core.close()
+    except (EngineStartError, RankLost) as error:
         code = 1
         send(EngineDead(str(error), "start" if startup.settled else "setting"))
     except BaseException as error:

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from ..kernels import Kernels
-from ..kernels.packed import PackedWeight, join_rows, stack_experts
+from ..kernels.packed import PackedWeight, join_rows, some_inputs, stack_experts
 from .errors import EngineStartError
 from .layout import Weight
 from .linear import Experts, Linear, make_experts, make_linear, make_logits, side_by_side
+from .parallel import ALONE, Alone, Group
 from .quant.rounding import round_weight
-from .quant.scheme import Packing
+from .quant.scheme import Packing, Storage
+from .sharding import WHOLE_ROWS, runs
 from .weights import Checkpoint, Source
 
 log = logging.getLogger(__name__)
@@ -29,7 +31,9 @@ Turn = Callable[[Any, int], Any]
 
 
 class Reader:
-    """rounding: what float matrices become, where something is to; None = they stay floats."""
+    """rounding: what float matrices become, where something is to; None = they stay floats.
+    group: the ranks that share the weights, of which this one reads its part.
+    """
 
     def __init__(
         self,
@@ -38,9 +42,10 @@ class Reader:
         dtype: torch.dtype,
         device: torch.device,
         rounding: Packing | None,
+        group: Alone = ALONE,
     ) -> None:
         self.checkpoint, self.kernels, self.dtype, self.device = checkpoint, kernels, dtype, device
-        self.rounding = rounding
+        self.rounding, self.group = rounding, group
 
     def floats(self, weight: Weight) -> Tensor:
         return self.checkpoint.read(weight, self.dtype, self.device)
@@ -55,9 +60,13 @@ class Reader:
     def logits(self, weight: Weight) -> Linear:
         """The logits' matrix, never rounded."""
         if self.is_plain(weight):
-            return make_logits(self.kernels, self.floats(weight))
+            return self.logits_of(self.floats(weight))
         (source,) = self.checkpoint.sources(weight)
-        return make_logits(self.kernels, self._part(source))
+        return self.group.logits(make_logits(self.kernels, self._part(source)), weight.shape[0])
+
+    def logits_of(self, rows: Tensor) -> Linear:
+        """By a matrix that is there already, such as the embedding."""
+        return self.group.logits(make_logits(self.kernels, rows), len(rows))
 
     def as_stored(self, weight: Weight) -> Linear:
         """A linear without a bias that is never rounded: routers, the gate of a shared expert."""
@@ -75,6 +84,29 @@ class Reader:
             parts.append(self._rounded(source, turn, first))
             first += source.part.shape[0]
         return self._joined(parts, bias)
+
+    def row_parallel(self, weight: Weight, bias: Tensor | None, turn: Turn | None = None) -> Linear:
+        """`linear` of a weight whose inputs the ranks share: of what it gives, the sum over ranks is the product."""
+        (source,) = self.checkpoint.sources(weight)
+        if isinstance(self.group, Group) and source.storage is not None and source.storage.packing.ordered:
+            return self._in_order(self.group, source, source.storage, bias)
+        linear, packing = self.linear(weight, bias, turn), source.storage.packing if source.storage else self.rounding
+        return self.group.whole_rows(linear) if packing and packing.format in WHOLE_ROWS else linear
+
+    def _in_order(self, group: Group, source: Source, storage: Storage, bias: Tensor | None) -> Linear:
+        """The inputs of a group may be anywhere: each rank takes a run of the order, and picks it out of all inputs."""
+        part = source.part
+        packed = self.checkpoint.packed(part._replace(cut=None), storage, self.device)
+        first, last = runs(packed.inputs, group.size, packed.group)[group.rank]
+        try:
+            own = some_inputs(packed, first, last - first)
+        except ValueError as error:
+            raise EngineStartError(
+                f"tensor_parallel_size is {group.size}, but {part.name} {list(part.shape)} cannot be cut: {error}; "
+                f"give at most {-(-packed.inputs // packed.group)}"
+            ) from None
+        order = torch.arange(packed.inputs, device=self.device) if packed.order is None else packed.order
+        return group.in_order(make_linear(self.kernels, own, bias), order[first:last].contiguous(), part.held[1])
 
     def experts(self, gate_up: Weight, down: Weight) -> Experts:
         """Of [E, 2f, d] and [E, d, f]."""
@@ -107,21 +139,25 @@ class Reader:
         part, storage = source
         if storage is not None:
             return self.checkpoint.packed(part, storage, self.device)
-        return self.checkpoint.tensor(part.name).to(self.device, self.dtype, copy=True)
+        return self.checkpoint.held(part).to(self.device, self.dtype, copy=True)
 
     def _rounded(self, source: Source, turn: Turn | None = None, first: int = 0) -> Tensor | PackedWeight:
         part, storage = source
         if storage is not None or self.rounding is None:
             stored = self._part(source)
             return stored if turn is None else turn(stored, first)
-        why = self.rounding.refuses(*part.shape[-2:])
+        why = self.rounding.refuses(*part.held[-2:])
         if why is not None:
             raise EngineStartError(
                 f"{self.checkpoint.folder}: tensor {part.name} {list(part.shape)} cannot be {self.rounding.format}: "
                 f"{why} (--quantization {self.rounding.format}:GROUP sets the group)"
             )
-        values = self.checkpoint.tensor(part.name).to(self.device)
-        return round_weight(values if turn is None else turn(values, first), self.rounding)
+        cut = part.cut
+        # A scale of all inputs is found on all of them, or it would be another one on every rank.
+        later = cut is not None and cut.dim == len(part.shape) - 1 and self.rounding.group in (0, part.shape[-1])
+        values = self.checkpoint.held(part._replace(cut=None) if later else part).to(self.device)
+        packed = round_weight(values if turn is None else turn(values, first), self.rounding)
+        return some_inputs(packed, cut.spans[0][0], cut.size) if cut is not None and later else packed
 
     def _joined(self, parts: list[Tensor | PackedWeight], bias: Tensor | None) -> Linear:
         """One linear of parts, joined in memory where their formats allow it."""

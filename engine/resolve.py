@@ -21,6 +21,7 @@ from .layout import weight_bytes
 from .model_config import DecoderConfig
 from .quant.rounding import choose_rounding, refuses_gpu
 from .quant.scheme import Packing
+from .sharding import MAX_RANKS, share_of
 from .spec.settings import choose_drafts
 from .validation import MAX_N, MAX_TENANT_BYTES, MAX_WEIGHT
 
@@ -50,11 +51,12 @@ class Machine:
     free_bytes: int
     capability: tuple[int, int] = (0, 0)
     total_bytes: int = 0  # of the GPU
+    devices: int = 1  # GPUs, where there is one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resolved:
-    """Every setting with its value. `reasons`: setting -> where the value came from.
+    """Every setting with its value. `reasons`: setting -> where the value came from. Bytes are those of one rank.
 
     quantization    the checkpoint's method, or the format that floats become on the way in, or "none"
     rounding        how they become that; None = they stay
@@ -68,6 +70,7 @@ class Resolved:
     dtype: torch.dtype
     device: torch.device
     threads: int
+    tensor_parallel_size: int
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -105,7 +108,15 @@ def look_at_machine(device: str) -> Machine:
         free, total = _free_memory(), 0
         fast = torch.cpu._is_avx512_bf16_supported()
     capability = torch.cuda.get_device_capability() if cuda else (0, 0)
-    return Machine(cuda=cuda, fast_bf16=fast, cores=_cores(), free_bytes=free, capability=capability, total_bytes=total)
+    return Machine(
+        cuda=cuda,
+        fast_bf16=fast,
+        cores=_cores(),
+        free_bytes=free,
+        capability=capability,
+        total_bytes=total,
+        devices=torch.cuda.device_count() if cuda else 1,
+    )
 
 
 def _cores() -> int:
@@ -149,8 +160,16 @@ def resolve(
         raise EngineStartError("graphs is on, but the device is the CPU, which has none: leave graphs out")
     dtype = _dtype(config, machine, reasons)
 
+    ranks = config.tensor_parallel_size
+    if device.type == "cuda" and ranks > machine.devices:
+        raise EngineStartError(
+            f"tensor_parallel_size is {ranks}, but torch sees {machine.devices} CUDA devices; give at most that many"
+        )
+    if device.type == "cpu":  # which the ranks share
+        machine = replace(machine, cores=max(1, machine.cores // ranks), free_bytes=machine.free_bytes // ranks)
     threads = usable_threads(config.threads, machine.cores)
     reasons["threads"] = "given" if threads == config.threads else "the cores this process may use"
+    reasons["tensor_parallel_size"] = "given" if ranks > 1 else "one process holds the model"
 
     wanted = config.max_model_len or model.max_position
     if wanted > model.max_position:
@@ -161,15 +180,22 @@ def resolve(
 
     quantization, rounding = _quantization(config, model, machine, reasons)
     kv_cache_dtype, reasons["kv_cache_dtype"] = choose_kv_format(config.kv_cache_dtype, model, dtype)
-    weights = weight_bytes(model, dtype, rounding) + (0 if draft is None else weight_bytes(draft, dtype))
-    per_block = _block_bytes(config, model, kv_cache_dtype, draft, dtype)
+    share = share_of(model, 0, ranks, rounding)  # of the one that holds the most
+    weights = weight_bytes(model, dtype, rounding, share.spans) + (0 if draft is None else weight_bytes(draft, dtype))
+    per_block = _block_bytes(config, share.config, kv_cache_dtype, draft, dtype)
     draft_method, draft_shape = choose_drafts(config, reasons)
+    if draft_method == "nested" and ranks > 1:
+        raise EngineStartError(
+            f"speculative_method is 'nested', but its slice would lie on the first of {ranks} ranks "
+            "(tensor_parallel_size); choose draft, layers or ngram"
+        )
     memory_share = _memory_share(config, device)
     num_blocks, reasons["num_blocks"] = _num_blocks(config, machine, wanted, weights, per_block, memory_share)
     return Resolved(
         dtype=dtype,
         device=device,
         threads=threads,
+        tensor_parallel_size=ranks,
         max_model_len=_held(config, wanted, num_blocks, per_block, reasons),
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -194,7 +220,8 @@ def resolve(
 
 def with_kv_cache(config: EngineConfig, model: DecoderConfig, settings: Resolved, kv_cache_bytes: int) -> Resolved:
     """The settings with a KV cache of a measured size. Raises EngineStartError when it is too small to serve."""
-    per_block = _block_bytes(config, model, settings.kv_cache_dtype, settings.draft, settings.dtype)
+    share = share_of(model, 0, settings.tensor_parallel_size, settings.rounding)
+    per_block = _block_bytes(config, share.config, settings.kv_cache_dtype, settings.draft, settings.dtype)
     num_blocks = kv_cache_bytes // per_block
     if num_blocks < 2:
         raise EngineStartError(
@@ -216,7 +243,7 @@ def with_kv_cache(config: EngineConfig, model: DecoderConfig, settings: Resolved
 def _block_bytes(
     config: EngineConfig, model: DecoderConfig, kv_format: str, draft: DecoderConfig | None, dtype: torch.dtype
 ) -> int:
-    """Of one block, which a draft model of its own has as well, in its own number format."""
+    """Of one block, which a draft model of its own has as well, in its own number format. model: as one rank has it."""
     size = block_bytes(kv_spec(model, config.block_size, kv_format), model.num_layers)
     if draft is not None:
         size += block_bytes(kv_spec(draft, config.block_size, FORMAT[dtype]), draft.num_layers)
@@ -262,6 +289,7 @@ def _memory_share(config: EngineConfig, device: torch.device) -> float | None:
 def _check_ranges(config: EngineConfig) -> None:
     bounds = {
         "threads": (1, 1024),
+        "tensor_parallel_size": (1, MAX_RANKS),
         "max_model_len": (2, 1 << 30),
         "max_num_seqs": (1, 4096),
         "max_num_batched_tokens": (1, 1 << 20),

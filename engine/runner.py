@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -100,10 +100,13 @@ class ModelRunner:
         self._kept: dict[int, Tensor] = {}  # key -> [V] logits behind a prompt that further samples begin from
 
     @torch.inference_mode()
-    def warm_up(self, max_tokens: int) -> None:
-        """The smallest and the largest step, on the null block, so that no request pays for first times."""
+    def warm_up(self, max_tokens: int, advance: Callable[[float], None]) -> None:
+        """The smallest and the largest step, on the null block, so that no request pays for first times.
+
+        advance: told which part of the graphs is captured, 0 to 1.
+        """
         if self.graphs is not None:
-            self.graphs.capture_now(self.graphs.shapes.at_start())
+            self.graphs.capture_now(self.graphs.shapes.at_start(), advance)
         for count in (1, max_tokens):
             self.rehearse([Row(0, 0, count)])
 

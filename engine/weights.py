@@ -19,7 +19,8 @@ from ..kernels.packed import PackedWeight
 from .config_fields import read_json
 from .errors import EngineStartError
 from .layout import Part, Weight
-from .quant.scheme import FLOATS, Entry, Scheme, Storage
+from .quant.integers import column_order
+from .quant.scheme import FLOATS, Entry, Scheme, Storage, end_to_end
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -176,23 +177,46 @@ class Checkpoint:
         out = torch.empty(weight.shape, dtype=dtype, device=device)
         flat, end = out.view(-1), 0
         for part, _ in self.sources(weight):
-            values = self.tensor(part.name)
-            flat[end : end + values.numel()].copy_(values.view(-1))
+            values = self.held(part)
+            flat[end : end + values.numel()].copy_(values.reshape(-1))
             end += values.numel()
         return out
 
+    def held(self, part: Part) -> Tensor:
+        """What is held of a tensor of floats: only these pages of the file are touched."""
+        values = self.tensor(part.name)
+        return values if part.cut is None else end_to_end(values, part.cut.dim, part.cut.spans)
+
     def packed(self, part: Part, storage: Storage, device: torch.device) -> PackedWeight:
         """A quantized linear, placed. Raises EngineStartError naming the tensor whose values no weight has."""
-        outputs, inputs = part.shape
         tensors = {
-            entry.suffix: self.tensor(name).to(device, copy=True)
+            entry.suffix: self._held_of(part, entry, name).to(device, copy=True)
             for name, entry in self._names(Source(part, storage)).items()
             if name in self._tensors
         }
+        outputs, inputs = part.held
         try:
+            if part.cut is not None:
+                _forget_the_whole(tensors, part, storage)
             return storage.pack(tensors, outputs, inputs)
         except ValueError as error:
             raise EngineStartError(f"{self.folder}: tensor {part.name.removesuffix('weight')}{error}") from None
+
+    def _held_of(self, part: Part, entry: Entry, name: str) -> Tensor:
+        tensor = self.tensor(name)
+        return tensor if part.cut is None else entry.cut(tensor, part.cut.dim, part.cut.spans)
+
+
+def _forget_the_whole(tensors: dict[str, Tensor], part: Part, storage: Storage) -> None:
+    """Take out what speaks of all inputs: the shape, and an order that is none. ValueError for one that is."""
+    tensors.pop("weight_shape", None)
+    if part.cut is not None and part.cut.dim == 1:
+        for suffix in ("g_idx", "weight_g_idx"):
+            order = tensors.pop(suffix, None)
+            if column_order(order, part.shape[1], storage.packing.group or part.shape[1]) is not None:
+                raise ValueError(
+                    f"{suffix}: is in an order of its own (act-order), which ranks cannot share in a mixture"
+                )
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -165,25 +165,38 @@ def select_rows(weight: PackedWeight, outputs: Tensor) -> PackedWeight:
 
 def first_inputs(weight: PackedWeight, count: int) -> PackedWeight:
     """The weight on its first `count` inputs alone. ValueError where codes or scales of these are those of others."""
-    form = weight_format(weight.format)
     if weight.order is not None:
         raise ValueError("its inputs are in an order of their own (act-order), so the first ones are in all groups")
+    return some_inputs(weight, 0, count)
+
+
+def some_inputs(weight: PackedWeight, first: int, count: int) -> PackedWeight:
+    """The weight on `count` inputs from `first` on, as its codes lie: of an `order` these are order[first : ...], and
+    the result has none. ValueError where codes or scales of these are those of others."""
+    form = weight_format(weight.format)
     group = weight.group
     if group == weight.inputs and form.refuses(weight.outputs, count, group) is not None:
-        group = count  # the one scale of all inputs is that of the first
-    whole = form.interleaved(group) == form.interleaved(weight.group)
+        group = count  # the one scale of all inputs is that of these
+    whole = form.interleaved(group) == form.interleaved(weight.group) and first % form.interleaved(group) == 0
+    whole = whole and (group == count or first % group == 0)
     if not whole or form.refuses(weight.outputs, count, group) is not None:
-        raise ValueError(f"its first {count} inputs end in the middle of a group of {weight.group}")
-    groups = -(-count // group)
+        which = (
+            f"its first {count} inputs end" if first == 0 else f"its inputs {first} to {first + count - 1} begin or end"
+        )
+        raise ValueError(f"{which} in the middle of a group of {weight.group}")
+    groups = slice(0, 1) if weight.scales.shape[-2] == 1 else slice(first // group, -(-(first + count) // group))
     input_dim = -3 - form.output_dim
-    length = weight.codes.shape[input_dim] * count // weight.inputs
+    stored = weight.codes.shape[input_dim]
     return replace(
         weight,
         inputs=count,
         group=group,
-        codes=weight.codes.narrow(input_dim, 0, length).contiguous(),
-        scales=weight.scales[..., :groups, :].contiguous(),
-        zeros=None if weight.zeros is None else weight.zeros[..., :groups, :].contiguous(),
+        codes=weight.codes.narrow(
+            input_dim, stored * first // weight.inputs, stored * count // weight.inputs
+        ).contiguous(),
+        scales=weight.scales[..., groups, :].contiguous(),
+        zeros=None if weight.zeros is None else weight.zeros[..., groups, :].contiguous(),
+        order=None,
     )
 
 

@@ -10,7 +10,6 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any, NamedTuple, Protocol
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -19,6 +18,7 @@ from . import errors, sse
 from .blocks import Block, Blocks, Change
 from .connection import while_connected
 from .generate import Generation
+from .json_answer import json_answer
 from .metrics import Metrics
 from .parsing.reading import Reading
 from .state import State
@@ -76,7 +76,7 @@ async def answer_in_blocks(
     with generation:
         generation.start()
         content = await while_connected(request.receive, _whole(generation, wire))
-        return Response(msgspec.json.encode(content), media_type=errors.JSON)
+        return json_answer(content)
 
 
 class _Fold:

@@ -6,6 +6,7 @@ Commands import what they need when they run, so that `quire --help` answers at 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -29,9 +30,17 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # the base of all t
 class OneLine(TyperGroup):
     """What is wrong with a command line is said in one line, exit code 2, for people and for logs."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
         except UsageError as error:
             if not standalone_mode:
                 raise

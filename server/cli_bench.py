@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,8 +21,11 @@ from .cli_bench_engine import (
     bench_speculative,
 )
 from .cli_bench_frontend import bench_frontend, bench_overload
+from .cli_bench_report import ReportFile, check_files, failures, words, write
+from .cli_bench_results import bench_compare, bench_report
 from .cli_bench_scheduling import bench_capacity, bench_eviction, bench_fairness
-from .cli_options import err, option, out
+from .cli_options import option, out
+from .cli_progress import bar
 
 if TYPE_CHECKING:
     from ..bench.serve import LoadConfig
@@ -62,7 +66,13 @@ def bench_serve(
         option(LOAD, "Requests in flight; nothing = all at once.", "--concurrency", "--max-concurrency", min=1),
     ] = None,
     request_rate: Annotated[
-        float | None, option(LOAD, "Open loop: requests a second on average; nothing = closed loop.")
+        str | None,
+        option(
+            LOAD,
+            "Open loop: requests a second on average, or several such loads one after another, 1,2,4; nothing = closed "
+            "loop.",
+            metavar="FLOAT[,FLOAT …]",
+        ),
     ] = None,
     burstiness: Annotated[
         float, option(LOAD, "Shape of the gaps of an open loop: 1 = Poisson, below 1 = in bursts, above 1 = even.")
@@ -114,15 +124,17 @@ def bench_serve(
     json_file: Annotated[
         Path | None, option(REPORT, "Write the result here as JSON.", "--json", "--result-filename")
     ] = None,
+    report_file: ReportFile = None,
 ) -> None:
     """Put a load on a running server; report latencies, throughput and errors. Exit code 1 if any request failed."""
-    from ..bench.client import ServerError
     from ..bench.metrics import parse_goodput
     from ..bench.serve import LoadConfig
 
     if ctx.args and not goodput:
         raise typer.BadParameter(f"unexpected {' '.join(ctx.args)}")
-    try:
+    with failures():
+        check_files(json_file, report_file)
+        rates = parse_rates(request_rate)
         config = LoadConfig(
             base_url=base_url,
             endpoint=endpoint,
@@ -131,7 +143,7 @@ def bench_serve(
             num_prompts=num_prompts,
             num_warmups=num_warmups,
             concurrency=concurrency,
-            request_rate=request_rate,
+            request_rate=rates[0],
             burstiness=burstiness,
             trace=trace,
             time_scale=time_scale,
@@ -145,41 +157,71 @@ def bench_serve(
             output_len=output_len,
             ignore_eos=ignore_eos,
             temperature=temperature,
-            extra_body=json.loads(extra_body),
+            extra_body=parse_object("--extra-body", extra_body),
             request_timeout=request_timeout,
             goodput=parse_goodput([*(goodput or []), *ctx.args]),  # as in vLLM, one --goodput takes several words
-            percentiles=tuple(float(q) for q in metric_percentiles.split(",")),
+            percentiles=tuple(parse_numbers("--metric-percentiles", metric_percentiles)),
             seed=seed,
         )
-        failed = measure(config, json_file)
-    except (ServerError, ValueError) as error:
-        err.print("[bold red]quire bench:[/] ", end="")
-        err.print(str(error), markup=False)
-        raise typer.Exit(1) from None
+        # Other prompts for each load, or the prefix cache would know those of the one before it.
+        loads = [replace(config, request_rate=rate, seed=seed + number) for number, rate in enumerate(rates)]
+        failed = measure(loads, json_file, report_file)
     if failed:
         raise typer.Exit(1)
 
 
-def measure(config: LoadConfig, json_file: Path | None) -> bool:
+def parse_rates(text: str | None) -> list[float | None]:
+    """ "1,2.5" -> [1.0, 2.5]; None, and vLLM's "inf", mean all at once."""
+    rates = parse_numbers("--request-rate", "inf" if text is None else text)
+    return [None if rate == math.inf else rate for rate in rates]
+
+
+def parse_numbers(option: str, text: str) -> list[float]:
+    """ "50,99" -> [50.0, 99.0]. Raises ValueError naming the option."""
+    try:
+        numbers = [float(word) for word in words(text)]
+    except ValueError:
+        numbers = []
+    if not numbers:
+        raise ValueError(f"{option} {text}: give a number, or several as 1,2,4")
+    return numbers
+
+
+def parse_object(option: str, text: str) -> dict[str, Any]:
+    """Raises ValueError naming the option."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{option} {text}: is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{option} {text}: must be a JSON object")
+    return value
+
+
+def measure(loads: list[LoadConfig], json_file: Path | None, report_file: Path | None) -> bool:
     """Run, show, write; True if a request failed."""
     import asyncio
 
     import uvloop
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from ..bench.report import as_json, table
     from ..bench.serve import run
+    from ..bench.timeline import Look
 
-    columns = (TextColumn("requests"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task("requests", total=None)
+    results: list[dict[str, Any]] = []
+    for number, config in enumerate(loads, 1):
+        looks: list[Look] | None = None if report_file is None else []
         # uvloop spends less per event, which counts where client and server share the cores.
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            result = runner.run(run(config, lambda done, total: bar.update(task, advance=done, total=total)))
-    out.print(table(result))
-    if json_file is not None:
-        json_file.write_text(json.dumps(as_json(result), indent=2) + "\n", encoding="utf-8")
-    return bool(result.summary.errors)
+        with (
+            bar("requests" if len(loads) == 1 else f"load {number} of {len(loads)}") as shown,
+            asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+        ):
+            result = runner.run(run(config, shown.show, looks))
+        out.print(table(result))
+        results.append(as_json(result))
+    whole = results[0] if len(results) == 1 else {"benchmark": "serve", "loads": results}
+    write(whole, json_file, report_file)
+    return any(result["failed"] for result in results)
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -194,6 +236,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "idealized": bench_idealized,
     "speculative": bench_speculative,
     "quality": bench_quality,
+    "compare": bench_compare,
+    "report": bench_report,
 }
 for name, command in COMMANDS.items():
     bench_app.command(name)(command)

@@ -34,7 +34,7 @@ def bench_prefill(
     json_file: JsonFile = None,
 ) -> None:
     """Prompts packed into steps against prompts padded to batches: prompt tokens a second, same engine and kernels."""
-    with measuring():
+    with measuring(json_file):
         from ..bench import prefill
 
         result = prefill.run(
@@ -74,7 +74,7 @@ def bench_slo(
     json_file: JsonFile = None,
 ) -> None:
     """Do streams keep a promised gap between tokens while long prompts arrive? Beside the prefill-first discipline."""
-    with measuring():
+    with measuring(json_file):
         from ..bench import slo
 
         result = slo.run(
@@ -117,7 +117,7 @@ def bench_samples(
 
     The study runs code that the model wrote, in a subprocess under limits.
     """
-    with measuring():
+    with measuring(json_file):
         from ..bench import samples
 
         result = samples.run(
@@ -149,7 +149,7 @@ def bench_idealized(
     json_file: JsonFile = None,
 ) -> None:
     """Fit the time of a request that has the engine for itself. The JSON is a profile: `bench capacity --profile`."""
-    with measuring():
+    with measuring(json_file):
         from ..bench import idealized
 
         result = idealized.run(
@@ -171,7 +171,7 @@ def bench_speculative(
     json_file: JsonFile = None,
 ) -> None:
     """Guessing ahead with the bundled models: tokens of a round by method and tree, and the speed of a costly twin."""
-    with measuring():
+    with measuring(json_file):
         from ..bench import speculative
 
         result = speculative.run(
@@ -204,7 +204,7 @@ def bench_quality(
     json_file: JsonFile = None,
 ) -> None:
     """What formats cost in bits per byte and KL divergence against bf16, and what they save in memory."""
-    with measuring():
+    with measuring(json_file):
         from ..bench import quality
 
         result = quality.measure(
@@ -239,7 +239,7 @@ def bench_kernels(
     json_file: JsonFile = None,
 ) -> None:
     """The compiled CPU kernels one by one: times and rates, beside the limits of the machine and torch's operators."""
-    with measuring():
+    with measuring(json_file):
         from ..bench import kernels
 
         words = [*(rows or []), *(ops or []), *ctx.args]  # one option takes several words; a number can only be of rows

@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated
 
-from .cli_bench_report import JsonFile, Seed, measuring, show, words
+from .cli_bench_report import JsonFile, ReportFile, Seed, measuring, show, words
 from .cli_options import option
 
 
@@ -20,7 +20,7 @@ def bench_frontend(
     json_file: JsonFile = None,
 ) -> None:
     """Microseconds of the event loop for a streamed token, and tokens a second of one API process."""
-    with measuring():
+    with measuring(json_file):
         from ..bench import frontend
 
         config = frontend.FrontendConfig(
@@ -46,9 +46,10 @@ def bench_overload(
     output_len: Annotated[int, option("Load", "Output tokens of a request.", min=1)] = 256,
     seed: Seed = 0,
     json_file: JsonFile = None,
+    report_file: ReportFile = None,
 ) -> None:
     """Goodput, refusals and first tokens of a running server at its peak and at multiples of what it can do."""
-    with measuring():
+    with measuring(json_file, report_file) as bar:
         from ..bench import overload
 
         result = overload.run(
@@ -62,9 +63,10 @@ def bench_overload(
                 input_len=input_len,
                 output_len=output_len,
                 seed=seed,
-            )
+            ),
+            bar.show,
         )
-    show(overload.table(result), result, json_file)
+    show(overload.table(result), result, json_file, report_file)
 
 
 def serve_scripted(parent: Connection, folder: Path, text_ids: list[int], vocab_size: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from .cli_bench_report import JsonFile, Seed, measuring, show, words
+from .cli_bench_report import JsonFile, ReportFile, Seed, measuring, show, words
 from .cli_options import option
 
 WHERE, LOAD, SEARCH = "Where", "Load", "Search"
@@ -40,9 +40,10 @@ def bench_capacity(
     jobs: Annotated[int, option(SEARCH, "Simulated: systems searched at once.", min=1)] = 1,
     seed: Seed = 0,
     json_file: JsonFile = None,
+    report_file: ReportFile = None,
 ) -> None:
     """The highest request rate within a latency objective, by simulation beside other disciplines, or of a server."""
-    with measuring():
+    with measuring(json_file, report_file) as bar:
         from ..bench import capacity
 
         result = capacity.run(
@@ -62,9 +63,10 @@ def bench_capacity(
                 noise=noise,
                 jobs=jobs,
                 seed=seed,
-            )
+            ),
+            lambda system, trial: bar.show(0, None, f"{system} at {trial.rate:.3g} requests/s"),
         )
-    show(capacity.table(result), capacity.as_json(result), json_file)
+    show(capacity.table(result), capacity.as_json(result), json_file, report_file)
 
 
 def bench_fairness(
@@ -101,7 +103,7 @@ def bench_fairness(
 
     Without --simulate and --url, an engine in this process is measured.
     """
-    with measuring():
+    with measuring(json_file):
         from ..bench import fairness
 
         result = fairness.run(
@@ -135,7 +137,7 @@ def bench_eviction(
     json_file: JsonFile = None,
 ) -> None:
     """Which order of eviction keeps the blocks that are wanted again: hit tokens beside the offline optimum."""
-    with measuring():
+    with measuring(json_file):
         from ..bench import eviction
         from ..bench.sessions import SessionConfig
 

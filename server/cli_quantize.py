@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
-from .cli_options import err, option, out
+from .cli_options import option, out
+from .cli_progress import bar
 
 MODEL, TEXT = "Model", "Calibration"
+WINDOW = 1024  # tokens
 
 
 def quantize(
@@ -21,19 +23,27 @@ def quantize(
     revision: Annotated[str | None, option(MODEL, "Revision of a hub id.")] = None,
     group: Annotated[int, option(MODEL, "Inputs that share a scale: 32, 64 or 128.", min=32)] = 128,
     tokens: Annotated[int, option(TEXT, "Tokens to calibrate on.", min=1)] = 65_536,
-    window: Annotated[int, option(TEXT, "Tokens that the model reads at once.", min=2)] = 1024,
+    window: Annotated[
+        int | None, option(TEXT, "Tokens that the model reads at once; nothing = 1024, or its context.", min=2)
+    ] = None,
 ) -> None:
     """Write a model with four-bit weights that make up for their rounding on a text (GPTQ), ready for `quire serve`.
 
     --quantization int4 of `quire serve` needs no text and rounds to nearest: quicker, and several times the error.
     """
+    from ..engine.families import load_config
     from ..engine.loader import locate_model
     from ..engine.quant.calibrate import quantize_model
 
     source = locate_model(model, revision)
-    windows = _windows(source, text, tokens, window)
-    with err.status(f"calibrating on {sum(map(len, windows))} tokens"):
-        quantize_model(source, target, windows, group)
+    context = load_config(source).max_position
+    if window is not None and window > context:
+        raise typer.BadParameter(
+            f"{window}: the model's context is {context}, give at most that", param_hint="--window"
+        )
+    windows = _windows(source, text, tokens, window or min(WINDOW, context))
+    with bar(f"calibrating on {sum(map(len, windows))} tokens") as shown:
+        quantize_model(source, target, windows, group, shown.show)
     out.print(f"wrote {target}; serve it with: quire serve {target}", markup=False)
 
 

@@ -214,6 +214,10 @@ def serve(
         int | None,
         option(COMPUTE, "CPU threads, at most the cores that this process may use; nothing = all of them.", min=1),
     ] = ENGINE.threads,
+    tensor_parallel_size: Annotated[
+        int,
+        option(COMPUTE, "Processes that share the model, each with a part of every layer: one for each GPU.", min=1),
+    ] = ENGINE.tensor_parallel_size,
     kernels: Annotated[
         list[str] | None,
         option(COMPUTE, "Choose an implementation, such as attention=reference (repeatable).", metavar="OP=NAME"),

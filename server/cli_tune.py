@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from .cli_options import err, option, out
 from .cli_plan import config_folder
+from .cli_progress import bar
 
 if TYPE_CHECKING:
     from ..bench.tune import Measured
@@ -47,7 +49,15 @@ def tune(
         out=folder or defaults.out,
     )
     try:
-        paths = measurement.run(config, _tell)
+        measurement.check(config)
+        with bar("products") as shown:
+            total, over = measurement.most_products(config), itertools.count(1)
+
+            def tell(measured: Measured) -> None:
+                _tell(measured)
+                shown.show(next(over), total)
+
+            paths = measurement.run(config, tell)
     except measurement.NoGpu as error:
         err.print("[bold red]quire tune:[/] ", end="")
         err.print(str(error), markup=False)

@@ -10,6 +10,7 @@ import logging
 import sys
 import time
 import traceback
+from typing import TextIO
 
 import msgspec
 
@@ -41,9 +42,17 @@ class JsonFormatter(logging.Formatter):
         return msgspec.json.encode(line).decode()
 
 
+class StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to what stderr is at the moment: while a bar is drawn, lines go above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def setup(level: str, as_json: bool) -> None:
     """Send our lines and uvicorn's to stderr in one format."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = StderrHandler()
     handler.setFormatter(JsonFormatter() if as_json else PlainFormatter())
     for name in (PACKAGE, "uvicorn.error"):
         target = logging.getLogger(name)

@@ -87,7 +87,8 @@ class Outermost:
             if scope["app"].state.tracer is not None:
                 scope["app"].state.tracer.record(route, Headers(scope=scope), scope["state"], status)
         if not (handler in POLICIES and POLICIES[handler].probe):
-            logger.info("%s %s %d %.3fs id=%s", method, scope["path"], status, seconds, scope["state"]["request_id"])
+            where = route if handler == route else errors.shown(scope["path"])  # a name in a path stays out of the log
+            logger.info("%s %s %d %.3fs id=%s", method, where, status, seconds, scope["state"]["request_id"])
 
 
 def _quota_headers(scope: Scope) -> Mapping[str, str]:

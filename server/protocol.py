@@ -17,7 +17,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from ..engine.messages import Slo, Speculative
 from ..engine.validation import MAX_TENANT_BYTES, Limits, check_promises, check_speculative
 from ..scheduler.params import Grammar, Repetition
-from . import errors
+from . import errors, shapes
 from .logs import logger
 from .structured import GUIDED, grammar_of
 
@@ -210,9 +210,9 @@ class GenerateBody(OrderBody):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     return_prompt_text: bool | None = None
-    response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
-    guided_json: Any = None
+    response_format: shapes.ResponseFormat | None = None
+    structured_outputs: shapes.StructuredOutputs | None = None
+    guided_json: shapes.Schema | None = None
     guided_json_object: bool | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
@@ -267,7 +267,7 @@ class GenerateBody(OrderBody):
 
 class CompletionBody(GenerateBody):
     # Text, texts, ids or lists of ids; told apart in `inputs.py`, off the event loop: it may hold a million ids.
-    prompt: Any = None
+    prompt: shapes.Prompt = None
     echo: bool | None = None
     logprobs: Integer | None = None
 
@@ -278,7 +278,7 @@ class CompletionBody(GenerateBody):
 
 
 class ChatBody(GenerateBody):
-    messages: list[dict[str, Any]]
+    messages: shapes.Messages
     max_completion_tokens: Integer | None = None
     logprobs: bool | None = None
     top_logprobs: Integer | None = None
@@ -289,11 +289,11 @@ class ChatBody(GenerateBody):
     documents: list[dict[str, Any]] | None = None
     echo: bool | None = None
     reasoning_effort: Effort | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tools: shapes.Tools | None = None
+    tool_choice: shapes.ToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    functions: list[dict[str, Any]] | None = None  # the older names of the two (functions.py)
-    function_call: str | dict[str, Any] | None = None
+    functions: shapes.Functions | None = None  # the older names of the two (functions.py)
+    function_call: shapes.FunctionChoice | None = None
     include_reasoning: bool | None = None
     thinking_token_budget: Integer | None = None
 
@@ -324,14 +324,14 @@ class TokenizeBody(_Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: shapes.Messages | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: shapes.Tools | None = None
 
 
 class OptionBody(_Body):
@@ -353,7 +353,7 @@ class OptionBody(_Body):
 class QuestionBody(_Body):
     type: Literal["predicate", "choice", "score"]
     name: str | None = None
-    instructions: Any
+    instructions: shapes.Instructions
     choices: list[OptionBody] | None = None
     levels: list[OptionBody] | None = None
 
@@ -361,7 +361,7 @@ class QuestionBody(_Body):
 class DecisionBody(OrderBody):
     """Text or messages, and questions about them."""
 
-    input: Any
+    input: shapes.DecisionInput
     questions: list[QuestionBody] = Field(min_length=1, max_length=MAX_QUESTIONS)
 
     def check_together(self) -> None:

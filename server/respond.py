@@ -19,6 +19,7 @@ from ..engine.outputs import Delta, SampleOutput
 from . import errors, sse
 from .connection import while_connected
 from .generate import Generation, Usage
+from .json_answer import json_answer
 from .metrics import Metrics
 from .protocol import GenerateBody
 from .state import State
@@ -79,7 +80,7 @@ async def respond(request: Request, state: State, body: GenerateBody, generation
     with generation:
         generation.start()
         choices = await while_connected(request.receive, _collect(generation, wire))
-        return Response(msgspec.json.encode(wire.whole(choices)), media_type=errors.JSON)
+        return json_answer(wire.whole(choices))
 
 
 async def _collect(generation: Generation, wire: Wire) -> list[msgspec.Raw]:

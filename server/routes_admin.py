@@ -12,7 +12,9 @@ from starlette.responses import Response
 from .. import __version__
 from ..engine.validation import valid_token_ids
 from . import errors, life
+from .description import described
 from .inputs import encode_chat, render_chat
+from .json_answer import json_answer
 from .metrics import CONTENT_TYPE
 from .protocol import DetokenizeBody, TokenizeBody
 from .routing import GuardedRoute
@@ -24,13 +26,13 @@ router = APIRouter(route_class=GuardedRoute)
 @router.get("/v1/models", response_model=None)
 async def list_models(request: Request) -> Response:
     state = state_of(request)
-    return _json({"object": "list", "data": [_model(state, name) for name in state.model_names]})
+    return json_answer({"object": "list", "data": [_model(state, name) for name in state.model_names]})
 
 
 @router.get("/v1/models/{model:path}", response_model=None)
 async def show_model(model: str, request: Request) -> Response:
     state = state_of(request)
-    return _json(_model(state, state.model_name(model)))
+    return json_answer(_model(state, state.model_name(model)))
 
 
 @router.get("/health", response_model=None)
@@ -64,12 +66,12 @@ async def version(request: Request) -> Response:
     facts = msgspec.structs.asdict(state.ready)
     for private in ("model_path", "tenants", "tenant_weights"):  # this route is open to everybody
         del facts[private]
-    return _json({"version": __version__, "model": state.model_names[0], **facts})
+    return json_answer({"version": __version__, "model": state.model_names[0], **facts})
 
 
 @router.get("/openapi.json", response_model=None)
 async def openapi(request: Request) -> Response:
-    return _json(request.app.openapi())
+    return json_answer(described(request.app))
 
 
 @router.post("/tokenize", response_model=None)
@@ -91,7 +93,7 @@ async def tokenize(body: TokenizeBody, request: Request) -> Response:
     answer: dict[str, Any] = {"count": len(ids), "max_model_len": state.ready.max_model_len, "tokens": ids}
     if body.return_token_strs:
         answer["token_strs"] = [tokenizer.token_text(token_id) for token_id in ids]
-    return _json(answer)
+    return json_answer(answer)
 
 
 @router.post("/detokenize", response_model=None)
@@ -104,7 +106,7 @@ async def detokenize(body: DetokenizeBody, request: Request) -> Response:
         valid_token_ids(body.tokens, state.ready.vocab_size, "tokens")
         return state.text.tokenizer.decode(body.tokens, skip_special_tokens=False)
 
-    return _json({"prompt": await state.in_pool(decode)})
+    return json_answer({"prompt": await state.in_pool(decode)})
 
 
 def _model(state: State, name: str) -> dict[str, Any]:
@@ -120,8 +122,4 @@ def _model(state: State, name: str) -> dict[str, Any]:
 
 
 def _answer(report: life.Report) -> Response:
-    return Response(msgspec.json.encode(report.body), report.status, report.headers, errors.JSON)
-
-
-def _json(content: Any) -> Response:
-    return Response(msgspec.json.encode(content), media_type=errors.JSON)
+    return json_answer(report.body, report.status, report.headers)

@@ -5,16 +5,15 @@ from __future__ import annotations
 from contextlib import aclosing
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from ..engine.outputs import SampleOutput
-from . import errors
 from .connection import while_connected
 from .decisions import answer_of, decision_request, decision_size
 from .generate import Generation, Usage
+from .json_answer import json_answer
 from .protocol import DecisionBody
 from .routing import GuardedRoute
 from .state import state_of
@@ -36,10 +35,7 @@ async def decisions(body: DecisionBody, request: Request) -> Response:
         outputs = await while_connected(request.receive, _outputs(generation))
     tokenizer = state.text.tokenizer
     answers = [answer_of(question, output, tokenizer) for question, output in zip(body.questions, outputs, strict=True)]
-    return Response(
-        msgspec.json.encode({"model": model, "answers": answers, "usage": _usage(generation.usage)}),
-        media_type=errors.JSON,
-    )
+    return json_answer({"model": model, "answers": answers, "usage": _usage(generation.usage)})
 
 
 async def _outputs(generation: Generation) -> list[SampleOutput]:

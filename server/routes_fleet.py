@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from .. import __version__
-from . import errors
+from .json_answer import json_answer
 from .keys import ADMIN, Key
 from .load import load_of
 from .protocol import AbortBody
@@ -27,7 +27,7 @@ PRIVATE = frozenset({"api_key", "api_keys_file"})
 async def load(request: Request) -> Response:
     """`server_load`: requests that are in here, waiting or running."""
     state = state_of(request)
-    return _json({"server_load": state.admission.requests, **load_of(state.metrics.stats)})
+    return json_answer({"server_load": state.admission.requests, **load_of(state.metrics.stats)})
 
 
 @router.get("/server_info", response_model=None)
@@ -37,7 +37,7 @@ async def server_info(request: Request) -> Response:
     settings = {name: value for name, value in asdict(state.config).items() if name not in PRIVATE}
     engine = msgspec.structs.asdict(state.ready)
     del engine["model_path"]
-    return _json({"version": __version__, "models": state.model_names, "settings": settings, "engine": engine})
+    return json_answer({"version": __version__, "models": state.model_names, "settings": settings, "engine": engine})
 
 
 @router.post("/abort_requests", response_model=None)
@@ -45,8 +45,4 @@ async def abort_requests(body: AbortBody, request: Request) -> Response:
     """End requests of the caller's own, or an admin anybody's: what was drawn is answered, and says "abort"."""
     caller: Key = request.state.caller
     owner = None if ADMIN in caller.scopes else caller.name
-    return _json({"aborted": state_of(request).registry.abort(owner, body.request_ids)})
-
-
-def _json(content: object) -> Response:
-    return Response(msgspec.json.encode(content, enc_hook=str), media_type=errors.JSON)
+    return json_answer({"aborted": state_of(request).registry.abort(owner, body.request_ids)})

@@ -8,16 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from . import errors
 from .as_chat import respelled
 from .functions import NAMES, as_tools, asks_for_functions
 from .generate import GenerateRequest
 from .inputs import Order, chat_request, completion_request, completion_size
+from .json_answer import json_answer
 from .protocol import ChatBody, CompletionBody, GenerateBody
 from .routing import GuardedRoute
 from .state import State, state_of
@@ -31,7 +30,7 @@ async def render_completion(body: CompletionBody, request: Request) -> Response:
     state = state_of(request)
     completion_size(body, state.text.limits)  # refuses what is too much
     order = _check(state, body, request)
-    return _json(await _rendered(state, lambda: completion_request(body, state.text, order)))
+    return json_answer(await _rendered(state, lambda: completion_request(body, state.text, order)))
 
 
 @router.post("/v1/chat/completions/render", response_model=None)
@@ -42,7 +41,7 @@ async def render_chat_completion(body: ChatBody, request: Request) -> Response:
     order = _check(state, chat, request)
     with respelled(NAMES if asks_for_functions(body) else {}):
         (rendered,) = await _rendered(state, lambda: chat_request(chat, state.text, order))
-    return _json(rendered)
+    return json_answer(rendered)
 
 
 def _check(state: State, body: GenerateBody, request: Request) -> Order:
@@ -65,7 +64,3 @@ async def _rendered(state: State, prepare: Callable[[], GenerateRequest]) -> lis
         ]
 
     return await state.in_pool(render)
-
-
-def _json(content: object) -> Response:
-    return Response(msgspec.json.encode(content), media_type=errors.JSON)

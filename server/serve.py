@@ -25,6 +25,7 @@ from .dispatcher import Dispatcher
 from .http_protocol import bounded_protocol
 from .logs import logger
 from .probes import Probes
+from .start_bar import StartBar
 
 CLOSE_SECONDS = 5  # for the last error events to reach their readers, once everything has been aborted
 
@@ -61,6 +62,7 @@ def serve(client: EngineClient, config: ServerConfig) -> bool:
             raise SettingsRefused from None
         return server.told_to_stop
     finally:
+        server.close_bar()
         if server.probes is not None:
             server.probes.stop()
         _on_signals(signal.SIG_IGN)  # a handler of ours would give way to the default one when the interpreter ends
@@ -90,6 +92,7 @@ class _Server(uvicorn.Server):
         self._drain_timeout = config.drain_timeout
         self.told_to_stop = False
         self._stopping: asyncio.Task[None] | None = None
+        self._bar = StartBar()
         self._hurry = asyncio.Event()
         super().__init__(
             uvicorn.Config(
@@ -106,6 +109,10 @@ class _Server(uvicorn.Server):
                 timeout_graceful_shutdown=CLOSE_SECONDS,
             )
         )
+
+    def close_bar(self) -> None:
+        """The cursor is the shell's again."""
+        self._bar.close()
 
     @property
     def refused(self) -> bool:
@@ -130,6 +137,7 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second; True ends the server."""
+        self._bar.tell(self._dispatcher.life.progress)
         return await super().on_tick(counter) or self.engine_is_gone
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

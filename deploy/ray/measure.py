@@ -271,7 +271,7 @@ class Killed:
         }
 
 
-async def kill_under_load(url: str, requests: int = 600, concurrency: int = 8, tokens: int = 32) -> Killed:
+async def kill_under_load(url: str, requests: int = 600, concurrency: int = 8, tokens: int = 128) -> Killed:
     """Every second request streams. A replica is killed after a third of them; they go on at least until it has been
     replaced.
     """

@@ -33,11 +33,12 @@ class Awq(Storage):
         return self.packing.refuses(outputs, inputs)
 
     def tensors(self, outputs: int, inputs: int) -> tuple[Entry, ...]:
-        groups = -(-inputs // (self.group or inputs))
+        group = self.group or inputs
+        groups = -(-inputs // group)
         return (
-            Entry("qweight", ((inputs, outputs // PER_WORD),), ("I32",)),
-            Entry("qzeros", ((groups, outputs // PER_WORD),), ("I32",)),
-            Entry("scales", ((groups, outputs),), SCALES),
+            Entry("qweight", ((inputs, outputs // PER_WORD),), ("I32",), outputs=(1, PER_WORD), inputs=(0, 1)),
+            Entry("qzeros", ((groups, outputs // PER_WORD),), ("I32",), outputs=(1, PER_WORD), inputs=(0, group)),
+            Entry("scales", ((groups, outputs),), SCALES, outputs=(1, 1), inputs=(0, group)),
         )
 
     def pack(self, tensors: Mapping[str, Tensor], outputs: int, inputs: int) -> PackedWeight:

@@ -11,7 +11,7 @@ Each block is calibrated on what the quantized blocks before it give, so that it
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 BLOCK_SIZE = 32
 
+Progress = Callable[[int, int], None]
+
 
 class Recorder(Linear):
     """A linear that sums up x xᵀ over the inputs it is given: `moments` [K, K] fp32."""
@@ -56,10 +58,17 @@ class Recorder(Linear):
         return super().__call__(x)
 
 
-def quantize_model(source: Path, target: Path, windows: Sequence[Sequence[int]], group: int) -> None:
+def quantize_model(
+    source: Path,
+    target: Path,
+    windows: Sequence[Sequence[int]],
+    group: int,
+    progress: Progress = lambda done, total: None,
+) -> None:
     """Write the model in `source`, the linears of its layers in four bits, to the new folder `target`.
 
     windows: token ids of the calibration text, each at most the model's context.
+    progress: told of (blocks that are done, of how many).
     What is written is a compressed-tensors checkpoint. Raises EngineStartError for a model that is quantized already
     or has experts, for inputs that no group divides, and where `target` exists.
     """
@@ -69,7 +78,7 @@ def quantize_model(source: Path, target: Path, windows: Sequence[Sequence[int]],
     kernels = resolve(Target(device.type, torch.float32, config.head_dim, "fp32"))
     decoder = load_decoder(source, config, kernels, torch.float32, device)
     with Checkpoint(source) as checkpoint, torch.inference_mode():
-        quantized = dict(_quantize_layers(config, kernels, decoder, checkpoint, windows, group))
+        quantized = dict(_quantize_layers(config, kernels, decoder, checkpoint, windows, group, progress))
         write_quantized(source, target, checkpoint, quantized, group)
 
 
@@ -96,6 +105,7 @@ def _quantize_layers(
     checkpoint: Checkpoint,
     windows: Sequence[Sequence[int]],
     group: int,
+    progress: Progress,
 ) -> Iterator[tuple[str, PackedWeight]]:
     """(the float tensor's name, what it becomes), for every linear of every layer."""
     device = decoder.embedding.device
@@ -104,7 +114,8 @@ def _quantize_layers(
     cache = [allocate_layer(spec, blocks, device) for _ in range(config.num_layers)]
     batches = [one_prompt(window, device) for window in windows]
     samples = [(decoder.step(batch, cache), *decoder.enter(batch.input_ids)) for batch in batches]
-    for (block, join), (linears, weights) in zip(decoder.blocks, _linears(config), strict=True):
+    for done, ((block, join), (linears, weights)) in enumerate(zip(decoder.blocks, _linears(config), strict=True)):
+        progress(done, len(decoder.blocks))
         recorders = [Recorder(getattr(block, name)) for name in linears]
         for name, recorder in zip(linears, recorders, strict=True):
             setattr(block, name, recorder)

@@ -50,14 +50,16 @@ class PackedIntegers(Storage):
         return Packing(FORMATS[self.bits], self.group, 2, not self.symmetric, self.ordered)
 
     def tensors(self, outputs: int, inputs: int) -> tuple[Entry, ...]:
-        per, groups = 32 // self.bits, -(-inputs // (self.group or inputs))
+        per, group = 32 // self.bits, self.group or inputs
+        groups = -(-inputs // group)
         entries = [
-            Entry("weight_packed", ((outputs, -(-inputs // per)),), ("I32",)),
-            Entry("weight_scale", ((outputs, groups),), SCALES),
+            Entry("weight_packed", ((outputs, -(-inputs // per)),), ("I32",), outputs=(0, 1), inputs=(1, per)),
+            Entry("weight_scale", ((outputs, groups),), SCALES, outputs=(0, 1), inputs=(1, group)),
             Entry("weight_shape", ((2,),), ("I64", "I32"), optional=True),
         ]
         if not self.symmetric:
-            entries.append(Entry("weight_zero_point", ((-(-outputs // per), groups),), ("I32",)))
+            shape = (-(-outputs // per), groups)
+            entries.append(Entry("weight_zero_point", (shape,), ("I32",), outputs=(0, per), inputs=(1, group)))
         if self.ordered:
             entries.append(Entry("weight_g_idx", ((inputs,),), ("I32", "I64")))
         return tuple(entries)
@@ -95,13 +97,15 @@ class PlainIntegers(Storage):
         return Packing("w8a8" if self.activations else "int8", self.group)
 
     def tensors(self, outputs: int, inputs: int) -> tuple[Entry, ...]:
-        groups = -(-inputs // (self.group or inputs))
+        group = self.group or inputs
+        groups = -(-inputs // group)
         shapes = {"tensor": ONE, "channel": ((outputs, 1), (outputs,)), "group": ((outputs, groups),)}[self.per]
-        zeros = ("I8", "I32", *SCALES)
+        zeros, by_output = ("I8", "I32", *SCALES), None if self.per == "tensor" else (0, 1)
+        by_group = (1, group) if self.per == "group" else None
         entries = [
-            Entry("weight", ((outputs, inputs),), ("I8",)),
-            Entry("weight_scale", shapes, SCALES),
-            Entry("weight_zero_point", shapes, zeros, optional=True),
+            Entry("weight", ((outputs, inputs),), ("I8",), outputs=(0, 1), inputs=(1, 1)),
+            Entry("weight_scale", shapes, SCALES, outputs=by_output, inputs=by_group),
+            Entry("weight_zero_point", shapes, zeros, optional=True, outputs=by_output, inputs=by_group),
         ]
         if self.activations == "static":
             entries.append(Entry("input_scale", ONE, SCALES))

@@ -51,15 +51,22 @@ class Fp8(Storage):
             "channel": ((outputs, 1), (outputs,)),
             "block": ((-(-outputs // BLOCK), -(-inputs // BLOCK)),),
         }[self.per]
+        by_output = {"tensor": None, "channel": (0, 1), "block": (0, BLOCK)}[self.per]
+        by_input = (1, BLOCK) if self.per == "block" else None
+        zeros = ("F8_E4M3", "I8", *SCALES)
         entries = [
-            Entry("weight", ((outputs, inputs),), ("F8_E4M3",)),
-            Entry(self.scale, shapes, SCALES),
-            Entry("weight_zero_point", (*ONE, (outputs, 1)), ("F8_E4M3", "I8", *SCALES), optional=True),
+            Entry("weight", ((outputs, inputs),), ("F8_E4M3",), outputs=(0, 1), inputs=(1, 1)),
+            Entry(self.scale, shapes, SCALES, outputs=by_output, inputs=by_input),
+            Entry("weight_zero_point", (*ONE, (outputs, 1)), zeros, optional=True, outputs=(0, 1)),
         ]
         if self.static:
             entries.append(Entry("input_scale", ONE, SCALES))
-            entries.append(Entry("input_zero_point", ONE, ("F8_E4M3", "I8", *SCALES), optional=True))
+            entries.append(Entry("input_zero_point", ONE, zeros, optional=True))
         return tuple(entries)
+
+    def step(self, outputs: int, inputs: int, dim: int) -> int:
+        """Activations are quantized by blocks too, so none is cut even where it is the only one."""
+        return BLOCK if self.per == "block" and dim == 1 else Storage.step(self, outputs, inputs, dim)
 
     def pack(self, tensors: Mapping[str, Tensor], outputs: int, inputs: int) -> PackedWeight:
         scale = tensors[self.scale].float()

@@ -39,11 +39,12 @@ class Gptq(Storage):
         return self.packing.refuses(outputs, inputs)
 
     def tensors(self, outputs: int, inputs: int) -> tuple[Entry, ...]:
-        per, groups = 32 // self.bits, -(-inputs // (self.group or inputs))
+        per, group = 32 // self.bits, self.group or inputs
+        groups = -(-inputs // group)
         return (
-            Entry("qweight", ((inputs // per, outputs),), ("I32",)),
-            Entry("qzeros", ((groups, outputs // per),), ("I32",)),
-            Entry("scales", ((groups, outputs),), SCALES),
+            Entry("qweight", ((inputs // per, outputs),), ("I32",), outputs=(1, 1), inputs=(0, per)),
+            Entry("qzeros", ((groups, outputs // per),), ("I32",), outputs=(1, per), inputs=(0, group)),
+            Entry("scales", ((groups, outputs),), SCALES, outputs=(1, 1), inputs=(0, group)),
             Entry("g_idx", ((inputs,),), ("I32", "I64"), optional=not self.ordered),
         )
 

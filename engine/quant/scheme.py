@@ -8,6 +8,7 @@ One file per checkpoint format holds its `Storage` and the reading of its config
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -51,16 +52,43 @@ class Packing(NamedTuple):
         return weight_format(self.format).refuses(outputs, inputs, self.group)
 
 
+Axis = tuple[int, int]
+
+
+def end_to_end(tensor: Tensor, dim: int, spans: Sequence[tuple[int, int]]) -> Tensor:
+    """These spans of a dimension; a view where there is one."""
+    pieces = [tensor.narrow(dim, first, last - first) for first, last in spans]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+
+
 class Entry(NamedTuple):
     """One tensor that a checkpoint holds for a linear: its name is the linear's, a dot and `suffix`.
 
     shapes: those it may have; dtypes: as safetensors files name them
+    outputs, inputs: (dimension, how many outputs or inputs one index of it stands for); None = it has no such dimension
     """
 
     suffix: str
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str, ...]
     optional: bool = False
+    outputs: Axis | None = None
+    inputs: Axis | None = None
+
+    def step(self, dim: int) -> int:
+        """How many outputs (dim 0) or inputs (1) hang together in it: it can be cut between these."""
+        axis = self.inputs if dim else self.outputs
+        return 1 if axis is None or self.shapes[-1][axis[0] : axis[0] + 1] in ((), (1,)) else axis[1]
+
+    def cut(self, tensor: Tensor, dim: int, spans: Sequence[tuple[int, int]]) -> Tensor:
+        """What belongs to these outputs (dim 0) or inputs (1). ValueError where they begin within a step."""
+        axis = self.inputs if dim else self.outputs
+        if axis is None or tensor.dim() <= axis[0] or tensor.shape[axis[0]] == 1:
+            return tensor
+        at, per = axis
+        if any(first % per for first, _ in spans):
+            raise ValueError(f"{self.suffix}: cannot be cut at {spans}, {per} lie together")
+        return end_to_end(tensor, at, [(first // per, -(-last // per)) for first, last in spans])
 
 
 class Storage(ABC):
@@ -82,6 +110,10 @@ class Storage(ABC):
     def refuses(self, outputs: int, inputs: int) -> str | None:
         """See `Packing.refuses`; formats that pack several values in a word add their own rule."""
         return self.packing.refuses(outputs, inputs)
+
+    def step(self, outputs: int, inputs: int, dim: int) -> int:
+        """How many outputs (dim 0) or inputs (1) hang together: a shard begins and ends between these."""
+        return math.lcm(*(entry.step(dim) for entry in self.tensors(outputs, inputs)))
 
 
 class Rule(NamedTuple):

@@ -81,6 +81,7 @@ def nested_decoder(
         dataclasses.replace(config, ffn=width),
         kernels,
         target.embedding,
+        target.embed,
         target.first_norm,
         blocks,
         target.lm_head,
@@ -107,7 +108,7 @@ def layers_decoder(target: Decoder, folder: Path, kernels: Kernels, layers: Sequ
             [block.rows for block in kept],
         )
     blocks = list(zip(kept, joins, strict=True))
-    return Decoder(config, kernels, target.embedding, first, blocks, target.lm_head, target.windows)
+    return Decoder(config, kernels, target.embedding, target.embed, first, blocks, target.lm_head, target.windows)
 
 
 def _reader(target: Decoder, checkpoint: Checkpoint, kernels: Kernels, rounding: Packing | None) -> Reader:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from .. import errors
+from .. import errors, shapes
 from ..as_chat import chat_body, extras_of, object_at, text_at
 from ..protocol import ChatBody, Effort, Integer
 from .content import messages_of
@@ -48,7 +48,7 @@ class OutputBody(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     effort: Effort | None = None  # a hint: for models whose template reads one
-    format: dict[str, Any] | None = None
+    format: shapes.OutputFormat | None = None
 
 
 class ToolChoiceBody(BaseModel):
@@ -64,13 +64,13 @@ class PromptBody(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
 
-    messages: list[Any]
+    messages: shapes.Turns
     model: str | None = None
     output_config: OutputBody | None = None
-    system: str | list[Any] | None = None
+    system: shapes.System | None = None
     thinking: ThinkingBody | None = None
     tool_choice: ToolChoiceBody | None = None
-    tools: list[Any] | None = None
+    tools: shapes.InputTools | None = None
 
     def chat(self, reads: Set[str]) -> ChatBody:
         """`reads`: variables of the model's template. Raises 400 for whatever cannot be said in a chat request."""

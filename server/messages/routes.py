@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import msgspec
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from .. import errors
 from ..as_chat import open_chat, respelled, template_variables
 from ..block_answer import answer_in_blocks
 from ..inputs import chat_prompt, chat_request
+from ..json_answer import json_answer
 from ..routing import GuardedRoute
 from ..state import state_of
 from .body import NAMES, ROUTE, MessagesBody, PromptBody
@@ -39,4 +38,4 @@ async def count_tokens(body: PromptBody, request: Request) -> Response:
     with respelled(NAMES):
         chat.refuse_unbuilt()
         ids = await state.in_pool(lambda: chat_prompt(chat, state.text))
-    return Response(msgspec.json.encode({"input_tokens": len(ids)}), media_type=errors.JSON)
+    return json_answer({"input_tokens": len(ids)})

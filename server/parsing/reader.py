@@ -128,9 +128,11 @@ class Reader:
 
     def spaces(self) -> Step[str]:
         """The white space that comes next."""
-        found: list[str] = []
-        yield from self.all_of(SPACES, found.append)
-        return "".join(found)
+        found = self.run(SPACES)
+        while self._at == len(self._text) and not self._ended:
+            yield
+            found += self.run(SPACES)
+        return found
 
     def word(self, pattern: re.Pattern[str], most: int) -> Step[str | None]:
         """As `all_of`; None if it is empty or longer than `most`, of which then one character more is consumed."""

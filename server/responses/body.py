@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from .. import errors
+from .. import errors, shapes
 from ..as_chat import chat_body, extras_of, list_at, object_at, text_at
 from ..protocol import ChatBody, Effort, Integer
 from .items import messages_of
@@ -43,7 +43,7 @@ LOGPROBS = "message.output_text.logprobs"
 class TextBody(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
-    format: dict[str, Any] | None = None
+    format: shapes.TextFormat | None = None
     verbosity: str | None = None  # without effect
 
 
@@ -61,7 +61,7 @@ class ResponsesBody(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
 
     model: str | None = None
-    input: str | list[Any] | None = None
+    input: shapes.Items | None = None
     instructions: str | None = None
     max_output_tokens: Integer | None = None
     max_tool_calls: Integer | None = None  # without effect: it bounds tools that a server calls
@@ -73,8 +73,8 @@ class ResponsesBody(BaseModel):
     stream_options: dict[str, Any] | None = None  # without effect: all there is to set is padding
     temperature: float | None = None
     text: TextBody | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    tools: list[Any] | None = None
+    tool_choice: shapes.FlatChoice | None = None
+    tools: shapes.FlatTools | None = None
     top_logprobs: Integer | None = None
     top_p: float | None = None
     truncation: Literal["auto", "disabled"] | None = None

@@ -283,6 +283,22 @@ SPELLINGS = [
 ]
 
 
+def test_whoever_watches_gets_frames_and_leaves_nothing_behind(server):
+    port, app = server
+    feed = app.state.feed
+    with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+        connection.sendall(b"GET /steps HTTP/1.1\r\nHost: localhost\r\nAccept: text/event-stream\r\n\r\n")
+        heard = b""
+        while heard.count(b"data: {") < 3:
+            heard += connection.recv(65536)
+        assert b"text/event-stream" in heard
+        assert len(feed._watchers) == 1
+    deadline = time.monotonic() + 30
+    while feed._watchers or feed._work is not None:
+        assert time.monotonic() < deadline, "nobody noticed that the watcher had left"
+        time.sleep(0.01)
+
+
 def test_nothing_but_the_open_routes_answers_without_a_key(server):
     """Host and raw path against every route (CVE-2026-48746): an open route may answer, as itself; no other does."""
     port, _ = server

@@ -148,6 +148,15 @@ def test_references_meet(objects: list[Object]) -> None:
     assert sorted(mounted) == sorted(volume["name"] for volume in template["spec"]["volumes"])
 
 
+@pytest.mark.parametrize("release", ["a", "quire", "a" * 53, "quire-" + "a" * 47])
+def test_names_fit(release: str) -> None:
+    """53 characters are the longest that Helm takes; a label has 63."""
+    values = {**KEYS, "cache": {"persistence": True}}
+    names = [item["metadata"]["name"] for item in render(values, release)]
+    assert all(re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", name) for name in names), names
+    assert one(render(values, "quire"), "Service")["metadata"]["name"] == "quire"
+
+
 # what a pod may do
 
 

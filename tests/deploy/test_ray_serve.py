@@ -63,6 +63,8 @@ def test_answers_are_those_of_the_application(fleet: str) -> None:
 
 
 def test_who_hangs_up_ends_the_work(fleet: str) -> None:
+    measure.run()
+
     async def scenario() -> None:
         async with measure.session_to() as http:
             body = {"prompt": "def f(x):", "max_tokens": 1900, "ignore_eos": True, "stream": True}
@@ -73,7 +75,7 @@ def test_who_hangs_up_ends_the_work(fleet: str) -> None:
                 async with http.get(f"{fleet}/metrics") as answer:
                     page = await answer.text()
                 lines = [line for line in page.splitlines() if line.startswith("quire_num_requests_running{")]
-                if lines and all(line.endswith(" 0.0") for line in lines) and _total(page, "quire_aborted") > 0:
+                if lines and all(line.endswith(" 0.0") for line in lines) and _total(page, "quire_requests_aborted_total{") > 0:
                     return
                 await asyncio.sleep(0.1)
             raise AssertionError("the engine goes on for nobody")
@@ -131,3 +133,30 @@ async def _until_running(http: aiohttp.ClientSession, url: str) -> None:
                 return
         await asyncio.sleep(0.05)
     raise AssertionError("the request never ran")
+
+
+def test_more_replicas_come_while_queues_are_long(fleet: str) -> None:
+    """One place for each replica, and eight who ask all the time."""
+    measure.run(replicas=1, max_replicas=2, **{"max-num-seqs": 1})
+
+    async def scenario() -> int:
+        async with measure.session_to() as http:
+            crowd = [asyncio.create_task(_ask_on(http, fleet)) for _ in range(8)]
+            try:
+                for _ in range(300):
+                    there = len(await measure.replicas(http, fleet))
+                    if there > 1:
+                        return there
+                    await asyncio.sleep(1)
+                return 1
+            finally:
+                for one in crowd:
+                    one.cancel()
+                await asyncio.gather(*crowd, return_exceptions=True)
+
+    assert asyncio.run(scenario()) == 2
+
+
+async def _ask_on(http: aiohttp.ClientSession, url: str) -> None:
+    while True:
+        await measure.ask(http, url, {"messages": [{"role": "user", "content": "go on"}], "max_tokens": 64})

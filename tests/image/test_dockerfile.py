@@ -179,8 +179,8 @@ def test_a_build_gets_every_package_and_nothing_else() -> None:
         assert str(Path(folder) / "__init__.py") in context or folder == "kernels/cpu/native", package
     assert {"pyproject.toml", "README.md", "LICENSE", "kernels/cpu/native/src/api.cpp"} <= set(context)
     folders = {path.partition("/")[0] for path in context if "/" in path}
-    assert folders == {"bench", "engine", "kernels", "models", "scheduler", "server"}
-    assert not [path for path in context if path.endswith((".so", ".pyc"))]
+    assert folders == {"bench", "deploy", "engine", "kernels", "models", "scheduler", "server"}
+    assert not [path for path in context if path.endswith((".so", ".pyc")) or path.startswith("deploy/k")]
 
 
 def test_what_lies_around_stays_outside(tmp_path: Path) -> None:

@@ -140,6 +140,7 @@ def test_what_is_told_holds_no_secret(house: House, collector: HTTPServer) -> No
             answer = client.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
             assert answer.status_code == 400
             told[name] = answer.text
+        assert client.get(f"/v1/models/{MARK}").status_code == 404
         told["a wrong key's error"] = client.get("/v1/models", headers={"Authorization": f"Bearer {MARK}"}).text
         for path in POLICIES:
             if not POLICIES[path].has_body and "{" not in path:
@@ -150,6 +151,7 @@ def test_what_is_told_holds_no_secret(house: House, collector: HTTPServer) -> No
     told["the spans"] = b"".join(collector.taken).decode("latin-1")  # type: ignore[attr-defined]
     told["the log"] = house.log.read_text()
     assert "has the unknown field" in told["the log"]
+    assert "GET /v1/models/{model:path} 404" in told["the log"]
     assert not found_in(told)
 
 

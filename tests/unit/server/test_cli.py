@@ -106,7 +106,7 @@ def test_every_setting_is_an_option_and_there_are_not_too_many() -> None:
     options = options_of("serve")
     assert settings <= options
     assert options - settings == {"config", "api_key_file", "insecure_no_auth"}
-    assert len(options) <= 65
+    assert len(options) <= 66
 
 
 def test_nothing_given_is_the_defaults(served: list[Settings]) -> None:
@@ -691,17 +691,34 @@ def test_printable_text_cannot_steer_a_terminal(text: str) -> None:
         "--extra-body 3",
         "--metric-percentiles 50,x",
         "--endpoint /v1/embeddings",
+        "--request-rate fast",
+        "--request-rate ,",
+        "--trace absent.jsonl",
+        "--trace absent.jsonl --request-rate 1,2",
+        "--time-scale 2",
+        "--report page.pdf",
+        "--report absent/page.html",
+        "--json absent/result.json",
     ],
 )
 def test_bench_refuses_bad_settings_before_it_connects(args: str) -> None:
     result = invoke("bench", "serve", "--base-url", "http://127.0.0.1:9", *args.split())
     assert result.exit_code == 1
     assert "No server" not in result.output
+    assert args.split()[0] in result.output
+    assert result.output.count("\n") == 1
+
+
+def test_bench_takes_several_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[Any] = []
+    monkeypatch.setattr("quire.server.cli_bench.measure", lambda loads, *files: bool(measured.extend(loads)))
+    assert invoke("bench", "serve", "--request-rate", "1,2.5,inf", "--seed", "7").exit_code == 0
+    assert [(load.request_rate, load.seed) for load in measured] == [(1.0, 7), (2.5, 8), (None, 9)]
 
 
 def test_bench_takes_limits_as_vllm_does(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[Any] = []
-    monkeypatch.setattr("quire.server.cli_bench.measure", lambda config, json_file: bool(measured.append(config)))
+    monkeypatch.setattr("quire.server.cli_bench.measure", lambda loads, *files: bool(measured.extend(loads)))
     result = invoke(
         "bench", "serve", "--goodput", "ttft:500", "tpot:50", "--max-concurrency", "3", "--goodput", "e2el:9"
     )
@@ -712,5 +729,5 @@ def test_bench_takes_limits_as_vllm_does(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_bench_with_a_failed_request_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quire.server.cli_bench.measure", lambda config, json_file: True)
+    monkeypatch.setattr("quire.server.cli_bench.measure", lambda loads, *files: True)
     assert invoke("bench", "serve").exit_code == 1

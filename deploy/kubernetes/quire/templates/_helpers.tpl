@@ -71,7 +71,19 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if ne (int $ways) 1 }}
 {{- fail (printf "auth: %d of keys, namedKeys, existingSecret and insecureNoAuth are set; set exactly one" (int $ways)) }}
 {{- end }}
-{{- range $name, $value := dict "port" "service.port" "health-port" "service.healthPort" "drain-timeout" "drain.timeoutSeconds" "host" "nothing: it is 0.0.0.0 in a pod" "api-key" "auth.keys" "api-key-file" "auth.existingSecret" "api-keys-file" "auth.namedKeys or auth.existingSecret" "insecure-no-auth" "auth.insecureNoAuth" "live-page" "livePage" "config" "options itself" "model" "model" }}
+{{- $written := dict
+      "port" "service.port"
+      "health-port" "service.healthPort"
+      "host" "nothing: in a pod it is 0.0.0.0"
+      "drain-timeout" "drain.timeoutSeconds"
+      "api-key" "auth.keys"
+      "api-key-file" "auth.existingSecret"
+      "api-keys-file" "auth.namedKeys or auth.existingSecret"
+      "insecure-no-auth" "auth.insecureNoAuth"
+      "live-page" "livePage"
+      "model" "model"
+      "config" "options" }}
+{{- range $name, $value := $written }}
 {{- if hasKey $.Values.options $name }}
 {{- fail (printf "options.%s is %v: the chart writes it; set %s" $name (index $.Values.options $name) $value) }}
 {{- end }}
@@ -81,7 +93,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end }}
 {{- $scale := .Values.autoscaling }}
 {{- if and $scale.hpa.enabled $scale.keda.enabled }}
-{{- fail "autoscaling.hpa.enabled and autoscaling.keda.enabled are both true: both would set the number of replicas; enable one" }}
+{{- fail "autoscaling.hpa.enabled and autoscaling.keda.enabled are both true, and both set the replicas: enable one" }}
 {{- end }}
 {{- if gt (int $scale.minReplicas) (int $scale.maxReplicas) }}
 {{- fail (printf "autoscaling.minReplicas is %d, above maxReplicas, %d" (int $scale.minReplicas) (int $scale.maxReplicas)) }}
@@ -89,9 +101,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if and $scale.hpa.enabled (eq (int $scale.minReplicas) 0) }}
 {{- fail "autoscaling.minReplicas is 0: an HPA keeps at least 1; for zero enable keda" }}
 {{- end }}
-{{- $several := or (gt (int .Values.replicas) 1) (and (include "quire.autoscaled" .) (gt (int $scale.maxReplicas) 1)) }}
+{{- $autoscaled := include "quire.autoscaled" . }}
+{{- $several := or (and (not $autoscaled) (gt (int .Values.replicas) 1)) (and $autoscaled (gt (int $scale.maxReplicas) 1)) }}
 {{- if and .Values.cache.persistence (ne .Values.cache.accessMode "ReadWriteMany") $several }}
-{{- fail (printf "cache.accessMode is %s and there may be several replicas: use ReadWriteMany, or cache.persistence false" .Values.cache.accessMode) }}
+{{- $mode := .Values.cache.accessMode }}
+{{- fail (printf "cache.accessMode is %s and there may be several replicas: use ReadWriteMany, or cache.persistence false" $mode) }}
 {{- end }}
 {{- if and .Values.inferencePool.enabled (not .Values.inferencePool.endpointPicker) }}
 {{- fail "inferencePool.endpointPicker is empty: name the Service of the endpoint picker" }}

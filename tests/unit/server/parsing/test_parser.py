@@ -363,6 +363,7 @@ REPEATS = [
     " ", "\n", "<think>", "</think", "now(", "[now(a=", "<function=now><parameter=city>", "</parameter",
     "<｜tool▁call▁begin｜>",
     "<｜tool▁call▁begin｜>function<｜tool▁sep｜>", "```", '{"name": "now", "parameters": {}};', "a", "{},", "[[", "{[",
+    "a\n", "\\n", "\\x41",
 ]  # fmt: skip
 
 
@@ -376,3 +377,14 @@ def test_adversarial_repeats_take_work_in_proportion(syntax, repeat):
         costs = [_work(parser(syntax, tags="qwen3"), opening + repeat * (size // len(repeat))) for size in (520, 1040)]
         assert costs[1] < 2.3 * costs[0] + 500
         assert costs[1] < 120 * 1040
+
+
+@pytest.mark.parametrize("repeat", REPEATS)
+@SYNTAX
+def test_a_text_that_is_there_as_a_whole_is_read_in_runs(syntax, repeat):
+    """Inside a string, a list, or nothing yet: a few lines of Python for each character, and none for most."""
+    begun = f"{syntax.spelling.first}{syntax.spelling.before}now{syntax.spelling.middle}"
+    inside = {"json": ('{"a": "', '{"a": ['), "tags": ("<parameter=days>",), "python": ("a='", "a=[")}
+    for opening in ("", begun, *(begun + more for more in inside[syntax.spelling.arguments])):
+        text = opening + repeat * (2000 // len(repeat))
+        assert _work(parser(syntax, tags="qwen3"), [text]) < (40 if syntax.name == "pythonic" else 15) * len(text)

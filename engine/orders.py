@@ -1,0 +1,97 @@
+"""What the first rank tells the others: typed msgpack, each frame behind its length.
+
+down  RankLaunch (once, before all else)  Rehearse  Run  Collect, in the order in which the first rank does the same
+up    Met (it is about to connect), Failed (why it ends)
+
+The end of the socket is the end of the engine.
+"""
+
+from __future__ import annotations
+
+import socket
+import zlib
+
+import msgspec
+
+from ..scheduler.plan import Row, StepPlan, StepResult
+from .config import EngineConfig
+from .resolve import Machine
+
+LENGTH_BYTES = 8
+
+
+class RankLaunch(msgspec.Struct, frozen=True):
+    """All that a rank is told at its start."""
+
+    config: EngineConfig
+    machine: Machine  # as the first rank found it
+    rank: int
+    meeting: str  # the file by which ranks find each other
+    log_level: int
+    parent: int  # the process that it must not outlive
+
+
+class Rehearse(msgspec.Struct, frozen=True, tag="rehearse"):
+    """Run these rows on the null block, and wait for them."""
+
+    rows: list[Row]
+
+
+class Run(msgspec.Struct, frozen=True, tag="run"):
+    """Launch a step."""
+
+    plan: StepPlan
+
+
+class Collect(msgspec.Struct, frozen=True, tag="collect"):
+    """Wait for the step that was launched first. digest: of what the first rank drew, which all must have drawn."""
+
+    digest: int
+
+
+class Met(msgspec.Struct, frozen=True, tag="met"):
+    pass
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    reason: str
+
+
+Order = Rehearse | Run | Collect
+Answer = Met | Failed
+
+_encoder = msgspec.msgpack.Encoder()
+launch_decoder: msgspec.msgpack.Decoder[RankLaunch] = msgspec.msgpack.Decoder(RankLaunch)
+order_decoder: msgspec.msgpack.Decoder[Order] = msgspec.msgpack.Decoder(Order)
+answer_decoder: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
+
+
+def frame(message: RankLaunch | Order | Answer) -> bytes:
+    data = _encoder.encode(message)
+    return len(data).to_bytes(LENGTH_BYTES, "big") + data
+
+
+def receive(channel: socket.socket) -> bytes | None:
+    """The next message; None where the other side has gone."""
+    size = _exactly(channel, LENGTH_BYTES)
+    return None if size is None else _exactly(channel, int.from_bytes(size, "big"))
+
+
+def _exactly(channel: socket.socket, size: int) -> bytes | None:
+    data = bytearray(size)
+    view, got = memoryview(data), 0
+    while got < size:
+        try:
+            count = channel.recv_into(view[got:])
+        except ConnectionError:
+            return None
+        if count == 0:
+            return None
+        got += count
+    return bytes(data)
+
+
+def digest(result: StepResult) -> int:
+    """Of every token that a step drew, and of every row that failed."""
+    drawn = [(row.token_ids, row.error is not None) for row in (*result.rows, *result.draws)]
+    return zlib.crc32(_encoder.encode(drawn))

@@ -44,7 +44,7 @@ test-clients: $(VENV)/.installed-test  ## clients of other makers against a real
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest tests/api/clients $(ARGS)
 
 page-test: $(VENV)/.installed-test  ## the live page in headless Chromium, which has to be installed; SCREENSHOTS=FOLDER takes pictures
-	$(BIN)/pip install --quiet --editable '.[page]'
+	$(BIN)/pip install --quiet --editable '.[browser]'
 	$(BIN)/python -m pytest -m slow tests/page $(ARGS)
 
 sanitize: $(VENV)/.installed-test  ## the C++ kernels under AddressSanitizer, UBSan and ThreadSanitizer (minutes)
@@ -75,7 +75,7 @@ $(MONITORING)/board.js: tests/monitoring/drawing/package.json tests/monitoring/d
 	cd $(MONITORING) && npm install --no-audit --no-fund --ignore-scripts --loglevel=error && npm run --silent build
 
 ops-test: $(VENV)/.installed-test $(PROMETHEUS) $(MONITORING)/board.js  ## alerts and board beside a real Prometheus and a server under load; wants npm and Chromium
-	$(BIN)/pip install --quiet --editable '.[page]'
+	$(BIN)/pip install --quiet --editable '.[browser]'
 	PATH="$$PATH:$(CURDIR)/$(MONITORING)/usr/bin" $(BIN)/python -m pytest tests/monitoring $(ARGS)
 	@echo "The board as it was drawn: $(MONITORING)/board.png"
 

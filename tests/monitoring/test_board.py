@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from copy import deepcopy
 from itertools import combinations
 from typing import Any
 
 import pytest
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 from monitoring.queries import board
 
 from quire.deploy.compose import board as source
 
+# Fields that Grafana writes into boards of its own, and that its schema leaves out.
+UNTOLD = {".templating.list[1].definition", ".annotations.list[0].titleFormat", ".annotations.list[0].textFormat"}
 PANELS: list[dict[str, Any]] = board()["panels"]
 
 
@@ -41,3 +49,33 @@ def test_every_panel_has_an_id_a_title_and_says_what_it_shows() -> None:
             assert panel["description"].endswith(".")
             assert panel["targets"]
             assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
+
+
+def test_every_field_is_one_that_grafanas_schema_knows() -> None:
+    assert unknown(board()) == UNTOLD
+
+
+def test_a_field_that_it_does_not_know_is_found() -> None:
+    wrong = deepcopy(board())
+    wrong["panels"][1]["options"]["graffMode"] = "area"
+    wrong["panels"][1]["targets"][0]["query"] = "up"
+    wrong["refreshes"] = "10s"
+    found = {".panels[1].options.graffMode", ".panels[1].targets[0].query", ".refreshes"}
+    assert unknown(wrong) == UNTOLD | found
+
+
+def unknown(given: dict[str, Any]) -> set[str]:
+    """Paths of what is lost where Grafana's types read the board and write it again."""
+    register_default_plugins()
+    return set(_lost(given, json.loads(JSONEncoder().encode(Dashboard.from_json(given)))))
+
+
+def _lost(given: Any, kept: Any, path: str = "") -> Iterator[str]:
+    if isinstance(given, dict) and isinstance(kept, dict):
+        for name, value in given.items():
+            yield from _lost(value, kept.get(name), f"{path}.{name}")
+    elif isinstance(given, list) and isinstance(kept, list) and len(given) == len(kept):
+        for i, (one, other) in enumerate(zip(given, kept, strict=True)):
+            yield from _lost(one, other, f"{path}[{i}]")
+    elif given != kept:
+        yield path

@@ -20,7 +20,7 @@ KEYS = {"alice": "key-of-alice", "bob": "key-of-bob"}
 WORDS = POOL_TEXT.split()
 PREFIX = " ".join(WORDS[:120])  # what all prompts begin with: the prefix cache holds it
 
-SCRAPES = 3.0  # seconds: of what happens before Prometheus has looked, no rate tells
+SCRAPES = 3.0  # seconds: of the first of its kind no rate tells, nor of what nobody has looked between
 
 # Four at a time and eight that wait, in a cache that holds two long requests: it queues, preempts and refuses.
 OPTIONS = (
@@ -55,8 +55,9 @@ async def drive(url: str, seconds: float) -> Result:
     )
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as http:
         ask = Asker(http, url)
-        await asyncio.sleep(SCRAPES)
         for _ in range(3):  # while there is room for sure
+            await asyncio.sleep(SCRAPES)
+            await ask.stays()
             await ask.late()
             await ask.leaves()
         end = time.monotonic() + seconds

@@ -44,9 +44,9 @@ class Run(msgspec.Struct, frozen=True, tag="run"):
 
 
 class Collect(msgspec.Struct, frozen=True, tag="collect"):
-    """Wait for the step that was launched first. digest: of what the first rank drew, which all must have drawn."""
+    """Wait for the step that was launched first. checksum: of what the first rank drew, which all must have drawn."""
 
-    digest: int
+    checksum: int
 
 
 class Met(msgspec.Struct, frozen=True, tag="met"):
@@ -91,7 +91,7 @@ def _exactly(channel: socket.socket, size: int) -> bytes | None:
     return bytes(data)
 
 
-def digest(result: StepResult) -> int:
+def checksum(result: StepResult) -> int:
     """Of every token that a step drew, and of every row that failed."""
     drawn = [(row.token_ids, row.error is not None) for row in (*result.rows, *result.draws)]
     return zlib.crc32(_encoder.encode(drawn))

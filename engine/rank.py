@@ -29,7 +29,7 @@ from .orders import (
     Order,
     RankLaunch,
     Rehearse,
-    digest,
+    checksum,
     frame,
     launch_decoder,
     order_decoder,
@@ -97,7 +97,7 @@ def follow(runner: ModelRunner, orders: Iterator[Order], rank: int) -> None:
         if isinstance(order, Rehearse):
             runner.rehearse(order.rows)
         elif isinstance(order, Collect):
-            if digest(runner.collect(out.popleft())) != order.digest:
+            if checksum(runner.collect(out.popleft())) != order.checksum:
                 raise RankLost(f"rank {rank} has drawn other tokens than the first one")
         else:
             out.append(runner.launch(order.plan))

@@ -25,7 +25,7 @@ from pathlib import Path
 from ..scheduler.plan import Row, StepPlan, StepResult
 from .config import EngineConfig
 from .errors import EngineStartError, RankLost
-from .orders import Collect, Failed, Order, RankLaunch, Rehearse, Run, answer_decoder, digest, frame, receive
+from .orders import Collect, Failed, Order, RankLaunch, Rehearse, Run, answer_decoder, checksum, frame, receive
 from .parallel import ALONE, Alone, connect
 from .resolve import Machine, Resolved
 
@@ -92,7 +92,7 @@ class Ranks:
     def collect(self, result: StepResult) -> None:
         """result: what this rank has collected."""
         if self._ranks:
-            self._tell(Collect(digest(result)))
+            self._tell(Collect(checksum(result)))
 
     def _tell(self, order: Order) -> None:
         data = frame(order)

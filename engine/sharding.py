@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from ..kernels.packed import weight_format
 from ..kernels.reference.fp8 import BLOCK
 from .errors import EngineStartError
-from .layout import MoeWeights, Part, Span, Spans, iter_weights, model_weights
+from .layout import Cut, MoeWeights, Part, Span, Spans, iter_weights, model_weights
 from .model_config import DecoderConfig
 from .quant.scheme import Packing
 
@@ -97,20 +97,20 @@ def _check_heads(model: DecoderConfig, size: int) -> None:
 def _steps(model: DecoderConfig, rounding: Packing | None) -> tuple[int, int]:
     """What hidden units, and what rows of the vocabulary, are cut in multiples of: over all layers."""
     weights = model_weights(model, ANY_CUT)
-    units = [_step(model, part, rounding) for layer in weights.layers for part in _cut_linears(layer.ffn)]
+    units = [_step(model, *one, rounding) for layer in weights.layers for one in _cut_linears(layer.ffn)]
     head = () if weights.lm_head is None else _cut_linears((weights.lm_head,))
-    return math.lcm(1, *units), math.lcm(1, *(_step(model, part, None) for part in head))
+    return math.lcm(1, *units), math.lcm(1, *(_step(model, *one, None) for one in head))
 
 
-def _cut_linears(tree: tuple[object, ...]) -> Iterator[Part]:
+def _cut_linears(tree: tuple[object, ...]) -> Iterator[tuple[Part, Cut]]:
     for weight in iter_weights(tree):
         if weight.linear:
-            yield from (part for part in weight.layouts[-1] if part.cut is not None)
+            yield from ((part, part.cut) for part in weight.layouts[-1] if part.cut is not None)
 
 
-def _step(model: DecoderConfig, part: Part, rounding: Packing | None) -> int:
+def _step(model: DecoderConfig, part: Part, cut: Cut, rounding: Packing | None) -> int:
     """Outputs, or inputs, of a linear that its format keeps together."""
-    inputs = part.cut is not None and part.cut.dim == len(part.shape) - 1
+    inputs = cut.dim == len(part.shape) - 1
     storage = model.quantization.storage(part.linear) if model.quantization else None
     if storage is not None:  # in an order of their own, inputs are cut in that order, and not in groups of neighbours
         return 1 if inputs and storage.packing.ordered else storage.step(*part.shape[-2:], int(inputs))
@@ -125,17 +125,16 @@ def _check_parts(model: DecoderConfig, spans: Spans, size: int, rounding: Packin
     """Raises EngineStartError for a weight that would be cut where its format has no seam."""
     weights = model_weights(model, spans)
     for layer in weights.layers:
-        for part in _cut_linears((layer.attention, layer.ffn)):
-            _check_part(model, part, size, rounding)
+        for part, cut in _cut_linears((layer.attention, layer.ffn)):
+            _check_part(model, part, cut, size, rounding)
         if isinstance(layer.ffn, MoeWeights):
-            for part in _cut_linears((layer.ffn.down,)):
+            for part, _ in _cut_linears((layer.ffn.down,)):
                 _check_rows(model, part, size, rounding)
 
 
-def _check_part(model: DecoderConfig, part: Part, size: int, rounding: Packing | None) -> None:
-    assert part.cut is not None
-    step, total = _step(model, part, rounding), part.shape[part.cut.dim]
-    torn = next((end for span in part.cut.spans for end in span if end % step and end != total), None)
+def _check_part(model: DecoderConfig, part: Part, cut: Cut, size: int, rounding: Packing | None) -> None:
+    step, total = _step(model, part, cut, rounding), part.shape[cut.dim]
+    torn = next((end for span in cut.spans for end in span if end % step and end != total), None)
     refused = f"tensor_parallel_size is {size}, but {part.name} {list(part.shape)}"
     if torn is not None:
         raise EngineStartError(
@@ -144,7 +143,7 @@ def _check_part(model: DecoderConfig, part: Part, size: int, rounding: Packing |
         )
     storage = model.quantization.storage(part.linear) if model.quantization else None
     judge = storage or rounding
-    ordered = storage is not None and storage.packing.ordered and part.cut.dim == len(part.shape) - 1
+    ordered = storage is not None and storage.packing.ordered and cut.dim == len(part.shape) - 1
     why = None if judge is None or ordered else judge.refuses(*part.held[-2:])
     if why is not None:
         raise EngineStartError(f"{refused} cannot be cut into {list(part.held)}: {why}")

@@ -31,6 +31,9 @@ def plan(
         str | None, typer.Option(help="int4, int8, w8a8, fp8, fp8_block: quantize while loading.")
     ] = DEFAULTS.quantization,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = DEFAULTS.device,
+    tensor_parallel_size: Annotated[
+        int, typer.Option(help="Processes that share the model; sizes are those of one.", min=1)
+    ] = DEFAULTS.tensor_parallel_size,
     max_model_len: Annotated[
         int | None, typer.Option(help="Prompt and output together; nothing = the model's own context.", min=1)
     ] = DEFAULTS.max_model_len,
@@ -46,7 +49,7 @@ def plan(
         Any,
         option(
             BUDGET,
-            "Memory for weights and KV cache together, of a machine to come; nothing = what this one has free.",
+            "Memory for weights and KV cache together (of a rank), of a machine to come; nothing = what is free here.",
             parser=parse_bytes,
             metavar="SIZE",
         ),
@@ -64,6 +67,7 @@ def plan(
         dtype=dtype,
         quantization=quantization,
         device=device,
+        tensor_parallel_size=tensor_parallel_size,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max(max_num_seqs, DEFAULTS.max_num_batched_tokens),
@@ -93,11 +97,13 @@ def plan(
 
 
 def memory_report(config: DecoderConfig, resolved: Resolved) -> dict[str, Any]:
-    """What a resolved engine holds; sizes in bytes. max_concurrency: requests of max_model_len tokens in the cache."""
-    from ..engine.kv_cache import block_bytes, kv_spec
+    """What a resolved engine holds, on each of its ranks; sizes in bytes.
+
+    max_concurrency: requests of max_model_len tokens in the cache
+    """
     from ..engine.layout import count_parameters
 
-    block = block_bytes(kv_spec(config, resolved.block_size, resolved.kv_cache_dtype), config.num_layers)
+    block = resolved.kv_cache_bytes // resolved.num_blocks
     tokens = (resolved.num_blocks - 1) * resolved.block_size  # the null block holds none
     return {
         "model_type": config.model_type,
@@ -106,6 +112,7 @@ def memory_report(config: DecoderConfig, resolved: Resolved) -> dict[str, Any]:
         "quantization": resolved.quantization,
         "kv_cache_dtype": resolved.kv_cache_dtype,
         "device": str(resolved.device),
+        "tensor_parallel_size": resolved.tensor_parallel_size,
         "weight_bytes": resolved.weight_bytes,
         "kv_bytes_per_token": block // resolved.block_size,
         "block_size": resolved.block_size,
@@ -146,6 +153,8 @@ def _show(model: str, report: dict[str, Any]) -> None:
     table.add_column(justify="right")
     table.add_column(style="dim")
     table.add_row("Parameters", f"{report['parameters']:,}")
+    if report["tensor_parallel_size"] > 1:
+        table.add_row("Ranks", str(report["tensor_parallel_size"]), "the sizes below are those of one")
     table.add_row("Weights", format_bytes(report["weight_bytes"]), f"{report['dtype']}: {why['dtype']}")
     table.add_row("", f"quantization: {report['quantization']}", why["quantization"])
     table.add_row("KV cache per token", format_bytes(report["kv_bytes_per_token"]), why["kv_cache_dtype"])

@@ -1,4 +1,4 @@
-"""The application that Ray Serve runs: `serve run quire.deploy.ray.app:build model=… replicas=2`.
+"""The application that Ray Serve runs, as `import_path: quire.deploy.ray.app:build` of its config.
 
     client ──▶ Serve's proxy ──▶ Front (ingress.py) ──PrefixRouter──▶ Engine (replica.py): the application, its engine
                                                                       Engine …

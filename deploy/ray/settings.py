@@ -1,6 +1,6 @@
 """What a person sets: the options of `quire serve`, and a few of Serve's own beside them, all in one mapping.
 
-    serve run quire.deploy.ray.app:build model=bundled replicas=2 max-model-len=4096
+    model=bundled replicas=2 max-model-len=4096
 
 Options of `quire serve` mean what they mean there, in any of its spellings, with its variables and its checks: they are
 read by its own command line.

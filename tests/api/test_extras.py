@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from quire.scheduler.params import Repetition
+from quire.server.registry import PREFIXES
 
 EOS = 256
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -112,6 +113,19 @@ async def test_documents_need_a_template_that_reads_them(http):
     response = await http.post("/v1/chat/completions", json={**CHAT, "documents": [{"text": "x"}]})
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "documents"
+
+
+async def test_a_request_has_a_name_of_its_callers(http):
+    for name in ("request_id", "rid"):
+        for path, prefix in zip(("/v1/completions", "/v1/chat/completions", "/v1/responses"), PREFIXES, strict=False):
+            base = {"input": "x"} if prefix == "resp_" else {"prompt": "x", **CHAT}
+            answer = await post(http, path, **base, **{name: "mine"})
+            assert answer["id"] == f"{prefix}mine"
+
+
+async def test_as_many_words_may_be_bad_as_elsewhere(http, fake):
+    await post(http, "/v1/completions", prompt="Hi", bad_words=[f"w{i}" for i in range(128)])
+    assert len(fake.added[0].params.bad_words) == 256  # each at the start of a text, and after a space
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from quire.engine import ranks
 from quire.engine.core import EngineCore
 from quire.engine.errors import EngineStartError, RankLost
 from quire.engine.messages import AddRequest
-from quire.engine.orders import digest
+from quire.engine.orders import checksum
 from quire.scheduler.params import Grammar, SamplingParams
 from quire.scheduler.plan import RowResult, StepResult
 
@@ -143,15 +143,19 @@ def test_a_rank_that_draws_other_tokens_ends_the_engine(tiny_model, shared, monk
     monkeypatch.setattr(lm_head, "run", lambda x, packed, run=lm_head.run: run(x, packed).flip(1))
     core.handle(AddRequest("r", [1, 2, 3], replace(SAMPLED[0], max_tokens=50)))
     with pytest.raises(RankLost, match="rank 1 has drawn other tokens"):
-        for _ in range(60):
-            core.step()
+        _run(core, 60)
 
 
-def test_digests_tell_results_apart():
+def _run(core: EngineCore, steps: int) -> None:
+    for _ in range(steps):
+        core.step()
+
+
+def test_checksums_tell_results_apart():
     same = [StepResult(1, [RowResult([1, 2]), RowResult(error="x")]) for _ in range(2)]
-    assert digest(same[0]) == digest(same[1])
+    assert checksum(same[0]) == checksum(same[1])
     for other in ([RowResult([1, 3]), RowResult(error="x")], [RowResult([1, 2]), RowResult()], [RowResult([1, 2])]):
-        assert digest(StepResult(1, other)) != digest(same[0])
+        assert checksum(StepResult(1, other)) != checksum(same[0])
 
 
 @pytest.mark.parametrize(

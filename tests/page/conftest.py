@@ -29,7 +29,7 @@ def load(server: Server) -> Iterator[Load]:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """Chromium as the machine has it (CHROMIUM names another), else as playwright has installed it."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="the extra `page` is not installed")
+    playwright = pytest.importorskip("playwright.sync_api", reason="the extra `browser` is not installed")
     path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
     with playwright.sync_playwright() as started:
         # A container has no place for the sandbox; the only page that is opened is our own.

@@ -79,7 +79,7 @@ class Load:
         common = " ".join(draw.choices(WORDS, k=60))
         with httpx.Client(timeout=120) as client:
             while not self._over.is_set():
-                words = draw.choices(WORDS, k=500 if draw.random() < 0.15 else draw.randrange(10, 60))
+                words = draw.choices(WORDS, k=500 if draw.random() < 0.3 else draw.randrange(10, 60))
                 body: dict[str, Any] = {
                     "prompt": (common if number % 2 else "") + " ".join(words),
                     "max_tokens": draw.randrange(30, 160),

@@ -15,7 +15,7 @@ import pytest
 from page.serving import Server, wait_for
 from prometheus_client.parser import text_string_to_metric_families
 
-axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="the extra `page` is not installed")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="the extra `browser` is not installed")
 
 pytestmark = pytest.mark.slow
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import pytest
 
+from quire.deploy.ray.__main__ import main
 from quire.deploy.ray.settings import SettingsError, read
 
 
@@ -39,3 +41,33 @@ def test_options_are_those_of_quire_serve() -> None:
 def test_a_wrong_setting_is_refused_by_name(args: dict[str, Any], says: str) -> None:
     with pytest.raises(SettingsError, match=says):
         read(args)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["replicas=0"], "replicas is 0"),
+        (["replicas"], "'replicas' is no setting"),
+        (["port=http"], "port is 'http'"),
+        (["port=70000"], "port is '70000'"),
+        (["max-modle-len=3"], "max-modle-len"),
+    ],
+)
+def test_a_wrong_word_is_one_line_and_exit_code_2(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    written = capsys.readouterr().err
+    assert says in written
+    assert written.count("\n") == 1
+
+
+def test_a_port_in_use_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit) as ended:
+            main([f"port={port}"])
+    assert ended.value.code == 2
+    assert f"port is {port}" in capsys.readouterr().err

@@ -509,6 +509,10 @@ def test_plan_counts_by_hand(model_folder: Path) -> None:
     assert made["total_bytes"] == made["weight_bytes"] + made["num_blocks"] * made["block_bytes"]
     assert made["cached_tokens"] == (made["num_blocks"] - 1) * 16
     assert made["max_concurrency"] == pytest.approx(made["cached_tokens"] / made["max_model_len"])
+    half = plan_of(model_folder, "--dtype", "bfloat16", "--block-size", "16", "--tensor-parallel-size", "2")
+    assert half["tensor_parallel_size"] == 2
+    assert 2 * half["block_bytes"] == made["block_bytes"]
+    assert 0.5 * made["weight_bytes"] < half["weight_bytes"] < 0.51 * made["weight_bytes"]  # norms are held by both
     auto = plan_of(model_folder)
     assert (auto["dtype"], auto["weight_bytes"]) == ("float32", 4 * PARAMETERS)
 

@@ -22,10 +22,11 @@ WARM_SHARE = 1 / 3  # of the run: pools, caches and the allocator's arenas get t
 CONTROL_SHARE = 1 / 3  # as long as that is the run with the planted leak
 BOUND = 1.0  # MB an hour
 STEP = 0.25  # MB: what allocators take or give back at once; a short run cannot tell it from growth
-# A cache that the load fills within the warm-up: pages of it count when they are first written.
+# A cache that the load fills within the warm-up: pages of it count when they are first written. No look-ups: what they
+# remember, half a kilobyte a token, grows by 2 KB a request up to 32 MB, which takes more requests than a run has.
 OPTIONS = (
     *("--dtype", "float32", "--max-num-seqs", "16", "--kv-cache-bytes", "24MiB", "--log-level", "error"),
-    *("--speculative-method", "ngram"),
+    *("--speculative-method", "draft", "--speculative-model", "bundled"),
 )
 JSON = {"Content-Type": "application/json"}
 BAD = (b"{", b'{"prompt": 1.5}', b'{"prompt": "x", "n": 100000}', b'{"prompt": "x", "temperature": -1}', b"\xff" * 2000)
@@ -72,7 +73,7 @@ def _load(
 
     async def client() -> None:
         while True:
-            http, ask, kind = rng.choice(sessions), any_request(rng, speculation=("none", "ngram")), rng.random()
+            http, ask, kind = rng.choice(sessions), any_request(rng, speculation=("none", "draft")), rng.random()
             if kind < 0.6:
                 answer = await stay(http, url, ask, headers)
                 if not answer.whole:

@@ -11,6 +11,7 @@ every rank has the same bits, so every rank draws the same tokens, and a request
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -33,8 +34,11 @@ Embed = Callable[[Tensor, Tensor, float], Tensor]
 # exchange, not measured.
 TWO_STEPS_BYTES = 1 << 20
 
-# Nobody waits so long: a rank that ends closes its connections, and one that hangs is noticed by the supervisor.
+# Nobody waits so long: a rank that ends is seen to, and one that hangs is noticed by the supervisor.
 TIMEOUT = timedelta(hours=1)
+
+# Between two looks at whether the other ranks live, while an exchange of gloo is not over.
+LOOK_EVERY = timedelta(seconds=0.5)
 
 
 class Alone:
@@ -74,11 +78,17 @@ ALONE = Alone()
 
 
 class Group(Alone):
-    """One of several ranks. backend: torch's process group, of NCCL or gloo."""
+    """One of several ranks."""
 
-    def __init__(self, backend: Any, rank: int, size: int, device: torch.device) -> None:
+    def __init__(
+        self, backend: Any, rank: int, size: int, device: torch.device, check: Callable[[], None] = lambda: None
+    ) -> None:
+        """
+        backend  torch's process group, of NCCL or gloo
+        check    raises RankLost where another rank has ended
+        """
         self.rank, self.size = rank, size
-        self._backend, self._device = backend, device
+        self._backend, self._device, self._check = backend, device, check
 
     # ---------------------------------------------------------------- exchanges
 
@@ -113,9 +123,28 @@ class Group(Alone):
 
     def _wait(self, exchange: Callable[[], Any]) -> None:
         try:
-            exchange().wait()
+            work = exchange()
+            if self._device.type == "cuda":
+                work.wait()  # the stream does, not this thread
+            else:
+                self._look_meanwhile(work)
+        except RankLost:
+            _keep_for_good(self._backend)
+            raise
         except Exception as error:
             raise RankLost(f"another rank has gone ({type(error).__name__})") from error
+
+    def _look_meanwhile(self, work: Any) -> None:
+        """gloo does not always notice that a rank has gone while a message to it is about to be sent, and waits on."""
+        while True:
+            try:
+                work.wait(LOOK_EVERY)
+                return
+            except RuntimeError:
+                if work.is_completed():
+                    work.wait()  # raises why it failed, unless it was done just now
+                    return
+            self._check()
 
     # ---------------------------------------------------------------- around layers
 
@@ -194,7 +223,14 @@ class _Summed:
         return self._sum(part)
 
 
-def connect(meeting: Path, rank: int, size: int, device: torch.device) -> Group:
+def _keep_for_good(backend: Any) -> None:
+    """Its destructor would wait for its thread, which waits for a rank that is gone."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(backend))
+
+
+def connect(
+    meeting: Path, rank: int, size: int, device: torch.device, check: Callable[[], None] = lambda: None
+) -> Group:
     """Wait for all ranks. meeting: a file that none of them has made yet, in a folder that nobody else may read.
 
     Connections are made on the loopback interface, and between GPUs by NCCL.
@@ -211,6 +247,6 @@ def connect(meeting: Path, rank: int, size: int, device: torch.device) -> Group:
         gloo._timeout = TIMEOUT
         gloo._threads = 1
         backend = dist.ProcessGroupGloo(store, rank, size, gloo)
-    group = Group(backend, rank, size, device)
+    group = Group(backend, rank, size, device, check)
     group.sizes(rank)  # NCCL connects at the first exchange, which no graph may record
     return group

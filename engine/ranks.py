@@ -75,7 +75,7 @@ class Ranks:
                 why = rank.answer()
                 if why is not None:
                     raise EngineStartError(f"rank {rank.number}: {why}")
-            return connect(meeting, 0, settings.tensor_parallel_size, settings.device)
+            return connect(meeting, 0, settings.tensor_parallel_size, settings.device, self.check)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[ModuleType, type]] = {
     "samples": (samples, samples.SamplesConfig),
     "slo": (slo, slo.SloConfig),
 }
-REPORT_ONLY = {"json_file"}
+REPORT_ONLY = {"json_file", "report_file"}
 
 
 def invoke(*args: str) -> Result:
@@ -48,10 +48,10 @@ def test_every_setting_is_an_option_with_its_default(
     command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     module, config_type = COMMANDS[command]
-    assert set(options_of(command)) - {"help"} == {field.name for field in fields(config_type)} | REPORT_ONLY
+    assert set(options_of(command)) - {"help"} - REPORT_ONLY == {field.name for field in fields(config_type)}
     made: list[object] = []
 
-    def run(config: object) -> None:
+    def run(config: object, *progress: object) -> None:
         made.append(config)
         raise ValueError("--no --measurement [here]")
 

@@ -17,7 +17,9 @@ import pytest
 from fastapi import FastAPI
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from quire.engine.config import EngineConfig
 from quire.engine.errors import EngineDeadError
+from quire.engine.inproc import InprocClient
 from quire.engine.messages import Abort, AddRequest, Chunk, EngineDead, EngineReady, StepOutputs, StepStats, Watch
 from quire.scheduler.plan import TokenLogprob
 from quire.server.app import create_app
@@ -26,6 +28,7 @@ from quire.server.config import ServerConfig
 EOS = 256
 VOCAB_SIZE = 320  # wider than the tokenizer, as real logits are
 MAX_MODEL_LEN = 512
+SMALL = {"dtype": "float32", "threads": 1, "num_blocks": 64, "block_size": 16, "max_num_seqs": 8, "check": True}
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}{{ mood | default('') }}"
@@ -274,20 +277,39 @@ def fake(folder: Path) -> FakeClient:
 Serve = Callable[..., Any]
 
 
+@asynccontextmanager
+async def client_of(app: FastAPI, timeout: float) -> AsyncIterator[httpx.AsyncClient]:
+    """An httpx client of an app that runs in this process, and is its `app`."""
+    async with app.router.lifespan_context(app):
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=timeout) as client:
+            client.app = app  # type: ignore[attr-defined]
+            yield client
+
+
 @pytest.fixture
 def serve(fake: FakeClient) -> Serve:
     """`async with serve(**ServerConfig fields) as client:` gives an httpx client of the app in this process."""
 
     @asynccontextmanager
     async def serving(**settings: Any) -> AsyncIterator[httpx.AsyncClient]:
-        app: FastAPI = create_app(fake, ServerConfig(**settings))
-        async with app.router.lifespan_context(app):
-            transport = httpx.ASGITransport(app=app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=10) as client:
-                client.app = app  # type: ignore[attr-defined]
-                yield client
+        async with client_of(create_app(fake, ServerConfig(**settings)), 10) as client:
+            yield client
 
     return serving
+
+
+@pytest.fixture
+def running(tiny_model: Path) -> Serve:
+    """`async with running(engine={...}, **ServerConfig fields) as client:`, on a real engine."""
+
+    @asynccontextmanager
+    async def start(engine: dict[str, Any] | None = None, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
+        core = InprocClient(EngineConfig(**{"model": str(tiny_model), **SMALL, **(engine or {})}))
+        async with client_of(create_app(core, ServerConfig(**settings)), 120) as client:
+            yield client
+
+    return start
 
 
 @pytest.fixture

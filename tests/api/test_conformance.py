@@ -15,8 +15,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,6 @@ import jsonschema_rs
 import pytest
 from process.conftest import Server
 
-from quire.engine.config import EngineConfig
-from quire.engine.inproc import InprocClient
 from quire.server.app import create_app
 from quire.server.config import ServerConfig
 
@@ -35,24 +32,6 @@ PATHS = ("/v1/completions", "/v1/chat/completions")
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 BODY = {"prompt": "Hi", **CHAT}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {}}}}}
-SMALL = {"dtype": "float32", "threads": 1, "num_blocks": 64, "block_size": 16, "max_num_seqs": 8, "check": True}
-
-
-@pytest.fixture
-def running(tiny_model: Path) -> Any:
-    """`async with running(engine={...}, **ServerConfig fields) as client:` on a real engine."""
-
-    @asynccontextmanager
-    async def start(engine: dict[str, Any] | None = None, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
-        client = InprocClient(EngineConfig(**{"model": str(tiny_model), **SMALL, **(engine or {})}))
-        app = create_app(client, ServerConfig(**settings))
-        async with app.router.lifespan_context(app):
-            transport = httpx.ASGITransport(app=app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=120) as http:
-                http.app = app  # type: ignore[attr-defined]
-                yield http
-
-    return start
 
 
 @pytest.fixture

@@ -7,38 +7,13 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
 
-from quire.engine.config import EngineConfig
-from quire.engine.inproc import InprocClient
-from quire.server.app import create_app
-from quire.server.config import ServerConfig
-
 Running = Callable[..., Any]
-SMALL = {"dtype": "float32", "threads": 1, "num_blocks": 64, "block_size": 16, "max_num_seqs": 8, "check": True}
-
-
-@pytest.fixture
-def running(tiny_model: Path) -> Running:
-    """`async with running(engine={...}, **ServerConfig fields) as client:`"""
-
-    @asynccontextmanager
-    async def start(engine: dict[str, Any] | None = None, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
-        client = InprocClient(EngineConfig(**{"model": str(tiny_model), **SMALL, **(engine or {})}))
-        app = create_app(client, ServerConfig(**settings))
-        async with app.router.lifespan_context(app):
-            transport = httpx.ASGITransport(app=app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as http:
-                http.app = app  # type: ignore[attr-defined]
-                yield http
-
-    return start
 
 
 def post(http: httpx.AsyncClient, **body: Any) -> asyncio.Future[httpx.Response]:

@@ -9,7 +9,7 @@ runs what the last one made.
 
     IMAGE_CHECK_FOLDER   where roots, layers and pip's cache are kept (/var/tmp/quire-image-check)
     IMAGE_CHECK_BIND     paths of this machine that the build may read, separated by colons
-    IMAGE_CHECK_MIRROR   of Debian (http://deb.debian.org)
+    IMAGE_CHECK_MIRROR   of Debian, where it is not to be debootstrap's own
     PIP_…                are passed to the build as they are, in place of the file's arguments of these names
 
 Needs root, Linux, and debootstrap. Exit status 0: everything held; otherwise what did not is said.
@@ -41,7 +41,6 @@ TARGET = "cpu"
 KEY = "image-check-key"
 START_SECONDS = 900  # for the bundled model, on a machine with much else to do
 STOP_SECONDS = 60  # more than --drain-timeout
-MIRROR = os.environ.get("IMAGE_CHECK_MIRROR", "http://deb.debian.org")
 
 # What makes a slim image of a Debian: nothing that was downloaded stays, and nothing to read.
 AS_IN_DEBIANS_OWN = {
@@ -110,14 +109,17 @@ def debian(image: str, folder: Path) -> Path:
     if not (root / "complete").exists():
         shutil.rmtree(root, ignore_errors=True)
         root.mkdir(parents=True)
-        command = ["debootstrap", "--variant=minbase", release, str(root), f"{MIRROR}/debian"]
+        mirror = [os.environ["IMAGE_CHECK_MIRROR"]] if "IMAGE_CHECK_MIRROR" in os.environ else []
+        command = ["debootstrap", "--variant=minbase", release, str(root), *mirror]
         subprocess.run(command, check=True, stdout=sys.stderr)
         for name, text in AS_IN_DEBIANS_OWN.items():
             (root / name).write_text(text)
-        (root / "etc/apt/sources.list").write_text(
-            f"deb {MIRROR}/debian {release} main\n"
-            f"deb {MIRROR}/debian {release}-updates main\n"
-            f"deb {MIRROR}/debian-security {release}-security main\n"
+        sources = root / "etc/apt/sources.list"
+        _, archive, *_ = sources.read_text().split()  # what debootstrap took: deb ARCHIVE RELEASE main
+        sources.write_text(
+            f"deb {archive} {release} main\n"
+            f"deb {archive} {release}-updates main\n"
+            f"deb {archive.rstrip('/')}-security {release}-security main\n"
         )
         (root / "complete").touch()
     return root

@@ -27,6 +27,7 @@ from .metrics import Record, percentile
 REFUSALS = ("HTTP 503", "HTTP 429")
 PATIENCE = 600.0  # seconds for one request: longer than anything that was let in should take
 RAMP = 0.2  # of a trial's time: until the queue is as full as it gets
+SPREAD = 0.5  # of the lengths: requests of one length run in step, and a trial holds one burst of prompts more or less
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +124,7 @@ async def _measure(config: OverloadConfig, progress: Progress) -> list[Trial]:
         pool = sorted(set(await tokenize(session, base_url, model, POOL_TEXT)))
 
         def asks(count: int, seed: int) -> list[Ask]:
-            shapes = random_shapes(count, config.input_len, config.output_len, 0.0, config.seed)
+            shapes = random_shapes(count, config.input_len, config.output_len, SPREAD, config.seed)
             return token_asks(shapes, pool, seed)
 
         warmed = await send(session, target, asks(1, ~config.seed)[0])

@@ -29,8 +29,8 @@ class Roster:
         self.residency = Residency(config)
         self.waiting = WaitingQueue()
         self.service = Service(config.tenant_weights, config.max_num_seqs)
-        self.limits = TimeLimits()
         self.groups: dict[str, Group] = {}
+        self.limits = TimeLimits(self.groups)
         self.num_unborn = 0  # samples that have not begun to wait
         self._config = config
         self._policy = policy

@@ -145,13 +145,12 @@ class Scheduler:
     def expire(self, now: float) -> list[Chunk]:
         """End what has run out of time, and what cannot be in time any more. Call before each step."""
         chunks = []
-        for limit in self.roster.limits.over(now):
-            group = self.roster.groups.get(limit.request_id)
-            if group is None or group.key != limit.key or (limit.what == "unreachable" and group.has_begun):
+        for group, what in self.roster.limits.over(now):
+            if what == "unreachable" and group.has_begun:
                 continue
             ended = self.roster.end(group, None)
             self.counters.expired += len(ended)
-            chunks += [Chunk(group.request_id, i, [], finish_reason="expired", error=limit.what) for i in ended]
+            chunks += [Chunk(group.request_id, i, [], finish_reason="expired", error=what) for i in ended]
         return chunks
 
     @property

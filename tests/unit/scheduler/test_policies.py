@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from quire.scheduler import limits
 from quire.scheduler.config import SchedulerConfig
 from quire.scheduler.fairness import ABSENT, Service
 from quire.scheduler.forecast import wait_seconds
@@ -225,6 +226,18 @@ def test_what_runs_out_of_time_ends_wherever_it_is(policy: str):
     s.check()
     assert (s.has_work, s.num_waiting, s.pool.num_used, s.counters.expired) == (False, 0, 0, 5)
     assert s.schedule(1.0) is None
+
+
+def test_limits_of_those_who_left_are_forgotten():
+    s = scheduler("fcfs")
+    s.add("stays", prompt(1, 8), answer(5), timeout=20.0)
+    for _ in range(1000):
+        s.add("leaves", prompt(2, 8), answer(5), timeout=10.0)
+        s.abort("leaves")
+    assert len(s.roster.limits) <= 2 * 1 + limits.SPARE
+    s.add("leaves", prompt(2, 8), answer(5), timeout=15.0)
+    assert s.expire(14.0) == [], "the limits were of others by that name"
+    assert [c.request_id for c in s.expire(30.0)] == ["leaves", "stays"]
 
 
 def test_work_that_cannot_be_in_time_is_not_begun_under_deadline_alone():

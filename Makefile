@@ -51,7 +51,7 @@ sanitize: $(VENV)/.installed-test  ## the C++ kernels under AddressSanitizer, UB
 	$(BIN)/python tests/sanitizers/sanitize.py address $(ARGS)
 	$(BIN)/python tests/sanitizers/sanitize.py thread $(ARGS)
 
-fuzz: $(VENV)/.installed-test  ## more than fifty thousand bad inputs, counted (half an hour); ARGS="bodies --scale 0.1"
+fuzz: $(VENV)/.installed-test  ## more than fifty thousand bad inputs, counted (minutes); ARGS="bodies --scale 0.1"
 	$(BIN)/python tests/security/fuzz.py $(ARGS)
 
 ray-test: $(VENV)/.installed-test  ## two replicas on Ray Serve, one of them killed under load; installs Ray (minutes)
@@ -91,7 +91,7 @@ format: $(VENV)/.installed-lint  ## repair style
 bench: $(VENV)/.installed  ## load the server that runs on 127.0.0.1:8000; ARGS="--request-rate 4 …"
 	$(BIN)/quire bench serve --concurrency 8 $(ARGS)
 
-soak: $(VENV)/.installed-test  ## lean on servers of its own for hours and judge; ARGS="--quick" for minutes, ARGS="aborts faults" for some
+soak: $(VENV)/.installed-test  ## lean on servers of its own for an hour and judge; ARGS="--quick" for minutes, ARGS="aborts faults" for some
 	$(BIN)/python -m quire.bench.soak $(ARGS)
 
 clean:  ## remove everything that can be made again

@@ -117,7 +117,7 @@ def run(names: Sequence[str], plan: Plan, console: Console) -> Report:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m quire.bench.soak", description=__doc__.splitlines()[0])
     parser.add_argument("checks", nargs="*", metavar="check", help=f"{', '.join(CHECKS)}; all without any")
-    parser.add_argument("--quick", action="store_true", help="a little of everything: minutes, not hours")
+    parser.add_argument("--quick", action="store_true", help="a little of everything: minutes, not an hour")
     parser.add_argument("--minutes", type=float, help="of the memory check")
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--seed", type=int, default=1)

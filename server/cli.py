@@ -51,10 +51,14 @@ class OneLine(TyperGroup):
         return sys.exit(code if isinstance(code, int) else 0) if standalone_mode else code
 
     def _explain(self, error: Any) -> None:
+        from pydantic import ValidationError
+
         if type(error).__name__ == "NoArgsIsHelpError":
             out.print(error.ctx.get_help(), markup=False)
             return
         text = " ".join(error.format_message().split())
+        if isinstance(error.__cause__, ValidationError):  # pydantic says what it wants, and not what it got
+            text += f"; it is {error.__cause__.errors()[0]['input']!r:.80}"
         err.print(f"{error.ctx.command_path if error.ctx else 'quire'}: {text}", markup=False)
 
 

@@ -284,6 +284,17 @@ def test_where_values_came_from_is_said_but_keys_never(served: list[Settings], t
     assert "sk-env" not in invoke("serve", "--help", env={"QUIRE_API_KEY": "sk-env"}).output
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("--port", "tcp://10.0.0.1:8000"), ("--drain-timeout", "soon"), ("--max-num-seqs", "0")]
+)
+def test_a_refused_value_is_named_with_its_option(option: str, value: str) -> None:
+    refused = invoke("serve", option, value)
+    assert refused.exit_code == 2
+    assert option in refused.output
+    assert value in refused.output
+    assert len(refused.output.strip().splitlines()) == 1
+
+
 def test_a_misspelled_variable_is_refused(served: list[Settings]) -> None:
     result = invoke("serve", env={"QUIRE_MAX_SEQS": "sk-secret", "QUIRE_PORT": "8001"})
     assert result.exit_code == 2

@@ -34,6 +34,7 @@ from . import (
     routes_fleet,
     routes_page,
     routes_render,
+    routes_tokenizer,
 )
 from .admission import Admission
 from .auth import Door
@@ -122,7 +123,7 @@ def create_app(client: EngineClient, config: ServerConfig) -> FastAPI:
         title="Quire", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
     )
     asking = (routes_completions, routes_chat, responses, messages, routes_decisions, routes_render)
-    for module in (*asking, routes_admin, routes_fleet, *([routes_page] if config.live_page else [])):
+    for module in (*asking, routes_tokenizer, routes_admin, routes_fleet, *([routes_page] if config.live_page else [])):
         app.include_router(module.router)
     app.state.quire = None  # until the engine serves
     app.state.refused = False  # the engine cannot be what it was asked to be

@@ -43,6 +43,7 @@ POLICIES = {
     "/v1/models/{model:path}": Policy(counted=False),
     "/tokenize": Policy(has_body=True),
     "/detokenize": Policy(has_body=True),
+    "/tokenizer_info": Policy(counted=False),
     "/abort_requests": Policy(has_body=True, counted=False),
     "/load": Policy(counted=False, probe=True),
     "/server_info": Policy(scope=ADMIN, counted=False),

@@ -35,6 +35,7 @@ HTTP, ACCESS, LIMITS, LOGS = "HTTP", "Access", "Limits and timeouts", "Logs and 
 ALIASES = {
     "enable-prefix-caching": "prefix-caching",
     "no-enable-prefix-caching": "no-prefix-caching",
+    "enable-tokenizer-info-endpoint": "tokenizer-info",
     "kv-cache-memory-bytes": "kv-cache-bytes",
     "num-gpu-blocks-override": "num-blocks",
     "max-num-queued-reqs": "max-queued-requests",
@@ -282,6 +283,10 @@ def serve(
             ACCESS, "Take templates from requests.", "--trust-request-chat-template/--no-trust-request-chat-template"
         ),
     ] = SERVER.trust_request_chat_template,
+    tokenizer_info: Annotated[
+        bool,
+        option(ACCESS, "Show marks and chat template at /tokenizer_info.", "--tokenizer-info/--no-tokenizer-info"),
+    ] = SERVER.tokenizer_info,
     max_queued_requests: Annotated[
         int,
         option(LIMITS, "Samples that may wait; past it, 503 with Retry-After.", min=0),

@@ -35,6 +35,7 @@ class ServerConfig:
     max_engine_restarts   times in a row that the engine is started again when it has ended; past it the server ends
     text_threads          threads that tokenize, and processes that render chat templates for them
     trust_request_chat_template   requests may bring a template of their own; it runs in the same sandbox
+    tokenizer_info        /tokenizer_info shows the tokenizer's marks and the chat template to who may ask the model
     generation_config     "auto" = the model's own sampling defaults, "none" = OpenAI's
     tool_call_parser      how the model spells calls of tools: "auto" = as its chat template does, "none" = no tools
     reasoning_parser      how it marks its thinking: "auto" = as its chat template does, "none" = all text is content
@@ -65,6 +66,7 @@ class ServerConfig:
     max_engine_restarts: int = 5
     text_threads: int = 2
     trust_request_chat_template: bool = False
+    tokenizer_info: bool = False
     generation_config: str = "auto"
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"

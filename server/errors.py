@@ -155,6 +155,11 @@ def missing(param: str) -> ApiError:
     return ApiError(400, f"`{param}` is required, and not empty.", code="missing_parameter", param=param)
 
 
+def not_shown(option: str) -> ApiError:
+    """`option`: with which the server would have to be started."""
+    return ApiError(404, f"This server does not show this; one started with `{option}` does.", code="not_found")
+
+
 def host_not_allowed() -> ApiError:
     return ApiError(403, "This Host name is not served here.", code="host_not_allowed")
 

@@ -1,4 +1,4 @@
-"""Everything that is not generation: what is served, whether it is well, and the tokenizer as a service."""
+"""What is served, and whether it is well."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from .. import __version__
-from ..engine.validation import valid_token_ids
-from . import errors, life
+from . import life
 from .description import described
-from .inputs import encode_chat, render_chat
 from .json_answer import json_answer
 from .metrics import CONTENT_TYPE
-from .protocol import DetokenizeBody, TokenizeBody
 from .routing import GuardedRoute
 from .state import State, life_of, state_of
 
@@ -72,41 +69,6 @@ async def version(request: Request) -> Response:
 @router.get("/openapi.json", response_model=None)
 async def openapi(request: Request) -> Response:
     return json_answer(described(request.app))
-
-
-@router.post("/tokenize", response_model=None)
-async def tokenize(body: TokenizeBody, request: Request) -> Response:
-    state = state_of(request)
-    state.model_name(body.model)
-    body.refuse_unbuilt()
-    if (body.prompt is None) == (body.messages is None):
-        raise errors.invalid("Send either `prompt` or `messages`.", "prompt")
-    tokenizer = state.text.tokenizer
-
-    def encode() -> list[int]:
-        if body.prompt is None:
-            return encode_chat(render_chat(body, state.text, body.tools), body, state.text)
-        tokenizer.check_bytes(body.prompt, state.ready.max_model_len)
-        return tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
-
-    ids = await state.in_pool(encode)
-    answer: dict[str, Any] = {"count": len(ids), "max_model_len": state.ready.max_model_len, "tokens": ids}
-    if body.return_token_strs:
-        answer["token_strs"] = [tokenizer.token_text(token_id) for token_id in ids]
-    return json_answer(answer)
-
-
-@router.post("/detokenize", response_model=None)
-async def detokenize(body: DetokenizeBody, request: Request) -> Response:
-    state = state_of(request)
-    state.model_name(body.model)
-    body.refuse_unbuilt()
-
-    def decode() -> str:
-        valid_token_ids(body.tokens, state.ready.vocab_size, "tokens")
-        return state.text.tokenizer.decode(body.tokens, skip_special_tokens=False)
-
-    return json_answer({"prompt": await state.in_pool(decode)})
 
 
 def _model(state: State, name: str) -> dict[str, Any]:

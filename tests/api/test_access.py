@@ -7,6 +7,7 @@ import inspect
 import textwrap
 
 import pytest
+from api.conftest import TEMPLATE
 from fastapi import APIRouter
 
 from quire.server import attempts, auth, keys
@@ -180,3 +181,13 @@ async def test_tokenize_and_detokenize(http):
     assert (await http.post("/detokenize", json={"tokens": answer["tokens"]})).json() == {"prompt": "Hé"}
     for body in ({}, {"prompt": "x", "messages": []}, {"prompt": 1}, {"prompt": "x", "model": "nope"}):
         assert (await http.post("/tokenize", json=body)).status_code in (400, 404)
+
+
+async def test_the_tokenizer_is_described_where_the_server_was_told_to(http, serve):
+    refused = await http.get("/tokenizer_info")
+    assert refused.status_code == 404
+    assert "`--tokenizer-info`" in refused.json()["error"]["message"]
+    async with serve(tokenizer_info=True, api_key=("secret",)) as guarded:
+        assert (await guarded.get("/tokenizer_info")).status_code == 401
+        shown = await guarded.get("/tokenizer_info", headers={"Authorization": "Bearer secret"})
+        assert shown.json() == {"eos_token": "<eos>", "chat_template": TEMPLATE}

@@ -29,7 +29,7 @@ def served(folder: Path) -> Iterator[Served]:
     """The model is called `tiny` and takes 4096 tokens, which are bytes; the server wants the key `right`."""
     model = make_tiny_model(folder / "tiny", max_position_embeddings=4096)
     write_byte_tokenizer(model)
-    server = Server(model, folder / "server.log", "--api-key", KEY, "--tool-call-parser", "hermes")
+    server = Server(model, folder / "server.log", "--api-key", KEY, "--tool-call-parser", "hermes", "--tokenizer-info")
     try:
         server.wait_until_ready()
         yield Served(server.url, model)

@@ -43,8 +43,11 @@ def run(*words, folder):
     return done.stdout
 
 
-def test_lm_eval(server, tmp_path, monkeypatch):
-    """A task of its own: log-probabilities of the choices behind each question, sent as token ids."""
+@pytest.mark.parametrize("tokenizer", ["huggingface", "remote"])
+def test_lm_eval(server, tmp_path, monkeypatch, tokenizer):
+    """A task of its own: log-probabilities of the choices behind each question, sent as token ids that lm-eval gets
+    from the model's folder, or from the server.
+    """
     data = tmp_path / "data.jsonl"
     rows = [{"question": f"{i} + 1 =", "choices": [f" {i + 1}", f" {i + 7}"]} for i in range(12)]
     data.write_text("\n".join(json.dumps(row) for row in rows))
@@ -55,6 +58,7 @@ def test_lm_eval(server, tmp_path, monkeypatch):
         "model": "tiny",
         "base_url": f"{server.url}/v1/completions",
         "tokenizer": str(server.model),
+        "tokenizer_backend": tokenizer,
         "num_concurrent": "4",
         "max_length": "512",
     }

@@ -4,12 +4,16 @@ First the peak: a closed loop that keeps it full. Then Poisson arrivals at multi
 request leaving when it is due, whatever became of the others. What a server owes then: as many good tokens a second as
 at its peak, a refusal at once for the rest, and a first token in time for those it let in.
 
+A machine's pace drifts by more than shares differ, so all of it may be taken in turn several times: told are medians
+over these rounds, and shares are of the best trial of the same round.
+
 Client and server share the machine's processors where both run on one: what refusing costs is part of the result.
 """
 
 from __future__ import annotations
 
 import asyncio
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -38,6 +42,7 @@ class OverloadConfig:
     model: str | None = None
     api_key: str | None = None
     factors: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0)
+    rounds: int = 1
     seconds: float = 60.0
     concurrency: int = 64
     input_len: int = 128
@@ -45,8 +50,10 @@ class OverloadConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.factors or min(self.factors) <= 0 or not self.seconds > 0:
-            raise ValueError(f"--factors {self.factors} and --seconds {self.seconds}: must be above 0")
+        if not self.factors or min(self.factors) <= 0 or not self.seconds > 0 or self.rounds < 1:
+            raise ValueError(
+                f"--factors {self.factors}, --seconds {self.seconds} and --rounds {self.rounds}: must be above 0"
+            )
 
 
 @dataclass(slots=True)
@@ -77,20 +84,36 @@ class Trial:
     refused_p99: float
 
 
+MEDIANS = ("rate", "tokens_per_second", "ttft_p99", "refused_p50", "refused_p99")
+SUMS = ("requests", "completed", "refused")
+
 Progress = Callable[[int, int], None]  # (trials that are over, of how many)
 
 
 def run(config: OverloadConfig, progress: Progress = lambda done, total: None) -> dict[str, Any]:
     """The peak and each factor's trial. Raises ServerError when the server cannot be asked."""
-    trials = asyncio.run(_measure(config, progress))
-    peak = max(trial.tokens_per_second for trial in trials)
+    rounds = asyncio.run(_measure(config, progress))
     settings = asdict(config)
     del settings["api_key"]
     return {
         "benchmark": "overload",
         "settings": settings,
-        "trials": [{**asdict(trial), "share_of_peak": trial.tokens_per_second / peak} for trial in trials],
+        "rounds": [[asdict(trial) for trial in trials] for trials in rounds],
+        "trials": summary(rounds),
     }
+
+
+def summary(rounds: Sequence[Sequence[Trial]]) -> list[dict[str, Any]]:
+    """One row for each load: sums of what was counted, medians of the rest, and the share of the round's best."""
+    best = [max(trial.tokens_per_second for trial in trials) for trials in rounds]
+    rows = []
+    for same in zip(*rounds, strict=True):
+        row = {name: statistics.median(getattr(trial, name) for trial in same) for name in MEDIANS}
+        row |= {name: sum(getattr(trial, name) for trial in same) for name in SUMS}
+        shares = [trial.tokens_per_second / peak for trial, peak in zip(same, best, strict=True)]
+        errors = sum((Counter(trial.errors) for trial in same), Counter())
+        rows.append({"factor": same[0].factor, **row, "errors": errors, "share_of_peak": statistics.median(shares)})
+    return rows
 
 
 def table(result: dict[str, Any]) -> Table:
@@ -114,7 +137,7 @@ def table(result: dict[str, Any]) -> Table:
     return shown
 
 
-async def _measure(config: OverloadConfig, progress: Progress) -> list[Trial]:
+async def _measure(config: OverloadConfig, progress: Progress) -> list[list[Trial]]:
     base_url = config.url.rstrip("/").removesuffix("/v1")
     headers = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
     timeout, connector = aiohttp.ClientTimeout(total=PATIENCE), aiohttp.TCPConnector(limit=0)
@@ -130,14 +153,18 @@ async def _measure(config: OverloadConfig, progress: Progress) -> list[Trial]:
         warmed = await send(session, target, asks(1, ~config.seed)[0])
         if warmed.error is not None:
             raise ServerError(f"the warm-up request failed: {warmed.error} {warmed.detail}")
-        trials = [await _closed(session, target, asks(256, config.seed), config)]
-        for number, factor in enumerate(config.factors, 1):
-            progress(number, 1 + len(config.factors))
-            rate = factor * trials[0].rate
-            count = max(1, round(rate * config.seconds))
-            times = arrival_times(count, rate, seed=config.seed + number)
-            trials.append(await _open(session, target, asks(count, config.seed + number), times, factor, rate, config))
-    return trials
+        rounds = []
+        for round_number in range(config.rounds):
+            seed = config.seed + 1000 * round_number  # no prompt comes twice: its blocks would be there
+            trials = [await _closed(session, target, asks(256, seed), config)]
+            for number, factor in enumerate(config.factors, 1):
+                progress(round_number * (1 + len(config.factors)) + number, config.rounds * (1 + len(config.factors)))
+                rate = factor * trials[0].rate
+                count = max(1, round(rate * config.seconds))
+                times = arrival_times(count, rate, seed=seed + number)
+                trials.append(await _open(session, target, asks(count, seed + number), times, factor, rate, config))
+            rounds.append(trials)
+    return rounds
 
 
 async def _closed(session: aiohttp.ClientSession, target: Target, asks: Sequence[Ask], config: OverloadConfig) -> Trial:

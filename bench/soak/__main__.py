@@ -39,7 +39,7 @@ class Sizes:
     cycle_requests: int
     minutes: float
     overload_seconds: float
-    overload_factors: tuple[float, ...]
+    overload_rounds: int
     fuzz_scale: float
 
 
@@ -51,7 +51,7 @@ FULL = Sizes(
     cycle_requests=100,
     minutes=30,
     overload_seconds=60,
-    overload_factors=(1, 2, 5, 10),
+    overload_rounds=5,
     fuzz_scale=1,
 )
 QUICK = Sizes(
@@ -62,7 +62,7 @@ QUICK = Sizes(
     cycle_requests=20,
     minutes=3,
     overload_seconds=20,
-    overload_factors=(10,),
+    overload_rounds=1,
     fuzz_scale=0.02,
 )
 
@@ -84,7 +84,7 @@ CHECKS: dict[str, Callable[[Plan], list[Row]]] = {
     "cycles": lambda p: cycles.check(p.folder, model=p.model, cycles=p.sizes.cycles, requests=p.sizes.cycle_requests),
     "memory": lambda p: memory.check(p.folder, model=p.model, minutes=p.sizes.minutes, seed=p.seed),
     "overload": lambda p: overload.check(
-        p.folder, model=p.model, seconds=p.sizes.overload_seconds, factors=p.sizes.overload_factors
+        p.folder, model=p.model, seconds=p.sizes.overload_seconds, rounds=p.sizes.overload_rounds
     ),
     "fuzz": lambda p: fuzz.check(p.folder, scale=p.sizes.fuzz_scale),
 }

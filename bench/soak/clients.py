@@ -7,7 +7,7 @@ import random
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -19,7 +19,7 @@ import msgspec
 from ..client import COMPLETIONS, DONE
 from ..sse import EventReader
 from .mix import Ask
-from .served import SoakError
+from .served import LOOK_SECONDS, SoakError
 
 PATIENCE = aiohttp.ClientTimeout(total=600)
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: on, no time; closing sends a reset instead of an end
@@ -35,7 +35,7 @@ class Answer:
     finished: int = 0  # samples with a finish_reason
     done: bool = False  # [DONE] came, or the whole body
     sent: float = field(default_factory=time.monotonic)
-    began: float = 0.0  # the first event, or the body
+    began: float = 0.0  # the first event, or the body; the end of one of which nothing came
     ended: float = 0.0
 
     @property
@@ -81,6 +81,7 @@ async def stay(
     except (aiohttp.ClientError, OSError, TimeoutError, msgspec.DecodeError) as error:
         answer.code = answer.code or type(error).__name__
     answer.ended = time.monotonic()
+    answer.began = answer.began or answer.ended
     return answer
 
 
@@ -185,6 +186,15 @@ class Victim:
             answer = await stay(http, url, VICTIM)
             self.asked += 1
             self.changed += not answer.whole or answer.text != self._alone
+
+
+async def until(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
+    """As `wait_for`, while requests go on."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise SoakError(f"{what} did not come within {seconds:g} s")
+        await asyncio.sleep(LOOK_SECONDS)
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from .clients import Answer, in_background, session, stay
+from .clients import Answer, in_background, session, stay, until
 from .faults import ENDLESS, OPTIONS, SHORT
-from .served import LOOK_SECONDS, SETTLE_SECONDS, Served, alive, free_port, wait_for
+from .served import SETTLE_SECONDS, Served, alive, free_port, wait_for
 from .verdict import Row, all_of, none
 
 CHECK = "cycles"
@@ -62,8 +62,7 @@ async def _cycle(served: Served, requests: int) -> Cycle:
             answered += (await stay(http, served.url, SHORT)).whole
         streams = [Answer() for _ in range(4)]
         with in_background(*(stay(http, served.url, ENDLESS, into=answer) for answer in streams)):
-            while not all(answer.began for answer in streams):
-                await asyncio.sleep(LOOK_SECONDS)
+            await until(lambda: all(answer.began for answer in streams), "the first tokens")
             family, traces = served.family(), served.traces()
             served.process.kill()
             served.process.wait()

@@ -6,7 +6,7 @@ import asyncio
 import signal
 from pathlib import Path
 
-from .clients import Answer, in_background, session, stay
+from .clients import Answer, in_background, session, stay, until
 from .mix import Ask
 from .served import LOOK_SECONDS, Served, alive, wait_for
 from .verdict import Row, all_of
@@ -40,8 +40,7 @@ async def _check(served: Served) -> list[Row]:
         expected = await stay(http, served.url, LONG)
         answers = [Answer() for _ in range(STREAMS)]
         with in_background(*(stay(http, served.url, LONG, into=answer) for answer in answers)) as work:
-            while not all(answer.began for answer in answers):
-                await asyncio.sleep(LOOK_SECONDS)
+            await until(lambda: all(answer.began for answer in answers), "the first tokens")
             served.process.send_signal(signal.SIGTERM)
             running = sum(not answer.ended for answer in answers)
             while not all(task.done() for task in work):

@@ -6,12 +6,11 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import aiohttp
 
-from .clients import Answer, Standstill, in_background, session, stay
+from .clients import Answer, Standstill, in_background, session, stay, until
 from .mix import Ask
 from .served import LOOK_SECONDS, Served, SoakError
 from .verdict import Row, all_of, at_most
@@ -48,7 +47,7 @@ async def _fault(served: Served, name: str, number: int) -> list[Row]:
         with in_background(
             *(stay(http, served.url, ENDLESS, into=answer) for answer in answers), still.watch()
         ) as work:
-            await _until(lambda: all(answer.began for answer in answers), "the first tokens")
+            await until(lambda: all(answer.began for answer in answers), "the first tokens")
             os.kill(served.engine_pid(), number)
             begin = time.monotonic()
             noticed = asyncio.ensure_future(_when(served, 503))
@@ -79,14 +78,6 @@ async def _fault(served: Served, name: str, number: int) -> list[Row]:
         )
     rows.append(Row(CHECK, f"{name}: this machine stood still for", f"{still.seconds:.2f} s"))
     return rows
-
-
-async def _until(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            raise SoakError(f"{what} did not come within {seconds:g} s")
-        await asyncio.sleep(LOOK_SECONDS)
 
 
 async def _when(served: Served, status: int) -> float:

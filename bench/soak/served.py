@@ -57,6 +57,7 @@ class Served:
         self.log = folder / "server.log"
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
+        self._seen: dict[int, bytes] = {}  # processes below the server, by when they were born
         self._window = folder / "window.json"
         module = ("quire.bench.soak.window", str(self._window)) if window else ("quire.server.cli",)
         command = [sys.executable, "-P", "-m", *module, "serve", model, "--port", str(self.port), *options]
@@ -84,9 +85,13 @@ class Served:
         self.end()
 
     def end(self) -> None:
-        for pid in self.family():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        """Kill whoever is left of all that were ever seen: an engine may outlive its server."""
+        self.family()
+        self.process.kill()
+        for pid, born in self._seen.items():
+            if _born(pid) == born:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
     # ---------------------------------------------------------------- what anybody sees
@@ -121,7 +126,10 @@ class Served:
         raise SoakError("there is no engine")
 
     def family(self) -> list[int]:
-        return [self.process.pid, *descendants(self.process.pid)]
+        """The server and all below it."""
+        below = descendants(self.process.pid) if self.process.poll() is None else []
+        self._seen.update((pid, _born(pid)) for pid in below)
+        return [self.process.pid, *below]
 
     def traces(self) -> set[Path]:
         """What it has in the file system while it runs, and must not leave there: temporary files, shared memory."""
@@ -188,6 +196,11 @@ def read_metrics(text: str) -> dict[str, float]:
 def alive(pid: int) -> bool:
     """Runs, and is no zombie."""
     return (status := _read(pid, "stat")) != b"" and status.rpartition(b")")[2].split()[0] != b"Z"
+
+
+def _born(pid: int) -> bytes:
+    """In ticks of the machine's clock: tells a process from a later one of the same number. Empty if it is gone."""
+    return (status := _read(pid, "stat")) and status.rpartition(b")")[2].split()[19]
 
 
 def descendants(pid: int) -> list[int]:

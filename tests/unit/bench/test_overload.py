@@ -7,7 +7,7 @@ import math
 import pytest
 
 from quire.bench.metrics import Record
-from quire.bench.overload import Answered, OverloadConfig, _trial
+from quire.bench.overload import Answered, OverloadConfig, Trial, _trial, summary
 
 CONFIG = OverloadConfig(seconds=10.0)  # counted from second 2 to second 10
 
@@ -44,7 +44,21 @@ def test_nothing_is_told_as_nothing() -> None:
     assert math.isnan(trial.ttft_p99)
 
 
-@pytest.mark.parametrize("settings", [{"factors": ()}, {"factors": (0.0,)}, {"seconds": 0.0}])
+def test_shares_are_of_the_same_round_and_told_by_their_median() -> None:
+    def trial(factor: float | None, tokens_per_second: float, errors: dict[str, int]) -> Trial:
+        return Trial(factor, 1.0, 10, 6, 3, errors, tokens_per_second, 0.5, 0.01, 0.02)
+
+    paces = [(1000.0, 900.0), (500.0, 490.0), (2000.0, 2100.0)]  # the machine's, and at ten times the load
+    rows = summary([[trial(None, peak, {}), trial(10.0, at_ten, {"timeout": 1})] for peak, at_ten in paces])
+    assert [row["factor"] for row in rows] == [None, 10.0]
+    assert [row["share_of_peak"] for row in rows] == pytest.approx([1.0, 0.98])
+    assert rows[1]["tokens_per_second"] == 900.0
+    assert rows[1]["requests"] == 30
+    assert rows[1]["errors"] == {"timeout": 3}
+    assert rows[0]["errors"] == {}
+
+
+@pytest.mark.parametrize("settings", [{"factors": ()}, {"factors": (0.0,)}, {"seconds": 0.0}, {"rounds": 0}])
 def test_settings_that_cannot_be_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="must be above 0"):
         OverloadConfig(**settings)  # type: ignore[arg-type]

@@ -11,10 +11,12 @@
 ARG BASE=debian:bookworm-20260824-slim@sha256:88200866dfff7ea7f5cbcb6ec7c8a701889efe6fe859fe64d6990e4b07ea4171
 
 FROM ${BASE} AS base
+# Of Debian, with spaces: what else is wanted in the image.
+ARG PACKAGES=""
 # Security updates of the base are part of a build; tini reaps orphans and forwards SIGTERM, which drains the server.
 RUN apt-get update \
  && apt-get upgrade --yes \
- && apt-get install --yes --no-install-recommends ca-certificates python3 tini \
+ && apt-get install --yes --no-install-recommends ca-certificates python3 tini ${PACKAGES} \
  && rm -rf /var/lib/apt/lists/*
 
 FROM base AS build

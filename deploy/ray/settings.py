@@ -90,13 +90,20 @@ def _number(name: str, value: Any) -> Any:
 
 def _serve_options(given: Mapping[str, Any]) -> tuple[EngineConfig, ServerConfig]:
     """As `quire serve` reads them."""
+    command: Any = typer.main.get_command(_command())
+    flags = [one for one in command.params if getattr(one, "is_flag", False)]
+    switches = {name.removeprefix("--") for one in flags for name in (*one.opts, *one.secondary_opts)}
     words: list[str] = []
     for name, value in given.items():
         option = spelling(name)
         if option in NOT_HERE:
             raise SettingsError(f"{option} is {value!r}: it is not set here, but by {NOT_HERE[option]}; leave it out")
-        words += [str(value)] if option == "model" else _words(option, value)
-    command: Any = typer.main.get_command(_command())
+        if option == "model":
+            words.append(str(value))
+        elif option in switches:
+            words.append(_switch(option, value))
+        else:
+            words += _words(option, value)
     try:
         with command.make_context("quire", words, **CONTEXT) as context:
             return read_settings(context)
@@ -112,10 +119,17 @@ def _command() -> typer.Typer:
     return app
 
 
+def _switch(option: str, value: Any) -> str:
+    """As a command line has it: by its name alone."""
+    match str(value).lower():
+        case "true":
+            return f"--{option}"
+        case "false":
+            return f"--no-{option}"
+    raise SettingsError(f"{option} is {value!r}: give true or false")
+
+
 def _words(option: str, value: Any) -> list[str]:
-    """As a command line would have it: a switch by its name alone, a list by repeating it."""
-    if isinstance(value, list | tuple):
-        return [word for one in value for word in (f"--{option}", str(one))]
-    if value is True or value is False:
-        return [f"--{option}" if value else f"--no-{option}"]
-    return [f"--{option}", str(value)]
+    """As a command line has it: a list by repeating its name."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return [word for one in values for word in (f"--{option}", str(one))]

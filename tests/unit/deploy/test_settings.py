@@ -21,6 +21,13 @@ def test_options_are_those_of_quire_serve() -> None:
     assert server.served_model_name == ("a", "b")
 
 
+@pytest.mark.parametrize(("value", "on"), [(True, True), ("true", True), (False, False), ("False", False)])
+def test_a_switch_is_true_or_false_in_text_too(value: Any, on: bool) -> None:
+    _, engine, server = read({"model": "bundled", "live-page": value, "prefix_caching": value, "graphs": value})
+    assert (server.live_page, engine.prefix_caching, engine.graphs) == (on, on, on)
+    assert engine.model == "bundled"
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
@@ -34,6 +41,9 @@ def test_options_are_those_of_quire_serve() -> None:
         ({"write_timeout": 3}, "write-timeout is 3"),
         ({"max-model-len": "long"}, "max-model-len"),
         ({"max-modle-len": 3}, "max-modle-len"),
+        ({"live-page": "maybe"}, "live-page is 'maybe': give true or false"),
+        ({"live-page": None}, "live-page is None"),
+        ({"no-live-page": False}, "no-live-page"),
         ({"drain-timeout": -1}, "drain-timeout"),
         ({"host": "0.0.0.0"}, "the line above says why"),
     ],

@@ -13,13 +13,12 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from pathlib import Path
 
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
-from ..scheduler.traces import LAWS, Lengths, arrival_times, draw_lengths, read_trace
-from .capacity import MAX_DELAY, TBT_PERCENTILE, CapacityConfig, Trial
+from ..scheduler.traces import at_rate
+from .capacity import MAX_DELAY, TBT_PERCENTILE, CapacityConfig, Trial, unit_trace
 from .client import COMPLETIONS, ServerError, Target, metrics_text, send, served_model, tokenize
 from .dataset import POOL_TEXT, Ask, Shape, token_asks
 from .metrics import Record, percentile
@@ -77,25 +76,12 @@ class LiveServer:
         """(what to ask, one more for the warm-up; when)."""
         if context is None:
             raise ServerError(f"{self._base_url}/v1/models tells no max_model_len, which --trace is scaled by")
-        lengths, unit = self._unit(context)
-        times = [time for time in (at / rate for at in unit) if time <= self.config.max_trial_seconds]
-        shapes = [Shape(shape.prompt_len, shape.output_len) for shape in lengths[: len(times)]]
+        arrivals = at_rate(unit_trace(self.config, context), rate)
+        arrivals = [arrival for arrival in arrivals if arrival.time <= self.config.max_trial_seconds]
+        shapes = [Shape(arrival.prompt_len, arrival.output_len) for arrival in arrivals]
         pool = await tokenize(session, self._base_url, model, POOL_TEXT)
         seed = self.config.seed * 1_000_003 + self._tried
-        return token_asks([*shapes, shapes[0]], sorted(set(pool)), seed), times
-
-    def _unit(self, context: int) -> tuple[list[Lengths], list[float]]:
-        """Lengths that fit the context, and arrivals at one a second on average."""
-        config = self.config
-        if config.trace in LAWS:
-            lengths = draw_lengths(LAWS[config.trace], config.num_requests, ~config.seed, context)
-        else:
-            arrivals = read_trace(Path(config.trace))[: config.num_requests]
-            lengths = [Lengths(arrival.prompt_len, arrival.output_len) for arrival in arrivals]
-            longest = max(sum(shape) for shape in lengths)
-            if longest > context:
-                raise ValueError(f"--trace {config.trace}: a request has {longest} tokens, the server takes {context}")
-        return lengths, arrival_times(len(lengths), 1.0, seed=config.seed)
+        return token_asks([*shapes, shapes[0]], sorted(set(pool)), seed), [arrival.time for arrival in arrivals]
 
 
 async def open_loop(

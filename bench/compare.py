@@ -40,9 +40,10 @@ MEASURES = {
     "TPOT": ("tpot_ms", (("median", 50.0), ("p99", 99.0))),
     "E2E": ("e2el_ms", (("median", 50.0), ("p99", 99.0))),
 }
+GOODPUT = "request_goodput"  # a rate to compare only under the same limits
 RATES = {
     "requests/s": "request_throughput",
-    "good requests/s": "request_goodput",
+    "good requests/s": GOODPUT,
     "output tokens/s": "output_throughput",
 }
 
@@ -132,10 +133,11 @@ def _compare(a: Json, b: Json, across: Sequence[str], seed: int) -> Compared:
         raise NotComparableError(f"not comparable: {told}. If that is what you compare, say {remedy}")
     paired = not found.keys() & REQUESTS and len(a["requests"]["error"]) == len(b["requests"]["error"])
     pairs = _succeeded_in_both(a, b) if paired else None
+    limits = a["settings"]["goodput"], b["settings"]["goodput"]
     rows = [
         Row(name, float(a[key]), float(b[key]))
         for name, key in RATES.items()
-        if a[key] is not None and b[key] is not None
+        if key != GOODPUT or limits[0] == limits[1] != {}
     ]
     rows += _latency_rows(a["requests"], b["requests"], pairs, seed)
     return Compared(load_name(a), rows, None if pairs is None else len(pairs), (a["failed"], b["failed"]))

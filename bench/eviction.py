@@ -30,7 +30,7 @@ ORDERS = ("lru", "discard", "phase", "belady")
 
 @dataclass(frozen=True, kw_only=True)
 class EvictionConfig:
-    fractions: tuple[float, ...] = (0.1, 0.3, 0.6)  # of a trace's different blocks that the cache holds
+    fractions: tuple[float, ...] = (0.1, 0.3, 0.6)  # of the blocks of a trace's working set that the cache holds
     block_size: int = 16
     decode_seconds: float = 0.02  # a token; a request holds its blocks so long
     seed: int = 0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from ..engine.config import EngineConfig
 from ..kernels import Kernels, Target, resolve
 from .gpu_clock import DEVICE, Ceilings, Timing, capability
 from .gpu_rows import Row
 
 BF16 = torch.bfloat16
 HEAD_DIM = 128
-BLOCK_SIZE = 16  # tokens of a page, as the engine's default
+BLOCK_SIZE = EngineConfig().block_size  # tokens of a page
 
 
 def resolved(kv: str = "bf16", overrides: dict[str, str] | None = None) -> Kernels:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..engine.config import EngineConfig
 from ..kernels.batch import KVSpec, LayerKV, RaggedBatch
 from ..kernels.kv_formats import kv_formats
 from ..kernels.packed import PackedWeight, RowFormat, stack_experts, weight_format
@@ -29,7 +30,7 @@ from ..kernels.testing import make_batch, make_cache, normal
 
 BF16 = torch.bfloat16
 BEYOND_CACHE = 512 << 20  # bytes: twice the largest last-level cache that two cores are likely to share
-BLOCK_SIZE = 16  # tokens of a page, as the engine's default
+BLOCK_SIZE = EngineConfig().block_size  # tokens of a page
 CONTEXT = 1024  # tokens before each sequence's rows
 MOST_DECODES = 64  # so many rows are one of each sequence; more are a chunk of one prompt
 INT8_ROWS = RowFormat(torch.int8)

@@ -72,7 +72,9 @@ class Ceilings:
 
 
 def run(config: KernelsConfig) -> dict[str, Any]:
-    """{"ceilings": ..., "rows": [...]}: a row per op, format and number of rows. ValueError for what cannot be."""
+    """{"threads": ..., "ceilings": ..., "rows": [...]}: a row per op, format and number of rows. ValueError for what
+    cannot be.
+    """
     if config.device != "cpu":
         raise ValueError(f"the device is {config.device!r}; a GPU's kernels are measured by bench/gpu_check.py")
     if not config.rows or min(config.rows) < 1:
@@ -80,14 +82,15 @@ def run(config: KernelsConfig) -> dict[str, Any]:
     shape = shape_of(config.model)
     names = chosen(config.ops, shape)
     before = torch.get_num_threads()
-    torch.set_num_threads(usable_threads(config.threads, look_at_machine("cpu").cores))
+    threads = usable_threads(config.threads, look_at_machine("cpu").cores)
+    torch.set_num_threads(threads)
     try:
         with torch.inference_mode():
             ceilings = measure_ceilings()
             figures = [row for name in names for row in measure(name, shape, config.rows, ceilings)]
     finally:
         torch.set_num_threads(before)
-    return {"ceilings": asdict(ceilings), "rows": figures}
+    return {"threads": threads, "ceilings": asdict(ceilings), "rows": figures}
 
 
 def shape_of(model: str | None) -> Shape:
@@ -227,7 +230,7 @@ def table(result: dict[str, Any]) -> RenderableType:
 
     limits = result["ceilings"]
     shown = Table(
-        title=f"{torch.get_num_threads()} threads: {limits['gb_s']:.1f} GB/s, "
+        title=f"{result['threads']} threads: {limits['gb_s']:.1f} GB/s, "
         f"{limits['bf16_tflop_s']:.2f} TFLOP/s in bf16, {limits['int8_tops']:.2f} TOP/s in int8",
         title_justify="left",
         caption="Times of a call from Python. Of the limit: what no machine with these ceilings can beat is 100 %, "

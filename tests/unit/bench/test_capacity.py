@@ -12,6 +12,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
 from hypothesis import given
@@ -384,6 +385,17 @@ async def test_a_live_trial_ends_its_arrivals_in_time() -> None:
         config = CapacityConfig(url=url, slo="500", num_requests=1000, max_trial_seconds=0.5)
         trial = await asyncio.to_thread(LiveServer(config).trial, 20.0)
     assert 1 <= trial.requests <= 30
+
+
+async def test_a_live_trial_plays_the_arrivals_of_a_file(tmp_path: Path) -> None:
+    """Two bursts of five, one request a second on average: at 20 a second the second one comes after 0.45 s."""
+    rows = [{"time": at, "prompt_len": 4 + i, "output_len": 1} for at in (7.0, 107.0) for i in range(5)]
+    trace = tmp_path / "bursts.jsonl"
+    trace.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    async with serving(Slots(0.001, tells=False)) as url, aiohttp.ClientSession() as session:
+        asks, times = await LiveServer(live(url, trace=str(trace)))._load(session, "tiny", 64, 20.0)
+    assert times == pytest.approx([0.0] * 5 + [0.45] * 5)
+    assert [len(ask.token_ids or ()) for ask in asks[:-1]] == [4, 5, 6, 7, 8] * 2
 
 
 async def test_a_live_search_yields_one_server() -> None:

@@ -112,7 +112,9 @@ def test_it_tells_a_table_and_json(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "of the limit" in result.output
     told = json.loads((tmp_path / "k.json").read_text())
-    assert told.keys() == {"ceilings", "rows"}
+    assert told.keys() == {"threads", "ceilings", "rows"}
+    assert told["threads"] == 1
+    assert "1 threads: " in result.output, "those that were measured"
     assert told["ceilings"].keys() == {"gb_s", "bf16_tflop_s", "int8_tops"}
     assert all(row.keys() == KEYS for row in told["rows"])
     assert [(row["format"], row["rows"]) for row in told["rows"] if row["op"] == "rms_norm"] == [

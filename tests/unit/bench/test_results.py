@@ -115,6 +115,10 @@ async def test_what_is_not_comparable_is_refused_by_name() -> None:
     b = copy.deepcopy(a)
     b["settings"] |= {"base_url": a["settings"]["base_url"].rpartition(":")[0] + ":1", "goodput": {}}
     assert compare(a, b)[0].pairs == 40, "another port, and limits of the report, change nothing"
+    assert "good requests/s" in [row.name for row in compare(a, a)[0].rows]
+    assert "good requests/s" not in [row.name for row in compare(a, b)[0].rows], "within other limits others are good"
+    b["settings"]["goodput"] = {"ttft": 500.0}
+    assert "good requests/s" not in [row.name for row in compare(a, b)[0].rows]
     with pytest.raises(NotComparableError, match="--across colour: a result has no such setting"):
         compare(a, a, across=("colour",))
     with pytest.raises(NotComparableError, match="B is no result"):

@@ -198,9 +198,10 @@ def test_nobody_is_let_out_unless_there_is_something_to_load() -> None:
 
     assert egress({}) == egress({"model": "/models/mine"}) == []
     assert egress({"model": "Qwen/Qwen3-0.6B", "networkPolicy": {"downloads": False}}) == []
+    assert egress({"options": {"speculative-method": "nested", "speculative-model": "h/8"}}) == []
     for values in (
         {"model": "Qwen/Qwen3-0.6B"},
-        {"options": {"speculative-model": "owner/draft"}},
+        {"options": {"speculative-method": "draft", "speculative-model": "owner/draft"}},
         {"networkPolicy": {"downloads": True}},
     ):
         (rule,) = egress(values)
@@ -346,6 +347,11 @@ def test_keda_asks_for_this_release_alone() -> None:
         ({**KEYS, "autoscaling": {"minReplicas": 5}}, "autoscaling.minReplicas is 5, above maxReplicas, 4"),
         ({**KEYS, "autoscaling": {"hpa": {"enabled": True}, "minReplicas": 0}}, "an HPA keeps at least 1"),
         ({**KEYS, "replicas": 2, "cache": {"persistence": True}}, "cache.accessMode is ReadWriteOnce"),
+        (
+            {**KEYS, "cache": {"existingClaim": "weights"}},
+            "cache.existingClaim is weights and",
+        ),
+        ({**KEYS, "strategy": {"maxSurge": 0}}, "strategy.maxSurge and strategy.maxUnavailable are both 0"),
         ({**KEYS, "inferencePool": {"enabled": True}}, "inferencePool.endpointPicker is empty"),
         ({**KEYS, "image": {"digest": "latest"}}, "at '/image/digest'"),
         ({**KEYS, "serviceMonitor": {"bearerTokenSecret": {"key": ""}}}, "at '/serviceMonitor/bearerTokenSecret/key'"),

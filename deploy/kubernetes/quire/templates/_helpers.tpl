@@ -43,7 +43,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- /* Whether a model has to be loaded from the hub: OWNER/NAME is an id there. */}}
 {{- define "quire.downloads" -}}
 {{- if eq (toString .Values.networkPolicy.downloads) "auto" }}
-{{- range list .Values.model (get .Values.options "speculative-model") }}
+{{- $draft := ternary (get .Values.options "speculative-model") "" (eq (get .Values.options "speculative-method") "draft") }}
+{{- range list .Values.model $draft }}
 {{- if regexMatch "^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9._-]+$" (toString .) }}true{{ end }}
 {{- end }}
 {{- else if .Values.networkPolicy.downloads }}true{{ end }}
@@ -106,6 +107,13 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if and .Values.cache.persistence (ne .Values.cache.accessMode "ReadWriteMany") $several }}
 {{- $mode := .Values.cache.accessMode }}
 {{- fail (printf "cache.accessMode is %s and there may be several replicas: use ReadWriteMany, or cache.persistence false" $mode) }}
+{{- end }}
+{{- if and .Values.cache.existingClaim (not .Values.cache.persistence) }}
+{{- fail (printf "cache.existingClaim is %s and cache.persistence is false: set cache.persistence true" .Values.cache.existingClaim) }}
+{{- end }}
+{{- $moves := list (toString .Values.strategy.maxSurge) (toString .Values.strategy.maxUnavailable) }}
+{{- if and (has (first $moves) (list "0" "0%")) (has (last $moves) (list "0" "0%")) }}
+{{- fail "strategy.maxSurge and strategy.maxUnavailable are both 0, so no replica could ever be replaced: set one to 1" }}
 {{- end }}
 {{- if and .Values.inferencePool.enabled (not .Values.inferencePool.endpointPicker) }}
 {{- fail "inferencePool.endpointPicker is empty: name the Service of the endpoint picker" }}

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
+import msgspec
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from ..scheduler.params import SamplingParams, Slo, Speculative
@@ -325,6 +326,7 @@ class LLM:
         for i, ((prompt, ids), params) in enumerate(zip(encoded, each, strict=True)):
             with nullcontext() if param is None else _naming(f"{param}[{i}]"):
                 check_params(params, self._limits)
+                params = _as_sent(params)
                 check_length(len(ids), params.max_tokens, self.info.max_model_len)
                 if params.grammar is not None:
                     self._grammars.begin(params.grammar)
@@ -432,6 +434,11 @@ def _text_options(
         skip_special_tokens=skip_special_tokens,
         spaces_between_special_tokens=spaces_between_special_tokens,
     )
+
+
+def _as_sent(params: SamplingParams) -> SamplingParams:
+    """As an engine in another process gets them: tuples, where the caller gave lists or sets of ids."""
+    return msgspec.convert(msgspec.to_builtins(params), SamplingParams)
 
 
 @contextmanager

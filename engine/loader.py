@@ -67,11 +67,13 @@ HUB_SKIPPED = ["*/*", "consolidated*"]
 def locate_model(name: str, revision: str | None = None) -> Path:
     """The folder of "bundled", of a path, or of a hub id (downloaded unless cached; never when HF_HUB_OFFLINE is set).
 
-    Raises EngineStartError when there is no such folder, or the download fails.
+    Raises EngineStartError when there is no such folder, the download fails, or a folder is to have a revision.
     """
+    folder = Path(name).expanduser()
+    if revision is not None and (name == BUNDLED_MODEL or folder.is_dir()):
+        raise EngineStartError(f"revision is {revision!r}, and the model, {name!r}, is no hub id: leave revision out")
     if name == BUNDLED_MODEL:
         return _existing(BUNDLED_FOLDER, "the bundled model is not installed; give another model")
-    folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     if not HUB_ID.fullmatch(name):

@@ -20,7 +20,7 @@ from functools import partial
 
 from .client import EngineClient, News, OnMessage
 from .config import EngineConfig
-from .errors import EngineDeadError, EngineStartError
+from .errors import EngineDeadError, EngineError, EngineStartError
 from .messages import Abort, AddRequest, EngineDead, EngineHung, EngineReady, Progress, Watch
 
 log = logging.getLogger(__name__)
@@ -195,11 +195,12 @@ class Supervisor:
         try:
             ready = client.start(partial(self._hear, client))
             self._compare(ready)
-        except EngineStartError as error:
+        except Exception as error:  # what the system refuses just now, a descriptor or a file, it may give the next one
             client.kill()
+            reason = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
             if not self._closing.is_set():
                 with self._telling:
-                    self._mourn(EngineDead(f"it cannot be started again: {error}", "start"))
+                    self._mourn(EngineDead(f"it cannot be started again: {reason}", "start"))
             return
         finally:
             limit.cancel()

@@ -156,8 +156,7 @@ def check_request(request: AddRequest, limits: Limits) -> None:
         _number(request.weight, "weight", 0.0, MAX_WEIGHT, above_low=True)
     check_promises(request.slo, request.timeout)
     check_speculative(request.speculative, limits)
-    if not isinstance(request.cache_salt, str) or len(request.cache_salt.encode("utf-8", "replace")) > MAX_SALT_BYTES:
-        raise RequestError(f"cache_salt must be text of at most {MAX_SALT_BYTES} bytes", "cache_salt")
+    _text(request.cache_salt, "cache_salt", MAX_SALT_BYTES)
 
 
 def check_order(priority: int, tenant: str, limits: Limits) -> None:
@@ -169,8 +168,7 @@ def check_order(priority: int, tenant: str, limits: Limits) -> None:
             "server with --scheduling-policy priority",
             "priority",
         )
-    if not isinstance(tenant, str) or len(tenant.encode("utf-8", "replace")) > MAX_TENANT_BYTES:
-        raise RequestError(f"tenant must be text of at most {MAX_TENANT_BYTES} bytes", "tenant")
+    _text(tenant, "tenant", MAX_TENANT_BYTES)
     if limits.tenants and tenant not in limits.tenants:
         raise RequestError(f"tenant {shown(tenant)} is not known here; use one that the server was given", "tenant")
 
@@ -287,7 +285,7 @@ def _check_thinking(params: SamplingParams, vocab_size: int) -> None:
             raise RequestError("the tags of thinking have no tokens, or too many", "thinking_token_budget")
         valid_token_ids(ids, vocab_size, "thinking_token_budget")
     if thinking.budget is not None:
-        _integer(thinking.budget, "thinking_token_budget", 0, None, "must be at least 0")
+        _integer(thinking.budget, "thinking_token_budget", 0, INT64_MAX, "must be at least 0")
 
 
 def _check_logprobs(value: object, param: str, limits: Limits) -> None:
@@ -305,6 +303,16 @@ def _check_repetition(wish: Repetition) -> None:
     largest = _integer(wish.max_pattern_size, f"{where}.max_pattern_size", 1, MAX_PATTERN_SIZE)
     _integer(wish.min_pattern_size, f"{where}.min_pattern_size", 1, largest)
     _integer(wish.min_count, f"{where}.min_count", 2, MAX_PATTERN_COUNT)
+
+
+def _text(value: object, param: str, most_bytes: int) -> None:
+    """Text that UTF-8 can express: half of a surrogate pair cannot be sent."""
+    try:
+        fits = isinstance(value, str) and len(value.encode()) <= most_bytes
+    except UnicodeEncodeError:
+        fits = False
+    if not fits:
+        raise RequestError(f"{param} must be text of at most {most_bytes} bytes, got {shown(value)}", param)
 
 
 def _few(values: object, param: str, most: int) -> None:

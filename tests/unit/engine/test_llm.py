@@ -169,6 +169,16 @@ def test_one_text_ids_and_parameters_for_each(connect: Callable[[Script], LLM]) 
     assert (sent.top_k, sent.logit_bias) == (0, {5: 100.0})
 
 
+def test_lists_of_ids_are_taken_as_tuples_are(connect: Callable[[Script], LLM]) -> None:
+    """By type they are refused nowhere, and what compares ids knows tuples only."""
+    llm = connect(echo)
+    lists: Any = {"bad_words": [[5], [6, 7]], "stop_token_ids": {8}, "logprobs": 0, "logprob_token_ids": [9]}
+    llm.generate("abc", replace(PARAMS, **lists), progress=False)
+    sent = client_of(llm).sent[-1].params
+    assert sent.bad_words == ((5,), (6, 7))
+    assert (sent.stop_token_ids, sent.logprob_token_ids) == ((8,), (9,))
+
+
 def test_a_stop_string_ends_the_request_in_the_engine_too(connect: Callable[[Script], LLM]) -> None:
     def endless(request: AddRequest) -> Iterator[Chunk]:
         while True:

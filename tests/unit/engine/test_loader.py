@@ -353,6 +353,12 @@ def test_the_bundled_model_lies_in_the_package(monkeypatch: pytest.MonkeyPatch, 
         locate_model("bundled")
 
 
+@pytest.mark.parametrize("name", ["bundled", "."])
+def test_a_folder_has_no_revision(name: str) -> None:
+    with pytest.raises(EngineStartError, match="is no hub id: leave revision out"):
+        locate_model(name, "abc")
+
+
 def test_the_hub_gives_data_files_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: dict[str, Any] = {}
 

@@ -56,7 +56,7 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.facts: dict[str, Any] = {}
-        self.fails: str | None = None
+        self.fails: str | Exception | None = None
         self.takes_for_ever = False
         self.tell: OnMessage = lambda message: None
         self.age = 0.0
@@ -69,6 +69,8 @@ class Engine:
         on_message(Progress("load weights", {}, 0.5, True))
         if self.takes_for_ever:
             assert self.killed.wait(30)
+        if isinstance(self.fails, Exception):
+            raise self.fails
         if self.fails is not None or self.killed.is_set():
             raise EngineStartError(self.fails or "killed")
         on_message(StepOutputs([], StepStats()))  # nobody may hear this before the engine is ready
@@ -196,6 +198,18 @@ def test_starts_that_fail_count_as_ends(houses: Callable[..., House]) -> None:
     house.wait_for(lambda: house.heard(EngineDead)[-1].final)
     assert [message.kind for message in house.heard(EngineDead)] == ["crash", "start", "start"]
     assert "no memory" in house.heard(EngineDead)[-1].reason
+
+
+def test_a_start_that_the_system_refuses_is_tried_again(houses: Callable[..., House]) -> None:
+    house = houses(max_restarts=2)
+    first = house.start()
+    house.prepare = lambda engine: setattr(engine, "fails", OSError(24, "Too many open files"))
+    first.tell(EngineDead("killed"))
+    house.wait_for(lambda: len(house.engines) == 2)
+    house.prepare = lambda engine: None
+    house.wait_for(lambda: bool(house.heard(EngineReady)))
+    assert [message.kind for message in house.heard(EngineDead)] == ["crash", "start"]
+    assert "OSError: [Errno 24] Too many open files" in house.heard(EngineDead)[-1].reason
 
 
 def test_a_start_that_hangs_is_killed(houses: Callable[..., House], monkeypatch: pytest.MonkeyPatch) -> None:

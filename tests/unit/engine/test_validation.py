@@ -24,7 +24,7 @@ from quire.engine.validation import (
     shown,
     valid_token_ids,
 )
-from quire.scheduler.params import Repetition, SamplingParams, Slo, Speculative
+from quire.scheduler.params import Repetition, SamplingParams, Slo, Speculative, Thinking
 
 TOKENIZER_LEN, VOCAB = 330, 384  # the logits are wider than the tokenizer is long
 LIMITS = Limits(VOCAB, 512, max_n=MAX_N)
@@ -231,12 +231,18 @@ def test_the_engine_checks_the_whole_message() -> None:
         (AddRequest("r", [1], params(), priority=2**70), "priority"),
         (AddRequest("r", [1], params(), priority=1), "priority"),
         (AddRequest("r", [1], params(), tenant="x" * 65), "tenant"),
+        (AddRequest("r", [1], params(), tenant="\ud800"), "tenant"),
+        (
+            AddRequest("r", [1], params(thinking=Thinking(start_ids=(1,), end_ids=(2,), budget=2**64))),
+            "thinking_token_budget",
+        ),
         (AddRequest("r", [1], params(), weight=0.0), "weight"),
         (AddRequest("r", [1], params(), weight=NAN), "weight"),
         (AddRequest("r", [1], params(), slo=Slo(ttft=-1.0)), "slo.ttft_ms"),
         (AddRequest("r", [1], params(), timeout=NAN), "timeout"),
         (AddRequest("r", [1], params(), cache_salt="x" * 1000), "cache_salt"),
         (AddRequest("r", [1], params(), cache_salt="\ud800" * 129), "cache_salt"),
+        (AddRequest("r", [1], params(), cache_salt="\ud800"), "cache_salt"),
     ):
         with pytest.raises(RequestError) as caught:
             check_request(request, LIMITS)

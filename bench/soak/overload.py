@@ -12,6 +12,7 @@ from .served import Served, SoakError
 from .verdict import Row, none
 
 CHECK = "overload"
+LAG = "quire_event_loop_lag_seconds"
 FACTOR = 10.0
 SHARE = 0.95  # of the peak
 # A core is left to the client and the front end. A thread of the engine beside them brings nothing (5,500 tok/s on two
@@ -33,7 +34,7 @@ def check(folder: Path, *, model: str, seconds: float, rounds: int) -> list[Row]
             )
         except ServerError as error:
             raise SoakError(str(error)) from error
-        restarts = served.metrics()["quire_engine_restarts_total"]
+        metrics = served.metrics()
     trial = result["trials"][-1]
     share = trial["share_of_peak"]
     return [
@@ -54,5 +55,14 @@ def check(folder: Path, *, model: str, seconds: float, rounds: int) -> list[Row]
                 ("first token of those let in, p99", "ttft_p99"),
             )
         ),
-        none(CHECK, "engine restarts", restarts),
+        *(
+            Row(CHECK, f"looks at the event loop that came later than {bound * 1000:g} ms", _late(metrics, bound))
+            for bound in (0.02, 0.05)
+        ),
+        none(CHECK, "engine restarts", metrics["quire_engine_restarts_total"]),
     ]
+
+
+def _late(metrics: dict[str, float], seconds: float) -> str:
+    in_time, looks = metrics[f'{LAG}_bucket{{le="{seconds:g}"}}'], metrics[f"{LAG}_count"]
+    return f"{1 - in_time / looks:.2%} of {looks:.0f}"

@@ -62,7 +62,7 @@ class Residency:
             return None
         fresh = self.pool.take(needed) or []
         request.block_ids = shared + fresh
-        request.num_computed = request.num_prompt if forks else len(shared) * self._size
+        request.num_computed = request.num_found = request.num_prompt if forks else len(shared) * self._size
         request.num_published = len(shared)
         request.slot = self.free_slots.pop()
         request.passed_over = 0

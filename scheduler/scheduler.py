@@ -568,9 +568,21 @@ class Scheduler:
             if row.keeps is not None:
                 self.residency.pin(request)
                 self.roster.offer(request.group, request.group.arrival)
-        elif row.keeps is not None:
-            self._forget(request.group)
+        else:
+            if got.unsound:
+                self._doubt(request, row)
+            if row.keeps is not None:
+                self._forget(request.group)
         return self._take(request, got, end)
+
+    def _doubt(self, request: Request, row: Row) -> None:
+        """`row` gave no numbers: nobody finds any more what `request` wrote.
+
+        Nor what it had found, if this was its first row: a bad block would end everybody who shares it, and each of
+        them would keep it young. Where an earlier row has read that and gave numbers, it is no suspect.
+        """
+        whole = row.start == request.num_found
+        self.pool.retract(request.block_ids[0 if whole else request.num_found // self.config.block_size :])
 
     def _discard(self, request: Request, row: Row, got: RowResult, out: _Out) -> None:
         """The row of a sample that has ended; one that forked in this very step has been counted, or ended by it."""
@@ -619,8 +631,7 @@ class Scheduler:
         return chunk
 
     def _fail(self, request: Request, reason: str) -> Chunk:
-        """End a request for a fault of its own; what it wrote is shared with nobody any more."""
-        self.pool.retract(request.block_ids)
+        """End a request for a fault of its own; others go on sharing what it has put into the cache."""
         if not request.finished:
             self.roster.finish(request)
         self.counters.failed += 1

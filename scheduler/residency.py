@@ -52,7 +52,7 @@ class Residency:
         group, forks = request.group, request.forks
         full, rest = divmod(request.num_prompt, self._size)
         copied = group.prefix[full] if forks and rest else None
-        shared = group.prefix[:full] if group.prefix else self.prefix.match(request)
+        shared = self.prefix.match(request)
         num_tokens = request.num_tokens + (forks and request.params.max_tokens > 1)  # the one that it draws at once
         needed = -(-num_tokens // self._size) - len(shared)
         for block in shared:

@@ -313,6 +313,24 @@ def test_who_shares_what_another_wrote_in_vain_goes_on():
     assert [c.token_ids for c in chunks] == [[7]]
 
 
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_preempted_sample_begins_again_from_all_that_is_kept_of_it(n: int, caching: bool):
+    """Its output lies in the cache, and its prompt is held for further samples."""
+    s = scheduler(prefix_caching=caching)
+    s.add("a", prompt(1, 10), SamplingParams(max_tokens=50, ignore_eos=True, n=n))
+    for _ in range(20):
+        run(s)
+    request = s.running[-1]
+    assert request.index == n - 1
+    s._preempt(request)
+    plan, _ = run(s)
+    assert plan is not None
+    (row,) = (row for row in plan.rows if row.slot == request.slot)
+    assert row.start == (28 if caching else 8 if n == 2 else 0)
+    assert request.findable == row.start, "the step was filled by what it lacks"
+
+
 def test_abort_twice_before_and_after_returns_every_block():
     s = scheduler()
     assert s.abort("never") == []

@@ -406,14 +406,14 @@ class Scheduler:
 
     def _in_order(self, admit: bool) -> Iterator[Request]:
         """Prompts in progress and, if `admit`, waiting requests; these leave the queue for `_taken`."""
-        begun: dict[str, list[Request]] = {lane: [] for lane in (self.waiting.lanes if admit else ())}
+        begun: dict[str, list[Request]] = {}
         for request in self.running:
             if request.remaining > 1:
                 begun.setdefault(self.roster.lane(request), []).append(request)
-        lanes = {}
+        lanes = {name: self._take_from(name) for name in (self.waiting.lanes if admit else ())}
         for name, requests in begun.items():
             requests.sort(key=_order)
-            lanes[name] = heapq.merge(requests, self._take_from(name) if admit else (), key=_order)
+            lanes[name] = heapq.merge(requests, lanes.get(name, ()), key=_order)
         return self.service.interleave(lanes, lambda request: request.work)
 
     def _take_from(self, lane: str) -> Iterator[Request]:

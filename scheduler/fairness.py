@@ -30,8 +30,9 @@ class Service:
         self._seconds: dict[str, float] = {}
         self._floor = 0.0  # counter of the last tenant that left an empty house
         self._present: dict[str, int] = {}  # tenant -> its requests in the house
-        # The weight of these. Exact: a share that is met must not seem to be exceeded, however many came and went.
-        self._total = Fraction(0)
+        # The weight of these. Added up exactly: a share that is met does not seem exceeded, however many came and went.
+        self._exact = Fraction(0)
+        self._total = 0.0
         self._held: dict[str, int] = {}  # tenant -> its running samples
 
     def weight(self, tenant: str) -> float:
@@ -44,12 +45,13 @@ class Service:
     def arrives(self, tenant: str, weight: float | None = None) -> None:
         """A request of `tenant` came in. `weight`: its share from now on; None = as it was."""
         if tenant in self._present:
-            self._total -= Fraction(self.weight(tenant))
+            self._exact -= Fraction(self.weight(tenant))
         else:
             self._seconds[tenant] = max(self.seconds(tenant), self._least())
         if weight is not None:
             self._told[tenant] = weight
-        self._total += Fraction(self.weight(tenant))
+        self._exact += Fraction(self.weight(tenant))
+        self._total = float(self._exact)
         self._present[tenant] = self._present.get(tenant, 0) + 1
 
     def leaves(self, tenant: str) -> None:
@@ -57,7 +59,8 @@ class Service:
         self._present[tenant] -= 1
         if not self._present[tenant]:
             del self._present[tenant]
-            self._total -= Fraction(self.weight(tenant))
+            self._exact -= Fraction(self.weight(tenant))
+            self._total = float(self._exact)
             if not self._present:
                 self._floor = max(self._floor, self.seconds(tenant))
             self._forget()
@@ -77,7 +80,7 @@ class Service:
 
     def exceeds_share(self, tenant: str) -> bool:
         """Whether `tenant` runs more samples than its weight among the tenants in the house gives it."""
-        return self._held.get(tenant, 0) > self._max_num_seqs * self.weight(tenant) / float(self._total)
+        return self._held.get(tenant, 0) > self._max_num_seqs * self.weight(tenant) / self._total
 
     def interleave(self, lanes: Mapping[str, Iterator[T]], cost: Callable[[T], float]) -> Iterator[T]:
         """Everything in `lanes` (tenant -> its requests in order), the least served tenant first at every turn.

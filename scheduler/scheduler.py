@@ -335,20 +335,17 @@ class Scheduler:
         """
         if not self.policy.by_tenant:
             return 0
-        prompts: dict[str, int] = {}
-        for lane in self.waiting.lanes:
-            head = self.waiting.head(lane)
-            prompts[lane] = head.num_tokens if head is not None else 0
+        begun: dict[str, int] = {}
         for request in self.running:
             if request.remaining > 1:
-                tenant = request.group.tenant
-                prompts[tenant] = prompts.get(tenant, 0) + request.remaining
-        if not prompts:
-            return 0
-        tenant = min(prompts, key=self.service.seconds)
+                begun[request.group.tenant] = begun.get(request.group.tenant, 0) + request.remaining
+        served = self.service.seconds
+        tenant = min((*self.waiting.lanes, *begun), key=served, default=None)
         others = {request.group.tenant for request in decoding} - {tenant}
-        owed = all(self.service.seconds(tenant) <= self.service.seconds(other) for other in others)
-        return prompts[tenant] if others and owed else 0
+        if tenant is None or not others or any(served(other) < served(tenant) for other in others):
+            return 0
+        head = self.waiting.head(tenant)
+        return begun.get(tenant, 0) + (head.num_tokens if head is not None else 0)
 
     def _spend(self, plan: StepPlan, rows: dict[Request, Row], budget: Budget, now: float, *, admit: bool) -> None:
         """Give the budget to prompts in progress and, if `admit`, to who waits; then free slots to further samples."""

@@ -373,7 +373,7 @@ def test_a_share_is_that_of_those_who_are_here():
         else:
             service.arrives(name, draw.choice([None, None, 0.1, 0.3, 2.0]))
             here[name] += 1
-        assert float(service._total) == math.fsum(service.weight(name) for name in +here)
+        assert service._total == math.fsum(service.weight(name) for name in +here)
 
 
 def test_a_share_that_is_met_is_not_exceeded_however_many_came_and_went():

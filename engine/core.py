@@ -15,6 +15,7 @@ from copy import copy
 from typing import NamedTuple
 
 from ..scheduler.config import SchedulerConfig
+from ..scheduler.drafting import as_run
 from ..scheduler.plan import Chunk, Row, StepPlan
 from ..scheduler.roster import Refused
 from ..scheduler.scheduler import Scheduler
@@ -289,8 +290,8 @@ class EngineCore:
             self._watching.saw(batch_of(step.plan, result, accepted, seconds + self._update_seconds))
         if self.config.check:
             self.scheduler.check()
-        self.stats.step_tokens = step.plan.num_tokens
-        self.stats.launched_tokens = self.scheduler.steps.cost.launched(step.plan.num_tokens)
+        self.stats.step_tokens = sum(row.num_tokens for row in as_run(step.plan.rows, result.rows))
+        self.stats.launched_tokens = self.scheduler.steps.cost.launched(self.stats.step_tokens)
         self.stats.step_seqs = len(step.plan.rows)
         self.stats.predicted_seconds = step.predicted
         self.stats.draft_seconds = sum(done.seconds for done in result.drafting)

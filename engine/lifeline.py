@@ -31,6 +31,11 @@ def die_with_parent(parent: int) -> None:
         os._exit(0)
 
 
+def ending(code: int) -> str:
+    """How a process ended, of its return code as `subprocess` gives it."""
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
 def exit_at_end_of(pipe: BinaryIO, clear_away: Callable[[], None]) -> None:
     """Exit when `pipe` closes; nobody writes to it, and the parent alone holds its other end."""
 

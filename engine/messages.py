@@ -59,7 +59,7 @@ class StepStats(msgspec.Struct, array_like=True, gc=False):
     kv_blocks_used: int = 0  # held by requests
     kv_blocks_cached: int = 0  # free, but with a hash that a prompt could hit
     kv_blocks_total: int = 0
-    step_tokens: int = 0  # rows of this step's batch
+    step_tokens: int = 0  # rows that the model was given in this step
     step_seqs: int = 0
     launched_tokens: int = 0  # step_tokens, filled up to whole tiles
     predicted_seconds: float = 0.0  # what the step-time model said of this step before it ran

@@ -1,4 +1,4 @@
-"""What the first rank tells the others: typed msgpack, each frame behind its length.
+"""What the first rank tells the others: typed msgpack over a socket (framing.py).
 
 down  RankLaunch (once, before all else)  Rehearse  Run  Collect, in the order in which the first rank does the same
 up    Met (it is about to connect), Failed (why it ends)
@@ -14,10 +14,9 @@ import zlib
 import msgspec
 
 from ..scheduler.plan import Row, StepPlan, StepResult
+from . import framing
 from .config import EngineConfig
 from .resolve import Machine
-
-LENGTH_BYTES = 8
 
 
 class RankLaunch(msgspec.Struct, frozen=True):
@@ -67,28 +66,15 @@ answer_decoder: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer
 
 
 def frame(message: RankLaunch | Order | Answer) -> bytes:
-    data = _encoder.encode(message)
-    return len(data).to_bytes(LENGTH_BYTES, "big") + data
+    return framing.frame(_encoder.encode(message))
 
 
 def receive(channel: socket.socket) -> bytes | None:
     """The next message; None where the other side has gone."""
-    size = _exactly(channel, LENGTH_BYTES)
-    return None if size is None else _exactly(channel, int.from_bytes(size, "big"))
-
-
-def _exactly(channel: socket.socket, size: int) -> bytes | None:
-    data = bytearray(size)
-    view, got = memoryview(data), 0
-    while got < size:
-        try:
-            count = channel.recv_into(view[got:])
-        except ConnectionError:
-            return None
-        if count == 0:
-            return None
-        got += count
-    return bytes(data)
+    try:
+        return framing.receive(channel)
+    except (EOFError, ConnectionError):
+        return None
 
 
 def checksum(result: StepResult) -> int:

@@ -32,7 +32,7 @@ import zmq
 from .client import Heartbeat, OnMessage
 from .config import EngineConfig
 from .errors import EngineDeadError, EngineStartError, RankLost, SettingError
-from .lifeline import die_with_parent, exit_at_end_of
+from .lifeline import die_with_parent, ending, exit_at_end_of
 from .messages import (
     Abort,
     AddRequest,
@@ -253,8 +253,7 @@ class _Child:
 
     def describe(self) -> str:
         self._over.wait()
-        code = self._process.returncode if self._process is not None else 0
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return ending(self._process.returncode if self._process is not None else 0)
 
     def release(self) -> None:
         os.close(self.fd)

@@ -14,7 +14,6 @@ import dataclasses
 import logging
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 from ..scheduler.plan import Row, StepPlan, StepResult
 from .config import EngineConfig
 from .errors import EngineStartError, RankLost
+from .lifeline import ending
 from .orders import Collect, Failed, Order, RankLaunch, Rehearse, Run, answer_decoder, checksum, frame, receive
 from .parallel import ALONE, Alone, connect
 from .resolve import Machine, Resolved
@@ -50,8 +50,7 @@ class _Rank:
         return answer.reason if isinstance(answer, Failed) else None
 
     def end(self) -> str:
-        code = self.process.wait()
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return ending(self.process.wait())
 
 
 class Ranks:

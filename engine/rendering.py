@@ -26,6 +26,7 @@ from typing import Any, Literal
 import msgspec
 from jinja2.exceptions import TemplateError
 
+from .framing import frame, receive
 from .template import Complaint, Template
 
 CPU_SECONDS = 1.0  # the sandbox's own count ends sooner, with a better message: this is for what it cannot interrupt
@@ -141,12 +142,12 @@ class _Worker:
                 env={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
             )
 
-    def ask(self, frame: bytes) -> Answer:
+    def ask(self, message: bytes) -> Answer:
         """Raises OSError or EOFError when the worker ends, TimeoutError when it does nothing."""
         deadline = time.monotonic() + WALL_SECONDS
         self._socket.settimeout(WALL_SECONDS)
-        _send(self._socket, frame)
-        return _answers.decode(_receive(self._socket, deadline))
+        self._socket.sendall(frame(message))
+        return _answers.decode(receive(self._socket, MAX_FRAME_BYTES, deadline))
 
     def how_it_ended(self) -> int:
         """The exit code of a worker that is of no use any more; its socket may close a moment before it has one."""
@@ -163,31 +164,6 @@ class _Worker:
         return self._process.wait()
 
 
-def _send(connection: socket.socket, frame: bytes) -> None:
-    connection.sendall(len(frame).to_bytes(4, "little") + frame)
-
-
-def _receive(connection: socket.socket, deadline: float | None = None) -> bytes:
-    """One frame. Raises EOFError where the other side has closed, TimeoutError past `deadline`."""
-    size = int.from_bytes(_exactly(connection, 4, deadline), "little")
-    if size > MAX_FRAME_BYTES:
-        raise EOFError(f"a frame of {size} bytes")
-    return _exactly(connection, size, deadline)
-
-
-def _exactly(connection: socket.socket, count: int, deadline: float | None) -> bytes:
-    parts: list[bytes] = []
-    while count:
-        if deadline is not None:
-            connection.settimeout(max(deadline - time.monotonic(), 0.001))
-        part = connection.recv(min(count, 1 << 20))
-        if not part:
-            raise EOFError("the other side has closed")
-        parts.append(part)
-        count -= len(part)
-    return b"".join(parts)
-
-
 # ---------------------------------------------------------------- the worker
 
 
@@ -199,22 +175,22 @@ def main() -> None:
     _confine()
     while True:
         try:
-            frame = _receive(connection)
+            message = receive(connection, MAX_FRAME_BYTES)
         except (EOFError, OSError):
             return
         # Its default action ends the process: no code of the template runs any more, not even a finally.
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-        answer = _encoder.encode(_answer(frame))
+        answer = _encoder.encode(_answer(message))
         signal.setitimer(signal.ITIMER_PROF, 0)
         try:
-            _send(connection, answer)
+            connection.sendall(frame(answer))
         except OSError:
             return
 
 
-def _answer(frame: bytes) -> Answer:
+def _answer(message: bytes) -> Answer:
     try:
-        ask = _asks.decode(frame)
+        ask = _asks.decode(message)
         template = _compiled(ask.source)
         names = sorted(template.variables)
         return Answer(names=names) if ask.variables is None else Answer(template.render(json.loads(ask.variables)))

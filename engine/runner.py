@@ -156,6 +156,8 @@ class ModelRunner:
                 result.prompt_logprobs = [logprob for rated in ratings for logprob in rated.wait()] or None
             except Exception as error:
                 _without_prompt_logprobs(result, error)
+        for result in step.rows:
+            result.unsound = result.error == NAN_LOGITS
         return StepResult(step.step_id, step.rows, step.draws, step.drafting)
 
     def _enter(self, new: NewSeq) -> None:

@@ -321,10 +321,6 @@ class Sampler:
     def _tensor(self, array: np.ndarray) -> Tensor:
         return upload([array], self.device)[0]
 
-    def prompt_logprobs(self, logits: Tensor, target_ids: Sequence[int], k: int) -> list[TokenLogprob]:
-        """`rate`, and wait for it."""
-        return self.rate(logits, target_ids, k).wait()
-
     def rate(self, logits: Tensor, target_ids: Sequence[int], k: int) -> Rated:
         """target_ids [n] under logits [n, V] float32, row by row; k = -1 for the whole vocabulary."""
         (targets,) = upload([np.array(target_ids, np.int64)], self.device)

@@ -49,7 +49,8 @@ class Watching:
 
 def batch_of(plan: StepPlan, result: StepResult, accepted: int, seconds: float) -> StepBatch:
     """`accepted`: guesses that were drawn in this step, of all rows together."""
-    entered = {new.slot for new in plan.new}
+    # A sample that forks has its prompt: what it enters with is the one token that it drew.
+    entered = {new.slot for new in plan.new} - {draw.slot for draw in plan.draws}
     decodes = packed_prompts = packed_tokens = chunk_prompts = chunk_tokens = drafted = 0
     for row, got in zip(plan.rows, result.rows, strict=True):
         if row.draft is not None:

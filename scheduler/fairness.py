@@ -9,7 +9,9 @@ nobody saves up while away.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -28,6 +30,9 @@ class Service:
         self._seconds: dict[str, float] = {}
         self._floor = 0.0  # counter of the last tenant that left an empty house
         self._present: dict[str, int] = {}  # tenant -> its requests in the house
+        # The weight of these. Added up exactly: a share that is met does not seem exceeded, however many came and went.
+        self._exact = Fraction(0)
+        self._total = 0.0
         self._held: dict[str, int] = {}  # tenant -> its running samples
 
     def weight(self, tenant: str) -> float:
@@ -39,10 +44,14 @@ class Service:
 
     def arrives(self, tenant: str, weight: float | None = None) -> None:
         """A request of `tenant` came in. `weight`: its share from now on; None = as it was."""
+        if tenant in self._present:
+            self._exact -= Fraction(self.weight(tenant))
+        else:
+            self._seconds[tenant] = max(self.seconds(tenant), self._least())
         if weight is not None:
             self._told[tenant] = weight
-        if tenant not in self._present:
-            self._seconds[tenant] = max(self.seconds(tenant), self._least())
+        self._exact += Fraction(self.weight(tenant))
+        self._total = float(self._exact)
         self._present[tenant] = self._present.get(tenant, 0) + 1
 
     def leaves(self, tenant: str) -> None:
@@ -50,6 +59,8 @@ class Service:
         self._present[tenant] -= 1
         if not self._present[tenant]:
             del self._present[tenant]
+            self._exact -= Fraction(self.weight(tenant))
+            self._total = float(self._exact)
             if not self._present:
                 self._floor = max(self._floor, self.seconds(tenant))
             self._forget()
@@ -69,24 +80,24 @@ class Service:
 
     def exceeds_share(self, tenant: str) -> bool:
         """Whether `tenant` runs more samples than its weight among the tenants in the house gives it."""
-        total = sum(self.weight(other) for other in self._present)
-        return self._held.get(tenant, 0) > self._max_num_seqs * self.weight(tenant) / total
+        return self._held.get(tenant, 0) > self._max_num_seqs * self.weight(tenant) / self._total
 
     def interleave(self, lanes: Mapping[str, Iterator[T]], cost: Callable[[T], float]) -> Iterator[T]:
         """Everything in `lanes` (tenant -> its requests in order), the least served tenant first at every turn.
 
-        What is handed out counts as served for the turns that follow, `cost` seconds each.
+        What is handed out counts as served for the turns that follow, `cost` seconds each. A lane is not asked for
+        more than comes out.
         """
-        served = {tenant: self.seconds(tenant) for tenant in lanes}
-        heads = {tenant: head for tenant, lane in lanes.items() if (head := next(lane, None)) is not None}
-        while heads:
-            tenant = min(heads, key=lambda name: (served[name], name))
-            item = heads.pop(tenant)
-            served[tenant] += cost(item) / self.weight(tenant)
-            yield item
-            following = next(lanes[tenant], None)
-            if following is not None:
-                heads[tenant] = following
+        served = [(self.seconds(tenant), tenant) for tenant in lanes]
+        heapq.heapify(served)
+        while served:
+            seconds, tenant = served[0]
+            item = next(lanes[tenant], None)
+            if item is None:
+                heapq.heappop(served)
+            else:
+                heapq.heapreplace(served, (seconds + cost(item) / self.weight(tenant), tenant))
+                yield item
 
     def _least(self) -> float:
         """What a newcomer is lifted to."""

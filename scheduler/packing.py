@@ -95,16 +95,3 @@ def pack_rows(lengths: Sequence[int], width: int) -> list[list[Segment]]:
         rows[row].append(Segment(prompt, width - free[row], length))
         free[row] -= length
     return rows
-
-
-def row_positions(row: Sequence[Segment], width: int) -> tuple[list[int], list[int]]:
-    """Per column of a row: its position in its prompt, and its segment's number. Padding has position 0, segment -1.
-
-    A column sees another iff their segments are equal, not -1, and the other's position is not greater than its own.
-    """
-    positions, segments = [0] * width, [-1] * width
-    for number, segment in enumerate(row):
-        for offset in range(segment.length):
-            positions[segment.start + offset] = offset
-            segments[segment.start + offset] = number
-    return positions, segments

@@ -89,6 +89,7 @@ class RowResult:
     logprobs: list[TokenLogprob] | None = None  # beside token_ids, when asked for
     prompt_logprobs: list[TokenLogprob] | None = None  # for the prompt tokens at start + 1 .. start + num_tokens
     error: str | None = None
+    unsound: bool = False  # of an error: K/V that the row wrote or read gave no numbers
     drafted: int = 0  # nodes that were verified; all tokens but the last of token_ids were among them
     draft_depth: int = 0  # levels that they had
     draft_error: str | None = None  # why nothing was guessed for a row with a draft: its proposer failed

@@ -25,7 +25,14 @@ class PrefixCache:
         return self.enabled and (request.params.prompt_logprobs is None or request.index > 0)
 
     def match(self, request: Request) -> list[int]:
-        """The longest run of cached blocks that the request begins with; its last token is always left to compute."""
+        """The blocks that a request need not compute: those of the cache, or of its group's prompt while that is held.
+
+        The longest run that it begins with; its last token is left to compute, unless it forks.
+        """
+        held = request.group.prefix[: request.num_prompt // self.block_size]
+        return held if request.forks else max(held, self._cached(request), key=len)
+
+    def _cached(self, request: Request) -> list[int]:
         if not self.may_share(request):
             return []
         blocks: list[int] = []
@@ -40,9 +47,9 @@ class PrefixCache:
 
     def look(self, request: Request) -> None:
         """Note what of a waiting request could be found now, and which block it would compute first."""
+        found = len(self.match(request))
+        request.findable = found * self.block_size
         if self.may_share(request):
-            found = len(self.match(request))
-            request.findable = found * self.block_size
             full = (request.num_tokens - 1) // self.block_size
             request.lacks = request.block_keys[found] if found < full else None
 

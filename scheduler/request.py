@@ -86,6 +86,7 @@ class Request:
     num_pending    tokens drawn by steps that are out: they have a place, and nobody knows them yet
     block_ids      append-only while running; empty otherwise
     num_published  leading blocks already offered to the prefix cache
+    num_found      tokens whose K/V was there when it entered: it has computed none of them since
     num_promised   leading blocks that others may wait for while this one computes them
     slot           the runner's row, -1 while waiting
     findable       tokens that were in the cache when it was last looked at, waiting
@@ -112,6 +113,7 @@ class Request:
     block_ids: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
     num_published: int = 0
+    num_found: int = 0
     num_promised: int = 0
     slot: int = -1
     findable: int = 0

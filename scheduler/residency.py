@@ -52,7 +52,7 @@ class Residency:
         group, forks = request.group, request.forks
         full, rest = divmod(request.num_prompt, self._size)
         copied = group.prefix[full] if forks and rest else None
-        shared = group.prefix[:full] if group.prefix else self.prefix.match(request)
+        shared = self.prefix.match(request)
         num_tokens = request.num_tokens + (forks and request.params.max_tokens > 1)  # the one that it draws at once
         needed = -(-num_tokens // self._size) - len(shared)
         for block in shared:
@@ -62,7 +62,7 @@ class Residency:
             return None
         fresh = self.pool.take(needed) or []
         request.block_ids = shared + fresh
-        request.num_computed = request.num_prompt if forks else len(shared) * self._size
+        request.num_computed = request.num_found = request.num_prompt if forks else len(shared) * self._size
         request.num_published = len(shared)
         request.slot = self.free_slots.pop()
         request.passed_over = 0

@@ -335,20 +335,17 @@ class Scheduler:
         """
         if not self.policy.by_tenant:
             return 0
-        prompts: dict[str, int] = {}
-        for lane in self.waiting.lanes:
-            head = self.waiting.head(lane)
-            prompts[lane] = head.num_tokens if head is not None else 0
+        begun: dict[str, int] = {}
         for request in self.running:
             if request.remaining > 1:
-                tenant = request.group.tenant
-                prompts[tenant] = prompts.get(tenant, 0) + request.remaining
-        if not prompts:
-            return 0
-        tenant = min(prompts, key=self.service.seconds)
+                begun[request.group.tenant] = begun.get(request.group.tenant, 0) + request.remaining
+        served = self.service.seconds
+        tenant = min((*self.waiting.lanes, *begun), key=served, default=None)
         others = {request.group.tenant for request in decoding} - {tenant}
-        owed = all(self.service.seconds(tenant) <= self.service.seconds(other) for other in others)
-        return prompts[tenant] if others and owed else 0
+        if tenant is None or not others or any(served(other) < served(tenant) for other in others):
+            return 0
+        head = self.waiting.head(tenant)
+        return begun.get(tenant, 0) + (head.num_tokens if head is not None else 0)
 
     def _spend(self, plan: StepPlan, rows: dict[Request, Row], budget: Budget, now: float, *, admit: bool) -> None:
         """Give the budget to prompts in progress and, if `admit`, to who waits; then free slots to further samples."""
@@ -406,14 +403,14 @@ class Scheduler:
 
     def _in_order(self, admit: bool) -> Iterator[Request]:
         """Prompts in progress and, if `admit`, waiting requests; these leave the queue for `_taken`."""
-        begun: dict[str, list[Request]] = {lane: [] for lane in (self.waiting.lanes if admit else ())}
+        begun: dict[str, list[Request]] = {}
         for request in self.running:
             if request.remaining > 1:
                 begun.setdefault(self.roster.lane(request), []).append(request)
-        lanes = {}
+        lanes = {name: self._take_from(name) for name in (self.waiting.lanes if admit else ())}
         for name, requests in begun.items():
             requests.sort(key=_order)
-            lanes[name] = heapq.merge(requests, self._take_from(name) if admit else (), key=_order)
+            lanes[name] = heapq.merge(requests, lanes.get(name, ()), key=_order)
         return self.service.interleave(lanes, lambda request: request.work)
 
     def _take_from(self, lane: str) -> Iterator[Request]:
@@ -568,9 +565,21 @@ class Scheduler:
             if row.keeps is not None:
                 self.residency.pin(request)
                 self.roster.offer(request.group, request.group.arrival)
-        elif row.keeps is not None:
-            self._forget(request.group)
+        else:
+            if got.unsound:
+                self._doubt(request, row)
+            if row.keeps is not None:
+                self._forget(request.group)
         return self._take(request, got, end)
+
+    def _doubt(self, request: Request, row: Row) -> None:
+        """`row` gave no numbers: nobody finds any more what `request` wrote.
+
+        Nor what it had found, if this was its first row: a bad block would end everybody who shares it, and each of
+        them would keep it young. Where an earlier row has read that and gave numbers, it is no suspect.
+        """
+        whole = row.start == request.num_found
+        self.pool.retract(request.block_ids[0 if whole else request.num_found // self.config.block_size :])
 
     def _discard(self, request: Request, row: Row, got: RowResult, out: _Out) -> None:
         """The row of a sample that has ended; one that forked in this very step has been counted, or ended by it."""
@@ -619,8 +628,7 @@ class Scheduler:
         return chunk
 
     def _fail(self, request: Request, reason: str) -> Chunk:
-        """End a request for a fault of its own; what it wrote is shared with nobody any more."""
-        self.pool.retract(request.block_ids)
+        """End a request for a fault of its own; others go on sharing what it has put into the cache."""
         if not request.finished:
             self.roster.finish(request)
         self.counters.failed += 1

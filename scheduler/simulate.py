@@ -199,7 +199,7 @@ class Simulation:
             chance, depth, accepted = acceptance[names[rows[i].slot] % len(acceptance)], draft.shape.depth, 0
             while accepted < depth and self._draw.random() < chance:
                 accepted += 1
-            answers[i] = RowResult(answers[i].token_ids * (accepted + 1), None, None, None, draft.shape.nodes, depth)
+            answers[i] = RowResult(answers[i].token_ids * (accepted + 1), drafted=draft.shape.nodes, draft_depth=depth)
 
     def _passes(self, rows: Sequence[Row]) -> list[DraftPass]:
         """What guessing took, by method."""

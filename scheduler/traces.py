@@ -103,27 +103,6 @@ def arrival_times(count: int, rate: float, burstiness: float = 1.0, seed: int = 
     return times
 
 
-def on_off_times(count: int, rate: float, on: float, off: float, seed: int = 0) -> list[float]:
-    """As `arrival_times`, in bursts that end: Poisson while on, nothing while off.
-
-    Both spells are exponential with mean `on` and `off` seconds; `rate` is the average over both.
-    """
-    if not rate > 0 or not on > 0 or not off >= 0:
-        raise ValueError(f"request rate {rate} and on {on} must be above 0, off {off} at least 0")
-    draw = random.Random(seed)
-    busy_rate = rate * (on + off) / on
-    times: list[float] = []
-    now, until = 0.0, draw.expovariate(1 / on)
-    while len(times) < count:
-        now += draw.expovariate(busy_rate)
-        while now > until:  # the gap runs on in the next busy spell
-            silence = draw.expovariate(1 / off) if off else 0.0
-            now += silence
-            until += silence + draw.expovariate(1 / on)
-        times.append(now)
-    return times
-
-
 # ---------------------------------------------------------------- traces
 
 

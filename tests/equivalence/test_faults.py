@@ -357,6 +357,45 @@ def test_what_is_no_number_ends_who_reads_it_and_is_kept_for_nobody(tiny_model: 
 
 
 @pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("step_tokens", [8, 64], ids=["in a chunk", "in the row that draws"])
+def test_a_bad_block_ends_the_first_who_shares_it_and_no_other(tiny_model: Path, step_tokens, overlap):
+    """The cell stays as it is: the next one computes the prompt anew, in blocks of its own."""
+    expected, _ = drive(engine(tiny_model), [ASK])
+    core = engine(tiny_model, overlap=overlap, max_num_batched_tokens=step_tokens)
+    drive(core, [ASK])
+    core.runner.cache[0].k[next(iter(core.scheduler.pool._by_key.values()))].fill_(float("nan"))
+    _, errors = drive(core, [replace(ASK, request_id="hit")])
+    assert set(errors) == {"hit"}
+    again, errors = drive(core, [replace(ASK, request_id="again")])
+    assert errors == {}
+    assert again["again"] == expected["ask"]
+
+
+END = 257  # of the tiny model
+NO_TOKEN = SamplingParams(max_tokens=4, min_tokens=3, allowed_token_ids=(END,))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_request_that_fails_takes_no_prompt_out_of_the_cache(tiny_model: Path, monkeypatch, overlap):
+    core = engine(tiny_model, overlap=overlap)
+    assert core.scheduler.config.eos_token_ids == {END}
+    drive(core, [ASK])
+    hits = core.scheduler.counters.prefix_hit_tokens
+    forward = core.runner.decoder.forward
+    monkeypatch.setattr(
+        core.runner.decoder, "forward", of_bad(forward, lambda batch, cache: (batch.input_ids == CURSED).any())
+    )
+    prompts = {
+        "no token left": AddRequest("no token left", ASK.prompt_ids, NO_TOKEN),
+        "the model": AddRequest("the model", [*ASK.prompt_ids, CURSED], ASK.params),
+    }
+    _, errors = drive(core, list(prompts.values()))
+    assert set(errors) == set(prompts)
+    drive(core, [replace(ASK, request_id="later")])
+    assert core.scheduler.counters.prefix_hit_tokens - hits == 3 * 32
+
+
+@pytest.mark.parametrize("overlap", [False, True])
 def test_no_block_of_a_prompt_that_is_no_number_enters_the_cache(tiny_model: Path, overlap):
     """Nothing is drawn behind the first pieces of a prompt, and others could share them before anything is."""
     core = engine(tiny_model, overlap=overlap, max_num_batched_tokens=16)

@@ -2,7 +2,7 @@
 exactly the tokens that precede it, every request gets the tokens of its solo run, and nothing is lost.
 
 A step is executed when it is planned, as a device does, and answered after up to `ahead` more are planned. Where it has
-guesses, any number of them is made and any number of these is right.
+guesses, any number of them is made and any number of these is right. Rows fail, and some of these leave no numbers.
 """
 
 from __future__ import annotations
@@ -37,8 +37,11 @@ def next_token(token_ids: list[int], sample: int) -> int:
 class CacheModel:
     """Plays the runner. Blocks hold the tokens written to them; a row that would read anything else is an error."""
 
-    def __init__(self, config: SchedulerConfig, seed: int) -> None:
+    def __init__(self, config: SchedulerConfig, seed: int, faults: float) -> None:
+        """faults: share of the rows that fail."""
         self.random = random.Random(seed)
+        self.faults = faults
+        self.broken: set[int] = set()  # slots of which a row has failed
         self.size = config.block_size
         self.max_model_len = config.max_model_len
         self.failed: set[int] = set()  # slots whose guessing failed
@@ -53,6 +56,7 @@ class CacheModel:
         for slot in plan.freed:
             del self.slots[slot]
             self.failed.discard(slot)
+            self.broken.discard(slot)
         for new in plan.new:
             assert new.slot not in self.slots
             max_tokens = new.params.max_tokens
@@ -86,7 +90,8 @@ class CacheModel:
             assert end <= len(block_ids) * self.size
             assert 0 not in block_ids
             held = [token for block in block_ids for token in self.blocks[block]][: row.start]
-            assert held == token_ids[: row.start], "the row's context is not what its blocks hold"
+            sound = row.slot in self.broken or held == token_ids[: row.start]
+            assert sound, "the row's context is not what its blocks hold"
             for position in range(row.start, end):
                 place = (block_ids[position // self.size], position % self.size)
                 assert place not in written, "two rows write one place"
@@ -105,7 +110,8 @@ class CacheModel:
                 self.kept[row.keeps] = list(token_ids)
             drawn = [next_token(token_ids, sample)] if row.samples else []
             token_ids += drawn
-            results.append(RowResult(drawn))
+            fails = row.slot not in self.broken and self.random.random() < self.faults
+            results.append(self.fail(row) if fails else RowResult(drawn))
         guesses = Counter(row.draft.method for row in plan.rows if row.draft)
         drafting = [DraftPass(method, method != "ngram", count, 1e-4 * count) for method, count in guesses.items()]
         return StepResult(plan.step_id, results, draws, drafting)
@@ -128,6 +134,16 @@ class CacheModel:
             self.failed.add(row.slot)
             return RowResult(drawn, draft_error="the proposer raised")
         return RowResult(drawn, drafted=nodes, draft_depth=depth)
+
+    def fail(self, row: Row) -> RowResult:
+        """Half of those that fail have written no numbers."""
+        _, block_ids, _, _ = self.slots[row.slot]
+        unsound = self.random.random() < 0.5
+        if unsound:
+            for position in range(row.start, row.start + row.num_tokens):
+                self.write(block_ids, position, -1)
+        self.broken.add(row.slot)
+        return RowResult(error="it failed", unsound=unsound)
 
     def write(self, block_ids: list[int], position: int, token: int) -> None:
         self.blocks[block_ids[position // self.size]][position % self.size] = token
@@ -161,6 +177,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         shape=st.sampled_from([None, "chain:1", "chain:4", "rsd-c:2,2", "rsd-s:2x3"]),
         method=st.sampled_from(["draft", "ngram"]),
         adaptive=st.booleans(),
+        faults=st.sampled_from([0.0, 0.0, 0.1]),
         seed=st.integers(0, 99),
     )
     def start(
@@ -179,6 +196,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         shape,
         method,
         adaptive,
+        faults,
         seed,
     ):
         draft_shape = shape and parse_shape(shape, 0)
@@ -204,7 +222,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             adaptive_drafts=adaptive,
         )
         self.scheduler = Scheduler(self.config, COST)
-        self.runner = CacheModel(self.config, seed)
+        self.runner = CacheModel(self.config, seed, faults)
         self.ahead = ahead
         self.out = deque()  # plan, its result, who draws in it
         self.in_vain = Counter()  # request -> tokens that were drawn for it after its end
@@ -338,11 +356,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert oldest.slot >= 0, "the first in order was preempted"
         for request in decoding:  # stall-free: a decode runs, or was preempted
             assert request.slot < 0 or request.slot in slots or request not in before
+        result = self.runner.execute(plan)
         by_slot = {request.slot: request for request in self.scheduler.running}
-        drawing = {by_slot[item.slot] for item in (*plan.draws, *(row for row in plan.rows if row.samples))}
+        answers = zip((*plan.draws, *plan.rows), (*result.draws, *result.rows), strict=True)
+        drawing = {by_slot[item.slot] for item, got in answers if got.token_ids}
         for request in drawing:
             assert not request.params.looks_back or request.num_pending == 1, "drawn without what it depends on"
-        self.out.append((plan, self.runner.execute(plan), drawing))
+        self.out.append((plan, result, drawing))
         return True
 
     def _take(self, chunks):
@@ -354,7 +374,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.ended[name] = chunk.finish_reason
             tokens, reason = self.expected[name]
             assert self.got[name] == tokens[: len(self.got[name])]
-            if chunk.finish_reason not in (None, "abort", "expired"):
+            if chunk.finish_reason not in (None, "abort", "expired", "error"):
                 assert (self.got[name], chunk.finish_reason) == (tokens, reason)
 
     @invariant()

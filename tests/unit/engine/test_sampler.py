@@ -171,19 +171,19 @@ class TestLogprobs:
     def test_of_a_prompt(self):
         logits = torch.stack([model([i]) for i in range(5)])
         targets = [3, 1, 4, 1, 5]
-        found = make(REFERENCE).prompt_logprobs(logits, targets, 2)
+        found = make(REFERENCE).rate(logits, targets, 2).wait()
         log_p = logits.log_softmax(-1)
         assert [f.token_id for f in found] == targets
         assert [f.logprob for f in found] == [log_p[i, t].item() for i, t in enumerate(targets)]
         assert [f.rank for f in found] == [1 + int((logits[i] > logits[i, t]).sum()) for i, t in enumerate(targets)]
         assert all(len(f.top) == 2 and f.top[0][1] == log_p[i].max() for i, f in enumerate(found))
-        assert len(make().prompt_logprobs(logits, targets, -1)[0].top) == V
+        assert len(make().rate(logits, targets, -1).wait()[0].top) == V
 
     def test_of_an_unsound_prompt(self):
         logits = torch.stack([model([i]) for i in range(3)])
         logits[1, 4] = math.nan
         with pytest.raises(ValueError, match="NaN"):
-            make().prompt_logprobs(logits, [1, 2, 3], 1)
+            make().rate(logits, [1, 2, 3], 1).wait()
 
 
 class TestOneBadRowEndsOneRow:

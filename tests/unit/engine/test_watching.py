@@ -65,7 +65,7 @@ def test_what_is_told_adds_up(core: EngineCore) -> None:
         assert batch.drafted == drafted
         assert batch.accepted == stats.accepted_tokens_total - before.accepted_tokens_total <= drafted
         model_tokens = batch.decodes + batch.packed_tokens + batch.chunk_tokens + batch.drafted
-        assert 0 < model_tokens <= stats.step_tokens <= MOST
+        assert 0 < model_tokens == stats.step_tokens <= MOST
         assert batch.packed_prompts <= batch.packed_tokens
         assert (batch.chunk_prompts > 0) == (batch.chunk_tokens > 0)
         assert batch.seconds > 0
@@ -83,6 +83,32 @@ def test_prompts_are_chunks_or_whole(core: EngineCore) -> None:
         core.handle(AddRequest(name, [100, *name.encode(), *range(4)], greedy(2)))
     told = [outputs.batch for outputs in play(core)]
     assert [(b.packed_prompts, b.packed_tokens, b.decodes) for b in told if b] == [(2, 16, 0), (0, 0, 2)]
+
+
+def test_samples_that_fork_are_streams_and_no_prompts(core: EngineCore) -> None:
+    core.handle(Watch(60.0))
+    core.handle(AddRequest("many", [*range(8)], SamplingParams(max_tokens=3, ignore_eos=True, n=4)))
+    told = [outputs.batch for outputs in play(core)]
+    assert [(b.packed_prompts, b.packed_tokens, b.decodes) for b in told if b] == [(1, 8, 0), (0, 0, 4), (0, 0, 4)]
+
+
+def test_tokens_of_a_step_are_those_that_ran(tiny_model: Path) -> None:
+    """Room is ordered for four guesses in every step, and nothing repeats: few or none are made."""
+    settings = {"num_blocks": 40, "block_size": 4, "max_num_seqs": 4, "max_num_batched_tokens": MOST, "threads": 1}
+    guessing = EngineConfig(
+        model=str(tiny_model), dtype="float32", speculative_method="ngram", speculative_adaptive=False, **settings
+    )
+    core = EngineCore(guessing)
+    rows = []
+    gather = core.runner.slots.gather
+    core.runner.slots.gather = lambda plain, *rest: (
+        rows.append(sum(row.num_tokens for row in plain)) or gather(plain, *rest)
+    )
+    core.handle(AddRequest("a", [5, 6, 90, 7, 33], SamplingParams(max_tokens=20, temperature=2.0, seed=3)))
+    told = [outputs.stats for outputs in play(core)]
+    assert core.scheduler.counters.depths[0] < len(told), "steps for which guesses were ordered"
+    assert [stats.step_tokens for stats in told] == rows
+    assert [stats.launched_tokens for stats in told] == [core.scheduler.steps.cost.launched(count) for count in rows]
 
 
 def test_holdings_are_those_of_the_pool(core: EngineCore) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quire.scheduler.budget import Budget
-from quire.scheduler.packing import PASSED_OVER, Want, pack, pack_rows, row_positions
+from quire.scheduler.packing import PASSED_OVER, Want, pack, pack_rows
 from quire.scheduler.step_time import StepCost, StepShape
 
 COST = StepCost(tile=1, base=1e-3, per_tile=1e-4, per_context=1e-7, per_pair=1e-8)
@@ -75,18 +75,6 @@ def test_rows_hold_every_prompt_once_and_never_overlap(lengths, width):
     least = -(-sum(lengths) // width)
     assert len(rows) <= 11 / 9 * max(least, 1) * 2  # of the volume bound, which the optimum may miss by a factor of two
     assert all(sum(s.length for s in a) + sum(s.length for s in b) > width for a in rows for b in rows if a is not b)
-
-
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=10))
-def test_positions_restart_and_segments_do_not_see_each_other(lengths):
-    for row in pack_rows(lengths, 32):
-        positions, segments = row_positions(row, 32)
-        for segment in row:
-            columns = range(segment.start, segment.start + segment.length)
-            assert [positions[c] for c in columns] == list(range(segment.length))
-            assert len({segments[c] for c in columns}) == 1
-        assert len(set(segments) - {-1}) == len(row)
-        assert segments.count(-1) == 32 - sum(s.length for s in row)
 
 
 @pytest.mark.parametrize("lengths", [[0], [5, 11], [-1]])

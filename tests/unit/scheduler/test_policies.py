@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
+from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 
@@ -333,6 +336,59 @@ def test_interleaving_follows_what_would_be_served():
     lanes = {"a": iter(["a1", "a2", "a3"]), "b": iter(["b1", "b2", "b3", "b4"])}
     order = list(service.interleave(lanes, lambda _: 1.0))
     assert order == ["a1", "b1", "b2", "a2", "b3", "b4", "a3"]
+
+
+def test_a_lane_is_not_asked_for_more_than_comes_out():
+    service, asked = Service({}, 8), []
+
+    def lane(name: str) -> Iterator[str]:
+        asked.append(name)
+        yield name
+        asked.append(name)
+        yield name
+
+    turns = service.interleave({name: lane(name) for name in "abcdefgh"}, lambda _: 1.0)
+    assert [next(turns) for _ in range(3)] == ["a", "b", "c"]
+    assert asked == ["a", "b", "c"]
+
+
+def test_who_is_here_is_not_walked_over_to_know_a_share(monkeypatch: pytest.MonkeyPatch):
+    service, asked = Service({}, 8), []
+    for i in range(100):
+        service.arrives(str(i))
+    weight = Service.weight
+    monkeypatch.setattr(Service, "weight", lambda self, tenant: asked.append(tenant) or weight(self, tenant))
+    service.enters("7")
+    assert service.exceeds_share("7")
+    assert asked == ["7"]
+
+
+def test_a_share_is_that_of_those_who_are_here():
+    draw, service, here = random.Random(1), Service({"0": 0.1, "1": 3.0}, 8), Counter()
+    for _ in range(2000):
+        name = str(draw.randrange(6))
+        if draw.random() < 0.5 and here[name]:
+            service.leaves(name)
+            here[name] -= 1
+        else:
+            service.arrives(name, draw.choice([None, None, 0.1, 0.3, 2.0]))
+            here[name] += 1
+        assert service._total == math.fsum(service.weight(name) for name in +here)
+
+
+def test_a_share_that_is_met_is_not_exceeded_however_many_came_and_went():
+    service = Service({}, 8)
+    for name in ("a", "b"):
+        service.arrives(name, 0.1)
+    for i in range(100):
+        service.arrives(str(i), 0.7 + i)
+    for i in range(100):
+        service.leaves(str(i))
+    for _ in range(4):
+        service.enters("a")
+    assert not service.exceeds_share("a")
+    service.enters("a")
+    assert service.exceeds_share("a")
 
 
 def test_the_forecast_is_the_longer_of_two_queues():

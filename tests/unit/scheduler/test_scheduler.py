@@ -241,6 +241,96 @@ def test_an_error_ends_one_request_and_its_blocks_are_not_believed():
     assert counts(plan) == [1, 12 - 4], "chunked beside a stream, and nothing of it from the cache"
 
 
+def answer_first(s: Scheduler, *rows: RowResult) -> None:
+    """One step, whose first rows have these results; all others draw token 7."""
+    plan = s.schedule(0.0)
+    assert plan is not None
+    rest = [RowResult([7] if row.samples else []) for row in plan.rows[len(rows) :]]
+    s.update(plan, StepResult(plan.step_id, [*rows, *rest]))
+    s.check()
+
+
+def cached(s: Scheduler, ids: list[int]) -> int:
+    """Prompt tokens that a request which asks now finds in the cache."""
+    s.add("probe", ids, GREEDY, arrival=-1.0)
+    s.schedule(0.0)
+    found = next(r.num_cached for r in s.running if r.request_id == "probe")
+    s.abort("probe")
+    return found
+
+
+COMMON = prompt(1, 24)
+
+
+def after_a_good_one(s: Scheduler) -> None:
+    s.add("good", [*COMMON, 50], SamplingParams(max_tokens=1))
+    run(s)
+    assert not s.has_work
+    s.add("bad", [*COMMON, *range(60, 68)], GREEDY)
+
+
+def test_an_error_that_says_nothing_of_kv_takes_nothing_out_of_the_cache():
+    s = scheduler()
+    after_a_good_one(s)
+    answer_first(s, RowResult(error="no token may be drawn"))
+    assert not s.has_work
+    assert cached(s, [*COMMON, 51]) == 24
+
+
+def test_what_a_request_wrote_stays_when_it_fails_for_another_reason():
+    s = scheduler()
+    after_a_good_one(s)
+    run(s)
+    answer_first(s, RowResult(error="no token may be drawn"))
+    assert cached(s, [*COMMON, *range(60, 68), 51]) == 32
+
+
+def test_a_first_row_without_numbers_casts_doubt_on_what_it_has_read():
+    s = scheduler()
+    after_a_good_one(s)
+    answer_first(s, RowResult(error="NaN", unsound=True))
+    assert cached(s, [*COMMON, 51]) == 0
+
+
+def test_a_later_row_without_numbers_casts_doubt_on_what_its_request_wrote():
+    s = scheduler()
+    after_a_good_one(s)
+    run(s)
+    answer_first(s, RowResult(error="NaN", unsound=True))
+    assert cached(s, [*COMMON, *range(60, 68), 51]) == 24, "an earlier row has read the rest, and gave numbers"
+
+
+def test_who_shares_what_another_wrote_in_vain_goes_on():
+    s = scheduler()
+    after_a_good_one(s)
+    run(s)
+    s.add("sharer", [*COMMON, *range(60, 68), 51], GREEDY)
+    run(s)
+    assert s.pool.census().shared == 8
+    answer_first(s, RowResult(error="NaN", unsound=True))
+    assert [r.request_id for r in s.running] == ["sharer"]
+    _, chunks = run(s)
+    assert [c.token_ids for c in chunks] == [[7]]
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_preempted_sample_begins_again_from_all_that_is_kept_of_it(n: int, caching: bool):
+    """Its output lies in the cache, and its prompt is held for further samples."""
+    s = scheduler(prefix_caching=caching)
+    s.add("a", prompt(1, 10), SamplingParams(max_tokens=50, ignore_eos=True, n=n))
+    for _ in range(20):
+        run(s)
+    request = s.running[-1]
+    assert request.index == n - 1
+    s._preempt(request)
+    plan, _ = run(s)
+    assert plan is not None
+    (row,) = (row for row in plan.rows if row.slot == request.slot)
+    assert row.start == (28 if caching else 8 if n == 2 else 0)
+    assert request.findable == row.start, "the step was filled by what it lacks"
+
+
 def test_abort_twice_before_and_after_returns_every_block():
     s = scheduler()
     assert s.abort("never") == []

@@ -22,7 +22,6 @@ from quire.scheduler.traces import (
     conversations,
     draw_lengths,
     merged,
-    on_off_times,
     read_trace,
     synthetic,
     token_ids,
@@ -54,40 +53,10 @@ def test_lengths_fit_the_context(name: str, context: int, seed: int) -> None:
 
 def test_everything_is_a_function_of_the_seed() -> None:
     assert draw_lengths(SHAREGPT, 50, 1) == draw_lengths(SHAREGPT, 50, 1) != draw_lengths(SHAREGPT, 50, 2)
-    assert on_off_times(50, 2.0, 1, 1, 1) == on_off_times(50, 2.0, 1, 1, 1) != on_off_times(50, 2.0, 1, 1, 2)
     starts = [0.0, 1.0]
     one, other = (conversations(starts, SHAREGPT, turns=3, think=5, seed=seed) for seed in (1, 2))
     assert one == conversations(starts, SHAREGPT, turns=3, think=5, seed=1)
     assert one != other
-
-
-def test_bursts_keep_the_average_rate_and_spread_wider_than_poisson() -> None:
-    times = on_off_times(20_000, rate=5.0, on=2.0, off=8.0, seed=1)
-    assert times == sorted(times)
-    assert len(times) / times[-1] == pytest.approx(5.0, rel=0.1)
-
-    def dispersion(times: list[float]) -> float:
-        """Variance over mean of the arrivals in 10 s: 1 for a Poisson process."""
-        counts = [0] * int(times[-1] / 10)
-        for time in times:
-            if time < 10 * len(counts):
-                counts[int(time / 10)] += 1
-        return statistics.pvariance(counts) / statistics.fmean(counts)
-
-    assert dispersion(arrival_times(20_000, 5.0, seed=1)) == pytest.approx(1.0, abs=0.2)
-    assert dispersion(times) > 10
-
-
-def test_without_silence_bursts_are_the_poisson_process() -> None:
-    gaps = [after - before for before, after in pairwise(on_off_times(20_000, 4.0, on=1.0, off=0.0, seed=1))]
-    assert statistics.fmean(gaps) == pytest.approx(0.25, rel=0.03)
-    assert statistics.pstdev(gaps) == pytest.approx(0.25, rel=0.05)
-
-
-@pytest.mark.parametrize(("rate", "on", "off"), [(0, 1, 1), (1, 0, 1), (1, 1, -1), (math.nan, 1, 1)])
-def test_impossible_bursts_are_refused(rate: float, on: float, off: float) -> None:
-    with pytest.raises(ValueError, match="above 0"):
-        on_off_times(3, rate, on, off)
 
 
 def test_conversations_repeat_what_was_said() -> None:

@@ -6,7 +6,7 @@ fields ──chat_body──▶ ChatBody ──open_chat──▶ Generation    
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -116,6 +116,19 @@ def list_at(value: Any, where: str) -> list[Any]:
     if not isinstance(value, list):
         raise errors.invalid(f"`{where}` must be a list; got {errors.shown(value)}.", where)
     return value
+
+
+def turn_of(messages: list[dict[str, Any]], role: str) -> dict[str, Any]:
+    """The message of `role` that the conversation ends with, or a new one there."""
+    if not messages or messages[-1]["role"] != role:
+        messages.append({"role": role, "content": []})
+    return messages[-1]
+
+
+def think(turn: dict[str, Any], thoughts: Sequence[str]) -> None:
+    """Further thinking of an assistant's turn."""
+    if thoughts:
+        turn["reasoning"] = "\n".join([turn["reasoning"], *thoughts] if "reasoning" in turn else thoughts)
 
 
 def text_part(text: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ address from its X-Forwarded-For, and from that of the proxies named in FORWARDE
 from __future__ import annotations
 
 import ipaddress
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -29,29 +30,36 @@ class _Caller:
 
 
 class Attempts:
-    """A bounded table: address -> how many more wrong keys it may send, and which keys have opened from there."""
+    """A bounded table: address -> how many more wrong keys it may send, and which keys have opened from there.
+
+    Keys are checked by both event loops, that of the probes being on a thread of its own.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._callers: OrderedDict[str, _Caller] = OrderedDict()
+        self._lock = threading.Lock()
 
     def wait(self, address: str, name: str | None) -> float:
         """Seconds until `address` is heard again, who now sends the key called `name` (None = a wrong one)."""
-        caller = self._callers.get(_network(address))
-        if caller is None or name in caller.opened:
-            return 0.0
-        return caller.allowance.seconds_until(1, self._clock())
+        with self._lock:
+            caller = self._callers.get(_network(address))
+            if caller is None or name in caller.opened:
+                return 0.0
+            return caller.allowance.seconds_until(1, self._clock())
 
     def failed(self, address: str) -> None:
-        if (caller := self._caller(address)) is not None:
-            caller.allowance.take(1, self._clock())
+        with self._lock:
+            if (caller := self._caller(address)) is not None:
+                caller.allowance.take(1, self._clock())
 
     def opened(self, address: str, name: str) -> None:
-        if (caller := self._caller(address)) is not None:
-            caller.opened[name] = None
-            caller.opened.move_to_end(name)
-            if len(caller.opened) > KEYS_PER_ADDRESS:
-                caller.opened.popitem(last=False)
+        with self._lock:
+            if (caller := self._caller(address)) is not None:
+                caller.opened[name] = None
+                caller.opened.move_to_end(name)
+                if len(caller.opened) > KEYS_PER_ADDRESS:
+                    caller.opened.popitem(last=False)
 
     def _caller(self, address: str) -> _Caller | None:
         """Made when it is first heard of; None for an address that is not counted."""

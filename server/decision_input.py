@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 
 from . import errors
+from .as_chat import text_at
 
 ROLES = ("user", "developer", "system", "assistant")
 
@@ -33,13 +34,15 @@ def _message(item: Any, where: str) -> dict[str, Any]:
             raise errors.invalid(f"`{where}` must be one of {', '.join(ROLES)}; got {errors.shown(role)}.", where)
         return {"role": role, "content": text_of(item.get("content"), f"{where}.content")}
     if kind in ("function_call", "custom_tool_call"):
-        said = _word(item, "arguments", where) if kind == "function_call" else _custom(_word(item, "input", where))
-        function = {"name": _word(item, "name", where), "arguments": said}
-        call = {"id": _word(item, "call_id", where), "type": "function", "function": function}
+        field = "arguments" if kind == "function_call" else "input"
+        said = text_at(item.get(field), f"{where}.{field}")
+        arguments = said if kind == "function_call" else _custom(said)
+        function = {"name": text_at(item.get("name"), f"{where}.name"), "arguments": arguments}
+        call = {"id": text_at(item.get("call_id"), f"{where}.call_id"), "type": "function", "function": function}
         return {"role": "assistant", "content": "", "tool_calls": [call]}
     if kind in ("function_call_output", "custom_tool_call_output"):
         content = text_of(item.get("output"), f"{where}.output")
-        return {"role": "tool", "tool_call_id": _word(item, "call_id", where), "content": content}
+        return {"role": "tool", "tool_call_id": text_at(item.get("call_id"), f"{where}.call_id"), "content": content}
     raise errors.invalid(f"`{where}.type` is {errors.shown(kind)}, which is not taken here.", f"{where}.type")
 
 
@@ -55,11 +58,14 @@ def text_of(content: Any, where: str) -> str:
 def _part(part: Any, where: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind in ("input_text", "output_text"):
-        return _word(part, "text", where)
+        return text_at(part.get("text"), f"{where}.text")
     if kind == "refusal":
-        return _word(part, "refusal", where)
+        return text_at(part.get("refusal"), f"{where}.refusal")
     if kind == "input_json":
-        return msgspec.json.encode(part.get("data")).decode()
+        try:
+            return msgspec.json.encode(part.get("data")).decode()
+        except RecursionError:
+            raise errors.invalid(f"`{where}.data` is nested too deeply.", f"{where}.data") from None
     if kind == "input_image":
         raise errors.unsupported(where, f"`{where}` is an image; this model reads text only.")
     raise errors.invalid(f"`{where}.type` must be input_text or input_json; got {errors.shown(kind)}.", where)
@@ -68,10 +74,3 @@ def _part(part: Any, where: str) -> str:
 def _custom(said: str) -> str:
     """What a tool without parameters was told, as the one argument of a function."""
     return msgspec.json.encode({"input": said}).decode()
-
-
-def _word(item: dict[str, Any], name: str, where: str) -> str:
-    value = item.get(name)
-    if not isinstance(value, str):
-        raise errors.invalid(f"`{where}.{name}` must be text; got {errors.shown(value)}.", f"{where}.{name}")
-    return value

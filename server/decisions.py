@@ -44,8 +44,11 @@ class Option:
 
 
 def decision_size(body: DecisionBody) -> Asked:
-    """What `body` asks for, as far as its fields tell: the input once, since it is computed once."""
-    said = len(str(body.input)) + sum(len(str(question.instructions)) for question in body.questions)
+    """What `body` asks for, as far as its fields tell: the input once, since it is computed once. Raises 400."""
+    try:
+        said = len(str(body.input)) + sum(len(str(question.instructions)) for question in body.questions)
+    except RecursionError:  # JSON in it
+        raise errors.invalid("`input` or `questions` are nested too deeply.", "input") from None
     return Asked(samples=len(body.questions), prompt_bytes=said, max_tokens=1, logprobs=True)
 
 

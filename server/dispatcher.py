@@ -198,10 +198,6 @@ class Dispatcher:
         if self._loop is not None:
             await asyncio.to_thread(self._client.close)
 
-    def trouble(self) -> str | None:
-        """Why the engine cannot serve now, as `Life.trouble`."""
-        return self.life.trouble()
-
     def send(self, requests: Iterable[AddRequest], mailbox: Mailbox) -> None:
         """Hand requests to the engine; what comes of them goes to `mailbox`. Raises 503 if the engine is gone."""
         if (refusal := self.life.refusal()) is not None:

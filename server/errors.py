@@ -56,7 +56,7 @@ class ApiError(Exception):
             return {"Retry-After": str(_whole_seconds(self.retry_after)), "x-should-retry": "true"}
         if self.status == 401:
             return {"WWW-Authenticate": "Bearer"}
-        if self.status == 429:  # for good: clients would come back by themselves
+        if self.status in (409, 429, 504):  # for good, and clients would come back by themselves
             return {"x-should-retry": "false"}
         return {}
 
@@ -219,6 +219,11 @@ def engine_starting(wait: float) -> ApiError:
 
 def engine_failed() -> ApiError:
     return ApiError(500, "The engine could not finish this request.", code="engine_error")
+
+
+def aborted() -> ApiError:
+    """Of an answer that has no place for it."""
+    return ApiError(409, "This request was aborted before it had its answer.", code="request_aborted")
 
 
 def out_of_time(reason: str, limit: str, tokens: int) -> ApiError:

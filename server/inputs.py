@@ -387,6 +387,6 @@ def _request(
         slo=order.slo,
         timeout=order.timeout,
         speculative=body.speculation,
-        format=format or AnswerFormat(),
+        format=format,
         interval=body.interval,
     )

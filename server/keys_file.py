@@ -23,6 +23,7 @@ import yaml
 
 from ..engine.errors import QuireError
 from ..engine.validation import MAX_WEIGHT
+from . import logs
 from .keys import OTHER_TENANTS, PRIORITY_CLASSES, TENANT_DIGITS, Key
 from .logs import logger
 
@@ -168,11 +169,12 @@ async def follow(path: Path, seen: Stamp, use: Callable[[list[Key]], None], inte
             seen = stamp
             try:
                 keys = await asyncio.to_thread(load_keys, path)
-            except KeysFileError as error:
-                logger.error("the keys stay as they were: %s", error)
-            else:
                 use(keys)
                 logger.info("keys read again: %d from %s", len(keys), path)
+            except KeysFileError as error:
+                logger.error("the keys stay as they were: %s", error)
+            except Exception as error:  # the next change may be taken, and other chores run beside this one
+                logger.error("the keys were not taken: %s", logs.where(error))
         before = stamp
 
 

@@ -18,6 +18,7 @@ from .connection import ClientGone
 from .keys import INFER
 from .load import ASKED_BY, orca_headers
 from .logs import logger
+from .quotas import Quotas
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 METHODS = frozenset({"GET", "POST", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -92,9 +93,14 @@ class Outermost:
 
 
 def _quota_headers(scope: Scope) -> Mapping[str, str]:
-    """What is left of the caller's minute, where a route has found out who it is."""
+    """What is left of the caller's minute, where a route has found out who it is. Not on probes: another thread may
+    answer them, and the accounts belong to the first one.
+    """
     caller = scope["state"].get("caller")
-    return {} if caller is None else scope["app"].state.door.quotas.headers(caller)
+    if caller is None or POLICIES[scope["route"].path].probe:
+        return {}
+    quotas: Quotas = scope["app"].state.door.quotas
+    return quotas.headers(caller)
 
 
 def _load_headers(scope: Scope, format: str) -> Mapping[str, str]:

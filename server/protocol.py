@@ -310,13 +310,18 @@ class ChatBody(GenerateBody):
         return (self.top_logprobs or 0) if self.logprobs or self.logprob_token_ids else None
 
     @property
-    def echoed(self) -> str:
-        """The text of the assistant's own last message, with which an answer begins that goes on writing it."""
-        final = self.messages[-1] if self.echo and self.messages else {}
-        content = final.get("content") if final.get("role") == "assistant" else ""
+    def final_text(self) -> str:
+        """Of the last message, its parts joined as templates read them."""
+        content = self.messages[-1].get("content") if self.messages else None
         if isinstance(content, list):
             content = "\n".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
         return content if isinstance(content, str) else ""
+
+    @property
+    def echoed(self) -> str:
+        """The text of the assistant's own last message, with which an answer begins that goes on writing it."""
+        is_own = self.echo and self.messages and self.messages[-1].get("role") == "assistant"
+        return self.final_text if is_own else ""
 
 
 class TokenizeBody(_Body):

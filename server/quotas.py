@@ -46,7 +46,7 @@ class Lease:
 
 
 class Quotas:
-    """The accounts of all keys by name. Used on the event loop only. `clock`: seconds."""
+    """The accounts of all keys by name. Used on the first event loop only, never by a probe. `clock`: seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from contextlib import aclosing
-from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from ..engine.outputs import SampleOutput
+from . import errors
 from .connection import while_connected
 from .decisions import answer_of, decision_request, decision_size
-from .generate import Generation, Usage
+from .generate import Generation
 from .json_answer import json_answer
 from .protocol import DecisionBody
+from .responses.wire import usage_dict
 from .routing import GuardedRoute
 from .state import state_of
 
@@ -33,9 +34,11 @@ async def decisions(body: DecisionBody, request: Request) -> Response:
     with generation:
         generation.start()
         outputs = await while_connected(request.receive, _outputs(generation))
+    if "abort" in generation.finish_reasons:
+        raise errors.aborted()
     tokenizer = state.text.tokenizer
     answers = [answer_of(question, output, tokenizer) for question, output in zip(body.questions, outputs, strict=True)]
-    return json_answer({"model": model, "answers": answers, "usage": _usage(generation.usage)})
+    return json_answer({"model": model, "answers": answers, "usage": usage_dict(generation.usage)})
 
 
 async def _outputs(generation: Generation) -> list[SampleOutput]:
@@ -46,13 +49,3 @@ async def _outputs(generation: Generation) -> list[SampleOutput]:
             for delta in batch:
                 outputs.setdefault(delta.index, SampleOutput(delta.index)).add(delta)
     return [outputs[index] for index in sorted(outputs)]
-
-
-def _usage(usage: Usage) -> dict[str, Any]:
-    return {
-        "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
-        "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-    }

@@ -163,7 +163,8 @@ _BLOCK = _any(
     _object(("type", "tool_use_id"), type={"const": "tool_result"}, tool_use_id=TEXT, content=_text_or("text")),
 )
 _TURN = _object(("role", "content"), role={"enum": ["user", "assistant"]}, content=_any(TEXT, _list(_BLOCK)))
-Turns = Annotated[list[Any], WithJsonSchema(_list(_TURN, minItems=1))]
+_RULES = _object(("role", "content"), role={"const": "system"}, content=_text_or("text"))
+Turns = Annotated[list[Any], WithJsonSchema(_list(_any(_TURN, _RULES), minItems=1))]
 System = Annotated[str | list[Any], WithJsonSchema(_text_or("text"))]
 InputTools = Annotated[
     list[Any],

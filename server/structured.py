@@ -71,7 +71,7 @@ def _response_format(given: Any) -> tuple[Grammar, str] | None:
 
 
 def _guided(given: dict[str, Any]) -> tuple[Grammar, str] | None:
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None and value is not False}
     if not given:
         return None
     found = _structured(
@@ -113,7 +113,7 @@ def _structured(given: Any, spelled: dict[str, str] | None = None) -> tuple[Gram
     elif key == "choice":
         if not isinstance(value, list) or not _are_texts(value):
             raise errors.invalid(f"`{param}` must be a list of texts, none of them empty.", param)
-        grammar = Grammar(kind="choice", source=msgspec.json.encode(value).decode())
+        grammar = Grammar(kind="choice", source=_written(value, param))
     else:
         if not isinstance(value, str) or not value:
             raise errors.invalid(f"`{param}` must be text, and not empty.", param)
@@ -136,7 +136,7 @@ def _json(schema: Any, options: dict[str, Any], param: str) -> Grammar:
         pattern = ""
     if pattern is not None:
         schema = {**schema, "x-guidance": {"whitespace_pattern": pattern}}
-    return Grammar(kind="json_schema", source=msgspec.json.encode(schema).decode())
+    return Grammar(kind="json_schema", source=_written(schema, param))
 
 
 def _structural_tag(given: Any, param: str) -> Grammar:
@@ -158,7 +158,15 @@ def _structural_tag(given: Any, param: str) -> Grammar:
         if not any(tag["begin"].startswith(trigger) for trigger in triggers):
             raise errors.invalid(f"`{param}`: {errors.shown(tag['begin'])} begins with none of the triggers.", param)
     kept = {"structures": [{key: tag[key] for key in ("begin", "schema", "end")} for tag in tags], "triggers": triggers}
-    return Grammar(kind="structural_tag", source=msgspec.json.encode(kept).decode())
+    return Grammar(kind="structural_tag", source=_written(kept, param))
+
+
+def _written(value: Any, param: str) -> str:
+    """As JSON. Raises 400 for what is nested so deeply that only the decoder, higher up in the stack, could bear it."""
+    try:
+        return msgspec.json.encode(value).decode()
+    except RecursionError:
+        raise errors.invalid(f"`{param}` is nested too deeply.", param) from None
 
 
 def _are_texts(given: list[Any]) -> bool:

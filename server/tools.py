@@ -235,5 +235,5 @@ def _is_opened(body: ChatBody, markup: Markup, rendered: str) -> bool:
         return False
     if not body.continue_final_message:
         return rendered.rstrip().endswith(tags.start)
-    final = body.messages[-1].get("content")
-    return isinstance(final, str) and final.rfind(tags.start) > final.rfind(tags.end)
+    final = body.final_text
+    return final.rfind(tags.start) > final.rfind(tags.end)

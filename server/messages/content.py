@@ -1,18 +1,20 @@
 """The messages of /v1/messages, which are blocks of content, as the messages of a chat.
 
 A user's message may hold the results of tools, which are messages of their own in a chat; an assistant's holds its
-thinking, text and calls.
+thinking, text and calls. Messages of one role that follow each other are one turn.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...engine.chat import MAX_MESSAGES
 from .. import errors
-from ..as_chat import object_at, text_at, text_part
+from ..as_chat import object_at, text_at, text_part, think, turn_of
+
+ROLES = ("user", "assistant", "system")
 
 
 def messages_of(given: Sequence[Any], system: str | Sequence[Any] | None) -> list[dict[str, Any]]:
@@ -25,27 +27,43 @@ def messages_of(given: Sequence[Any], system: str | Sequence[Any] | None) -> lis
     if system:
         messages.append({"role": "system", "content": _texts(system, "system")})
     for i, item in enumerate(given):
-        where = f"messages[{i}]"
-        message = object_at(item, where)
-        blocks = _blocks(message.get("content"), f"{where}.content")
-        role = message.get("role")
-        if role == "user":
-            messages += _of_user(blocks, f"{where}.content")
-        elif role == "assistant":
-            messages.append(_of_assistant(blocks, f"{where}.content"))
-        else:
-            raise errors.invalid(
-                f"`{where}.role` must be user or assistant, got {errors.shown(role)}; what a system message would say "
-                "goes into `system`.",
-                f"{where}.role",
-            )
-    if messages[-1].get("tool_calls"):
+        _add(messages, object_at(item, f"messages[{i}]"), f"messages[{i}]")
+    final = messages[-1]
+    if final.get("tool_calls"):
         raise errors.invalid("`messages` ends with a tool_use; send its tool_result after it.", "messages")
+    if final["role"] == "assistant" and not has_text(final) and "reasoning" not in final:
+        del messages[-1]  # the answer begins where it does
+    if not messages:
+        raise errors.invalid("`messages` says nothing; send a message with text.", "messages")
     return messages
 
 
-def _of_user(blocks: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
-    messages: list[dict[str, Any]] = []
+def has_text(message: Mapping[str, Any]) -> bool:
+    """Of a message of `messages_of`."""
+    return any(part["text"] for part in message["content"])
+
+
+def _add(messages: list[dict[str, Any]], message: dict[str, Any], where: str) -> None:
+    blocks = _blocks(message.get("content"), f"{where}.content")
+    role = message.get("role")
+    if role not in ROLES:
+        raise errors.invalid(
+            f"`{where}.role` must be one of {', '.join(ROLES)}; got {errors.shown(role)}.", f"{where}.role"
+        )
+    if role == "user":
+        _add_user(messages, blocks, f"{where}.content")
+    elif role == "assistant":
+        _add_assistant(turn_of(messages, role), blocks, f"{where}.content")
+    else:
+        if message.get("clear_at") not in (None, "never"):
+            place = f"{where}.clear_at"
+            raise errors.unsupported(place, f"`{place}` is not supported by this server; leave out what is over.")
+        turn_of(messages, role)["content"] += [_text(block, f"{where}.content[{i}]") for i, block in enumerate(blocks)]
+
+
+def _add_user(messages: list[dict[str, Any]], blocks: list[dict[str, Any]], where: str) -> None:
+    if not blocks:
+        turn_of(messages, "user")
     for i, block in enumerate(blocks):
         place = f"{where}[{i}]"
         if block.get("type") == "tool_result":
@@ -53,15 +71,11 @@ def _of_user(blocks: list[dict[str, Any]], where: str) -> list[dict[str, Any]]:
             result = block.get("content")
             content = [] if result is None else _texts(result, f"{place}.content")
             messages.append({"role": "tool", "tool_call_id": call_id, "content": content})
-            continue
-        if not messages or messages[-1]["role"] != "user":
-            messages.append({"role": "user", "content": []})
-        messages[-1]["content"].append(_text(block, place))
-    return messages or [{"role": "user", "content": []}]
+        else:
+            turn_of(messages, "user")["content"].append(_text(block, place))
 
 
-def _of_assistant(blocks: list[dict[str, Any]], where: str) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": []}
+def _add_assistant(turn: dict[str, Any], blocks: list[dict[str, Any]], where: str) -> None:
     thoughts: list[str] = []
     for i, block in enumerate(blocks):
         place = f"{where}[{i}]"
@@ -69,12 +83,10 @@ def _of_assistant(blocks: list[dict[str, Any]], where: str) -> dict[str, Any]:
         if kind == "thinking":
             thoughts.append(text_at(block.get("thinking"), f"{place}.thinking"))
         elif kind == "tool_use":
-            message.setdefault("tool_calls", []).append(_call(block, place))
+            turn.setdefault("tool_calls", []).append(_call(block, place))
         elif kind != "redacted_thinking":  # another server's, and nobody here can read it
-            message["content"].append(_text(block, place))
-    if thoughts:
-        message["reasoning"] = "\n".join(thoughts)
-    return message
+            turn["content"].append(_text(block, place))
+    think(turn, thoughts)
 
 
 def _call(block: dict[str, Any], where: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 
 from .calls import MAX_DEPTH, MAX_NAME, Calls
-from .reader import Reader, Step
+from .reader import Reader, Step, nowhere
 
 NAME = re.compile(r"[\w.:-]+", re.ASCII)
 SCALAR = re.compile(r"[\w.+-]+", re.ASCII)  # a number, true, false, null
@@ -68,7 +68,7 @@ def _object(calls: Calls, bare: bool) -> Step[bool]:
             begun = True
             for text in waiting:
                 calls.add(text)
-        elif not (yield from _value(reader, _nowhere if key in OTHER_KEYS else calls.add if begun else waiting.append)):
+        elif not (yield from _value(reader, nowhere if key in OTHER_KEYS else calls.add if begun else waiting.append)):
             return False
         yield from reader.spaces()
         if not (yield from reader.starts(",")):
@@ -77,10 +77,6 @@ def _object(calls: Calls, bare: bool) -> Step[bool]:
         return False
     calls.end()
     return True
-
-
-def _nowhere(text: str) -> None:
-    pass
 
 
 def _value(reader: Reader, emit: Callable[[str], None]) -> Step[bool]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from .calls import Body, Calls, Pieces, call_id
 from .pieces import Content, Piece, Reasoning, Stretch
-from .reader import Marks, Reader, Step
+from .reader import Marks, Reader, Step, nowhere
 from .syntaxes import Syntax, Tags
 
 
@@ -135,7 +135,7 @@ class AnswerParser:
             return False
         yield from self._reader.spaces()
         if syntax.closes and (not clean or (yield from self._reader.peek()) in ("}", "]")):
-            yield from self._reader.until(Marks(syntax.closes), _nowhere)
+            yield from self._reader.until(Marks(syntax.closes), nowhere)
         self._mark()
         return True
 
@@ -196,7 +196,3 @@ class AnswerParser:
         for held in self._held:
             self._pieces.add(Content(held))
         self._held.clear()
-
-
-def _nowhere(text: str) -> None:
-    pass

@@ -12,7 +12,7 @@ from typing import Any
 
 from .calls import MAX_NAME, Calls, escaped
 from .json_calls import objects
-from .reader import Marks, Step
+from .reader import Marks, Step, nowhere
 
 FUNCTION, PARAMETER = "<function=", "<parameter="
 FUNCTION_END, PARAMETER_END = "</function>", "</parameter>"
@@ -44,7 +44,7 @@ def function(calls: Calls) -> Step[bool]:
     calls.begin(name)
     types = _types(calls.tools.get(name, {}))
     opening = "{"
-    while (mark := (yield from reader.until(INSIDE, _nowhere))) == PARAMETER:
+    while (mark := (yield from reader.until(INSIDE, nowhere))) == PARAMETER:
         key = yield from reader.word(TAG_NAME, MAX_NAME)
         if key is None or not (yield from reader.starts(">")):
             return False
@@ -58,10 +58,6 @@ def function(calls: Calls) -> Step[bool]:
         calls.add("}")
     calls.end()
     return True
-
-
-def _nowhere(text: str) -> None:
-    pass
 
 
 def _value(calls: Calls, types: frozenset[str]) -> Step[bool]:

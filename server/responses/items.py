@@ -11,7 +11,7 @@ from typing import Any
 
 from ...engine.chat import MAX_MESSAGES
 from .. import errors
-from ..as_chat import list_at, object_at, text_at, text_part
+from ..as_chat import list_at, object_at, text_at, text_part, think, turn_of
 
 ROLES = ("system", "developer", "user", "assistant")
 # part -> the field with its text
@@ -38,9 +38,9 @@ def _add(messages: list[dict[str, Any]], item: dict[str, Any], where: str, *, in
     if kind == "message":
         _add_message(messages, item, where, instructed=instructed)
     elif kind == "reasoning":
-        _think(_turn(messages), item, where)
+        think(turn_of(messages, "assistant"), _thoughts(item, where))
     elif kind == "function_call":
-        _turn(messages).setdefault("tool_calls", []).append(_call(item, where))
+        turn_of(messages, "assistant").setdefault("tool_calls", []).append(_call(item, where))
     elif kind == "function_call_output":
         call_id = text_at(item.get("call_id"), f"{where}.call_id")
         result = _parts(item.get("output"), f"{where}.output")
@@ -64,29 +64,20 @@ def _add_message(messages: list[dict[str, Any]], item: dict[str, Any], where: st
         )
     parts = _parts(item.get("content"), f"{where}.content")
     if role == "assistant":
-        _turn(messages)["content"] += parts
+        turn_of(messages, role)["content"] += parts
     elif role in ("system", "developer") and instructed and len(messages) == 1:
         messages[0]["content"] += parts
     else:
         messages.append({"role": role, "content": parts})
 
 
-def _turn(messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """The assistant's message that the conversation ends with, or a new one."""
-    if not messages or messages[-1]["role"] != "assistant":
-        messages.append({"role": "assistant", "content": []})
-    return messages[-1]
-
-
-def _think(turn: dict[str, Any], item: dict[str, Any], where: str) -> None:
+def _thoughts(item: dict[str, Any], where: str) -> list[str]:
     """`encrypted_content` is another server's, and nobody here can read it."""
-    parts = [
+    return [
         text_at(object_at(part, f"{where}.{field}[{i}]").get("text"), f"{where}.{field}[{i}].text")
         for field in ("content", "summary")
         for i, part in enumerate(list_at(item.get(field), f"{where}.{field}"))
     ]
-    if parts:
-        turn["reasoning"] = "\n".join([turn["reasoning"], *parts] if "reasoning" in turn else parts)
 
 
 def _call(item: dict[str, Any], where: str) -> dict[str, Any]:

@@ -98,7 +98,7 @@ class ResponsesWire:
             response["incomplete_details"] = {"reason": reason}
         if status == "completed":
             response["completed_at"] = int(time.time())
-        response["usage"] = _usage(self._generation.usage)
+        response["usage"] = usage_dict(self._generation.usage)
         return response
 
     def _opened(self, block: Block) -> list[Event]:
@@ -201,7 +201,8 @@ def _status(block: Block) -> str:
     return "incomplete" if block.is_cut else "completed"
 
 
-def _usage(usage: Usage) -> dict[str, Any]:
+def usage_dict(usage: Usage) -> dict[str, Any]:
+    """As decisions spell it too."""
     return {
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 
 import pytest
@@ -100,6 +101,18 @@ async def test_conversations_and_calls_are_inputs(decide, fake):
 async def test_a_model_that_would_say_none_of_them_declines(decide):
     response = await decide({"A": 0.0, "B": 0.0})
     assert response.json()["answers"] == [{"type": "refusal", "name": None}]
+
+
+async def test_one_that_is_aborted_has_no_answers(http, fake, eventually):
+    fake.gate.clear()
+    body = {"input": INPUT, "questions": [PREDICATE, CHOICE], "request_id": "mine"}
+    waiting = asyncio.ensure_future(http.post("/v1/decisions", json=body))
+    await eventually(lambda: fake.running == 2)
+    await http.post("/abort_requests", json={"request_ids": ["mine"]})
+    response = await waiting
+    assert response.status_code == 409, response.text
+    assert response.json()["error"]["code"] == "request_aborted"
+    assert response.headers["x-should-retry"] == "false"
 
 
 @pytest.mark.parametrize(

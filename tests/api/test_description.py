@@ -66,7 +66,7 @@ async def test_what_is_taken_is_right_by_the_description(description):
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function"}]}),
         ("/v1/responses", {"input": [{"type": "web_search_call"}]}),
-        ("/v1/messages", {"messages": [{"role": "system", "content": "x"}], "max_tokens": 1}),
+        ("/v1/messages", {"messages": [{"role": "robot", "content": "x"}], "max_tokens": 1}),
         ("/abort_requests", {"request_ids": [1]}),
     ],
 )

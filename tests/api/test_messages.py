@@ -246,6 +246,110 @@ async def test_an_assistants_last_message_is_continued(http, fake):
     assert bytes(fake.added[0].prompt_ids) == b"<user>Hi\n<assistant>The answer is ("
 
 
+@pytest.mark.parametrize(
+    ("final", "prompt"),
+    [
+        ("", b"<user>Hi\n<assistant>"),
+        ([{"type": "redacted_thinking", "data": "x"}], b"<user>Hi\n<assistant>"),
+        ([{"type": "thinking", "thinking": "hm", "signature": ""}], b"<user>Hi\n<assistant>\n<assistant>"),
+    ],
+)
+async def test_an_assistants_last_message_without_text_is_no_beginning(http, fake, final, prompt):
+    message = {"role": "assistant", "content": final}
+    await whole(http, messages=[USER, message])
+    counted = await http.post("/v1/messages/count_tokens", json={"messages": [USER, message]})
+    assert bytes(fake.added[0].prompt_ids) == prompt
+    assert counted.json() == {"input_tokens": len(prompt)}
+
+
+async def test_turns_alternate_for_templates_that_want_it(serve, fake, tmp_path):
+    folder = shutil.copytree(fake.folder, tmp_path / "strict")
+    template = (
+        "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    )
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>", "chat_template": template}))
+    fake.folder = folder
+    said = {"role": "assistant", "content": "x"}
+    async with serve() as http:
+        await whole(http, messages=[USER, USER, said, said, USER])
+    assert bytes(fake.added[0].prompt_ids) == b"<user>Hi\nHi<assistant>x\nx<user>Hi"
+
+
+async def test_a_system_message_stands_where_it_was_said(http, fake):
+    await whole(http, messages=[USER, {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, USER])
+    assert bytes(fake.added[0].prompt_ids) == b"<user>Hi\n<system>Be brief.\n<user>Hi\n<assistant>"
+
+
+async def test_a_template_that_does_not_write_the_last_message_is_told_in_the_callers_words(serve, fake, tmp_path):
+    folder = shutil.copytree(fake.folder, tmp_path / "fixed")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>", "chat_template": "fixed"}))
+    fake.folder = folder
+    async with serve() as http:
+        body = {"messages": [USER, {"role": "assistant", "content": "So"}], "max_tokens": 5}
+        refusal = (await http.post("/v1/messages", json=body)).json()["error"]
+    assert refusal["param"] == "messages"
+    assert "continue_final_message" not in refusal["message"]
+
+
+async def test_a_budget_means_nothing_where_no_thinking_is_marked(http, fake):
+    said(fake, "Hello")
+    message = await whole(http, thinking={"type": "enabled", "budget_tokens": 1024})
+    assert message["content"] == [{"type": "text", "text": "Hello"}]
+    assert fake.added[0].params.thinking is None
+
+
+async def test_a_budget_bounds_the_thinking_of_who_marks_it(serve, fake):
+    async with serve(reasoning_parser="qwen3") as http:
+        await whole(http, thinking={"type": "enabled", "budget_tokens": 1024})
+        await whole(http, thinking={"type": "disabled", "budget_tokens": 1024})
+    assert fake.added[0].params.thinking.budget == 1024
+    assert fake.added[1].params.thinking is None
+
+
+async def test_an_answer_that_goes_on_inside_its_thinking(serve, fake):
+    said(fake, "more</think>done")
+    async with serve(reasoning_parser="qwen3") as http:
+        begun = {"role": "assistant", "content": "<think>some"}
+        message = await whole(http, messages=[USER, begun], thinking={"type": "enabled", "budget_tokens": 9})
+    assert message["content"] == [
+        {"type": "thinking", "thinking": "more", "signature": ""},
+        {"type": "text", "text": "done"},
+    ]
+    assert fake.added[0].params.thinking.opened is True
+
+
+SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}}
+
+
+async def test_a_schema_under_both_its_names(http, fake):
+    asked = {"type": "json_schema", "schema": SCHEMA}
+    await whole(http, output_format=asked)
+    await whole(http, output_config={"format": asked})
+    first, second = (request.params.grammar for request in fake.added)
+    assert first is not None
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"output_format": {"type": "json_schema", "schema": {"type": 5}}}, "output_format"),
+        ({"output_format": {"type": "json_schema"}}, "output_format.schema"),
+        ({"output_format": {"type": "text"}}, "output_format.type"),
+        ({"output_config": {"format": {"type": "json_schema", "schema": {"type": 5}}}}, "output_config.format"),
+        ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),
+    ],
+)
+async def test_a_schema_is_refused_under_the_name_that_it_came_by(http, fields, name):
+    response = await http.post("/v1/messages", json={"messages": [USER], "max_tokens": 5, **fields})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == name
+    assert f"`{name}" in error["message"]
+    assert "response_format" not in error["message"]
+
+
 async def test_fields_of_chat_requests_are_taken(http, fake):
     await whole(http, seed=3, min_p=0.1, top_k=5, temperature=0.25, top_p=0.5, metadata={"user_id": "u"}, unknown_one=1)
     params = fake.added[0].params
@@ -317,7 +421,12 @@ REFUSALS = [
     ({"messages": []}, "`messages` must not be empty"),
     ({"messages": None}, "`messages`"),
     ({"messages": ["x"]}, "`messages[0]` must be an object"),
-    ({"messages": [{"role": "system", "content": "x"}]}, "`system`"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "`messages[0].role` must be one of user, assistant, system"),
+    ({"messages": [{"role": "system", "content": [IMAGE]}]}, "`messages[0].content[0].type` is image"),
+    (
+        {"messages": [USER, {"role": "system", "content": "x", "clear_at": "next_user_message"}]},
+        "`messages[1].clear_at`",
+    ),
     ({"messages": [{"role": "user"}]}, "`messages[0].content` must be text"),
     ({"messages": [{"role": "user", "content": ["x"]}]}, "`messages[0].content[0]` must be an object"),
     ({"messages": [{"role": "user", "content": [IMAGE]}]}, "`messages[0].content[0].type` is image"),
@@ -332,7 +441,7 @@ REFUSALS = [
     ({"messages": [USER, {"role": "assistant", "content": [USE | {"input": "x"}]}]}, "`messages[1].content[0].input`"),
     ({"messages": [USER, {"role": "assistant", "content": [{"type": "server_tool_use"}]}]}, "server_tool_use"),
     ({"messages": [USER, {"role": "assistant", "content": [USE]}]}, "tool_result"),
-    ({"messages": [USER, {"role": "assistant", "content": ""}]}, "no text to continue"),
+    ({"messages": [{"role": "assistant", "content": ""}]}, "`messages` says nothing"),
     ({"system": 3}, "`system`"),
     ({"system": [IMAGE]}, "`system[0].type` is image"),
     ({"max_tokens": 0}, "`max_tokens` must be at least 1"),
@@ -354,6 +463,16 @@ REFUSALS = [
     ({"output_config": {"format": {"type": "regex"}}}, "`output_config.format.type`"),
     ({"mcp_servers": [{"url": "http://x"}]}, "`mcp_servers` is not supported"),
     ({"container": "c"}, "`container` is not supported"),
+    ({"thread": {"type": "continue", "previous_message_id": "msg_1"}}, "`thread` is not supported"),
+    ({"thread": {"type": "create"}}, "`thread` is not supported"),
+    ({"compaction": {"type": "summarize"}}, "`compaction` is not supported"),
+    (
+        {"output_format": {"type": "json_schema"}, "output_config": {"format": {"type": "json_schema"}}},
+        "`output_format` cannot stand beside `output_config.format`",
+    ),
+    ({"chat_template_kwargs": "x"}, "`chat_template_kwargs` must be an object"),
+    ({"chat_template_kwargs": [1]}, "`chat_template_kwargs` must be an object"),
+    ({"chat_template_kwargs": True}, "`chat_template_kwargs` must be an object"),
     ({"temperature": 3}, "temperature"),
     ({"n": 2}, "`n` is not a field of /v1/messages"),
     ({"seed": "x"}, "`seed`"),

@@ -1,4 +1,4 @@
-"""Bodies of /v1/responses and /v1/messages with something odd in any place: an answer or a refusal, never a 5xx."""
+"""Bodies with something odd in any place, or deep: an answer or a refusal, never a 5xx."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import copy
 import pytest
 
 from quire.engine.chat import MAX_DEPTH
+from quire.server import routing
 
 ODD = [None, True, -1, 0, 1.5, 2**63 - 1, 1e308, "", "x", "\ufffe", [], ["x"], [[]], {}, {"type": "x"}, {"a": None}]
 RESPONSES = {
@@ -32,6 +33,7 @@ RESPONSES = {
     "stream": False,
     "stop": ["x"],
     "seed": 1,
+    "chat_template_kwargs": {},
 }
 MESSAGES = {
     "model": "tiny",
@@ -52,6 +54,8 @@ MESSAGES = {
     "tool_choice": {"type": "tool", "name": "f", "disable_parallel_tool_use": True},
     "thinking": {"type": "adaptive", "budget_tokens": None},
     "output_config": {"effort": "low", "format": None},
+    "output_format": None,
+    "chat_template_kwargs": {},
     "metadata": {"user_id": "u"},
     "stop_sequences": ["x"],
     "max_tokens": 3,
@@ -114,5 +118,31 @@ async def test_something_deep(http, path):
     for depth in [MAX_DEPTH, MAX_DEPTH + 1, 100, *range(500, 1100, 3)]:
         for fields in deep_bodies("[" * depth + "]" * depth):
             content = f'{{"max_tokens":3,{fields}}}'
+            response = await http.post(path, content=content, headers={"Content-Type": "application/json"})
+            assert response.status_code in (200, 400), (depth, fields[:40], response.text)
+
+
+def deep_forms(deep):
+    """Route and fields: JSON that the server writes out again, as a schema or as what is asked about."""
+    tag = f'{{"structures":[{{"begin":"<f>","schema":{deep},"end":"</f>"}}],"triggers":["<f"]}}'
+    schema = f'{{"type":"json_schema","schema":{deep}}}'
+    part = f'{{"type":"input_json","data":{deep}}}'
+    question = f'{{"type":"predicate","instructions":[{part}]}}'
+    user = '{"role":"user","content":"x"}'
+    yield "/v1/completions", f'"prompt":"x","guided_json":{deep}'
+    yield "/v1/completions", f'"prompt":"x","structured_outputs":{{"structural_tag":{tag}}}'
+    yield "/v1/completions", f'"prompt":"x","response_format":{{"type":"json_schema","json_schema":{schema}}}'
+    yield "/v1/messages", f'"messages":[{user}],"output_format":{schema}'
+    yield "/v1/responses", f'"input":"x","text":{{"format":{schema}}}'
+    yield "/v1/decisions", f'"input":[{{"role":"user","content":[{part}]}}],"questions":[{question}]'
+    yield "/v1/decisions", f'"input":"x","questions":[{question}]'
+
+
+async def test_something_deep_in_a_large_body(http):
+    """One that a text thread decodes, higher up in its stack than where the fields are read."""
+    padding = " " * routing.LARGE_BODY_BYTES
+    for depth in range(900, 1030, 3):
+        for path, fields in deep_forms('{"a":' * depth + "1" + "}" * depth):
+            content = f'{{"max_tokens":3,{padding}{fields}}}'
             response = await http.post(path, content=content, headers={"Content-Type": "application/json"})
             assert response.status_code in (200, 400), (depth, fields[:40], response.text)

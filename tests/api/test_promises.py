@@ -56,11 +56,13 @@ async def test_unset_means_none_and_the_servers_own_limit(serve, fake):
 async def test_out_of_time_in_the_queue_is_a_plain_504(serve, fake, path, stream, body, code, says):
     fake.gate.clear()
     async with serve(request_timeout=0.1) as http:
-        message = error_of(await http.post(path, json={**PROMPT, **body, "stream": stream}), 504, code)
+        response = await http.post(path, json={**PROMPT, **body, "stream": stream})
+        message = error_of(response, 504, code)
         metrics = (await http.get("/metrics")).text
         assert http.app.state.quire.admission.open == 0
         assert http.app.state.quire.dispatcher._mailboxes == {}
     assert message == f"{says}. It was waiting, no token drawn."
+    assert response.headers["x-should-retry"] == "false", "clients would have it computed again"
     reason = "timeout" if code == "request_timeout" else "deadline"
     assert f'quire_requests_expired_total{{model_name="tiny",reason="{reason}"}} 1.0' in metrics
     assert f'quire_request_errors_total{{code="504",model_name="tiny",reason="{code}"}} 1.0' in metrics

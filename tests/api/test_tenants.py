@@ -168,6 +168,16 @@ async def test_metrics_stay_open_until_a_key_is_there_for_them(tenants, eventual
         assert (await http.get("/metrics", headers=bearer("prometheus"))).status_code == 200
 
 
+@pytest.mark.parametrize("path", [path for path, policy in POLICIES.items() if policy.probe])
+async def test_probes_touch_no_account(tenants, path):
+    """Another thread may answer them."""
+    async with tenants(alice={"rpm": 5, "scopes": ["infer", "metrics"]}) as http:
+        response = await http.get(path, headers=bearer("alice"))
+        assert response.status_code == 200
+        assert not [name for name in response.headers if name.startswith("x-ratelimit")]
+        assert http.app.state.door.quotas._accounts == {}
+
+
 async def test_an_expired_key_is_told_so(tenants):
     expired, later = {"expires": "2020-01-01T00:00:00Z"}, {"expires": "2999-01-01T00:00:00Z"}
     async with tenants(alice=expired, bob=later) as http:

@@ -308,6 +308,24 @@ async def test_whether_the_prompt_opens_the_thinking(serve, thinking, fields, op
         assert wanted.opened == opened
 
 
+@pytest.mark.parametrize(
+    ("content", "opened"),
+    [
+        ("<think>some", True),
+        ([{"type": "text", "text": "<think>some"}], True),
+        ([{"type": "text", "text": "<think>some"}, {"type": "text", "text": "more"}], True),
+        ([{"type": "text", "text": "<think>some</think>"}, {"type": "text", "text": "So"}], False),
+        ("<think>some</think>So", False),
+    ],
+)
+async def test_whether_a_message_that_goes_on_is_inside_its_thinking(serve, thinking, content, opened):
+    thinking.answer = lambda request, index: says("hm")
+    messages = [*USER, {"role": "assistant", "content": content}]
+    async with serve() as http:
+        answer = await post(http, messages=messages, add_generation_prompt=False, continue_final_message=True)
+    assert answer["choices"][0]["message"].get("reasoning") == ("hm" if opened else None)
+
+
 async def test_a_grammar_waits_for_the_end_of_the_thinking(serve, thinking):
     async with serve() as http:
         await post(http, guided_regex="[a-z]+")

@@ -104,6 +104,26 @@ def test_a_schema_is_kept_to(client, fake):
     assert fake.added[0].params.grammar is not None
 
 
+def test_a_conversation_as_the_client_types_it(client, fake):
+    says(fake, "Hello")
+    conversation = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "user", "content": [{"type": "text", "text": "again"}]},
+        {"role": "assistant", "content": "He"},
+    ]
+    client.messages.create(**{**HI, "messages": conversation}, system="Rules.")
+    assert bytes(fake.added[0].prompt_ids) == b"<system>Rules.\nBe brief.\n<user>Hi\nagain\n<assistant>He"
+
+
+def test_a_request_that_is_out_of_time_is_sent_once(client, fake):
+    fake.gate.clear()
+    with pytest.raises(anthropic.APIStatusError) as failure:
+        client.with_options(max_retries=2).messages.create(**HI, extra_body={"timeout": 0.05})
+    assert failure.value.status_code == 504
+    assert len(fake.added) == 1
+
+
 def test_count_tokens(client, fake):
     says(fake, "x")
     asked = {"model": "tiny", "messages": HI["messages"], "tools": TOOLS, "system": "Be brief."}

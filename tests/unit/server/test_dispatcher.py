@@ -127,7 +127,7 @@ async def test_a_dead_engine_fails_those_inside_and_refuses_the_next():
     with pytest.raises(ApiError):
         dispatcher.send([add("s")], Mailbox(0.0, _Metrics()))
     dispatcher.forget(["r"], abort=True)
-    assert dispatcher.trouble() == "dead"
+    assert dispatcher.life.trouble() == "dead"
 
 
 async def test_an_engine_that_dies_between_check_and_send():

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -226,13 +227,13 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 class Followed:
     """A file that is followed at a quick pace."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, use: Callable[[list[Key]], None] | None = None) -> None:
         self.path = path
         self.used: list[list[str]] = []
+        self.use = use or (lambda keys: self.used.append([key.name for key in keys]))
 
     async def __aenter__(self) -> Followed:
-        use = lambda keys: self.used.append([key.name for key in keys])  # noqa: E731
-        self.task = asyncio.create_task(follow(self.path, stamp_of(self.path), use, interval=0.01))
+        self.task = asyncio.create_task(follow(self.path, stamp_of(self.path), self.use, interval=0.01))
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -285,6 +286,26 @@ async def test_a_broken_file_keeps_the_keys_and_says_so(path: Path, caplog: pyte
         assert file.used == []
         file.put(FULL)
         await file.until([["alice", "bob.b-2_x"]])
+
+
+async def test_keys_that_cannot_be_taken_end_nothing(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    used: list[str] = []
+
+    def use(keys: list[Key]) -> None:
+        if len(keys) > 1:
+            raise ZeroDivisionError("planned")
+        used.append(keys[0].name)
+
+    async with Followed(path, use) as file:
+        file.put(FULL)
+        async with asyncio.timeout(60):
+            while "the keys were not taken: ZeroDivisionError" not in caplog.text:
+                await asyncio.sleep(0.01)
+        file.put(ALICE)
+        async with asyncio.timeout(60):
+            while not used:
+                await asyncio.sleep(0.01)
+    assert used == ["alice"]
 
 
 async def test_a_file_that_is_being_written_is_not_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,52 @@ CASES = {
             {"role": "user", "content": text("And now?", "Well?")},
         ],
     ),
+    "turns of one role": (
+        [
+            {"role": "user", "content": "one"},
+            {"role": "user", "content": text("two")},
+            {"role": "assistant", "content": [{"type": "thinking", "thinking": "a", "signature": ""}, *text("x")]},
+            {"role": "assistant", "content": [{"type": "thinking", "thinking": "b", "signature": ""}, *text("y"), USE]},
+            {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "3"}]},
+            {"role": "user", "content": "three"},
+            {"role": "user", "content": []},
+        ],
+        None,
+        [
+            {"role": "user", "content": text("one", "two")},
+            {"role": "assistant", "content": text("x", "y"), "tool_calls": [CALL], "reasoning": "a\nb"},
+            {"role": "tool", "tool_call_id": "t1", "content": text("3")},
+            {"role": "user", "content": text("three")},
+        ],
+    ),
+    "system messages": (
+        [
+            {"role": "system", "content": "More."},
+            {"role": "user", "content": "Hi"},
+            {"role": "system", "content": text("From", "now on"), "clear_at": "never"},
+            {"role": "user", "content": "Go on"},
+        ],
+        "Rules.",
+        [
+            {"role": "system", "content": text("Rules.", "More.")},
+            {"role": "user", "content": text("Hi")},
+            {"role": "system", "content": text("From", "now on")},
+            {"role": "user", "content": text("Go on")},
+        ],
+    ),
+    "an answer that has not begun": (
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": text("")}],
+        None,
+        [{"role": "user", "content": text("Hi")}],
+    ),
+    "one that has begun with thinking": (
+        [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm", "signature": ""}]},
+        ],
+        None,
+        [{"role": "user", "content": text("Hi")}, {"role": "assistant", "content": [], "reasoning": "hm"}],
+    ),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -260,3 +261,27 @@ def test_the_table_is_bounded(clock: Clock) -> None:
     for i in range(3 * ADDRESSES):
         attempts.failed(f"10.{i >> 16}.{i >> 8 & 255}.{i & 255}")
     assert len(attempts._callers) == ADDRESSES
+
+
+def test_two_threads_take_turns() -> None:
+    """One that comes while another is in the middle of its change, here where it looks at the clock, waits for it."""
+    held: list[bool] = []
+    done = threading.Event()
+
+    def other() -> None:
+        attempts.opened("192.0.2.2", "bob")
+        done.set()
+
+    def now() -> float:
+        if not held:
+            held.append(True)
+            thread.start()
+            held.append(not done.wait(0.2))
+        return 0.0
+
+    thread = threading.Thread(target=other)
+    attempts = Attempts(now)
+    attempts.failed("192.0.2.1")
+    thread.join(60)
+    assert held == [True, True]
+    assert done.is_set()

@@ -52,6 +52,13 @@ def schema(given: dict) -> Grammar:
         (None, None, {"guided_choice": ["a"]}, Grammar(kind="choice", source='["a"]'), "guided_choice"),
         (None, None, {"guided_grammar": "start: /a/"}, Grammar(kind="lark", source="start: /a/"), "guided_grammar"),
         (None, {"regex": "a", "json": None, "json_object": False}, {}, Grammar(kind="regex", source="a"), None),
+        (
+            None,
+            None,
+            {"guided_json_object": False, "guided_regex": "a"},
+            Grammar(kind="regex", source="a"),
+            "guided_regex",
+        ),
     ],
 )
 def test_spellings(response_format, structured, guided, grammar, field):
@@ -71,7 +78,7 @@ def test_structural_tags_as_an_object_or_as_text():
 
 @pytest.mark.parametrize("given", [None, {"type": "text"}])
 def test_nothing_asked(given):
-    assert grammar_of(given, None, {"guided_json": None}) is None
+    assert grammar_of(given, None, {"guided_json": None, "guided_json_object": False}) is None
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ WALL_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """`text` is what the caller sent, None if it sent ids."""
+    """`text` is what the caller sent, None if it sent ids or not all of it was kept."""
 
     token_ids: list[int]
     params: SamplingParams

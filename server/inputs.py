@@ -27,7 +27,7 @@ from ..engine.validation import (
 )
 from ..scheduler.params import Grammar, SamplingParams, Slo, Thinking
 from . import errors
-from .cost import Asked
+from .cost import Asked, Encoded
 from .generate import GenerateRequest, Prompt
 from .keys import Key
 from .parsing.markup import Markup
@@ -111,7 +111,8 @@ def completion_size(body: CompletionBody, limits: Limits) -> Asked:
         prompts=len(prompts),
         samples=samples,
         prompt_ids=sum(len(item) for item in prompts if isinstance(item, list)),
-        prompt_bytes=sum(_num_bytes(item) for item in prompts if isinstance(item, str)),
+        prompt_bytes=sum(num_bytes(item) for item in prompts if isinstance(item, str)),
+        longest_prompt=_longest_prompt(body),
         max_tokens=DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else max(body.max_tokens, 0),
         logprobs=body.logprobs is not None,
         prompt_logprobs=_prompt_logprobs(body) is not None,
@@ -123,21 +124,29 @@ def chat_size(body: ChatBody) -> Asked:
     asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     return Asked(
         samples=body.samples,
-        prompt_bytes=_json_bytes(body.tools) + sum(_message_bytes(message) for message in body.messages),
+        prompt_bytes=json_bytes(body.tools) + sum(_message_bytes(message) for message in body.messages),
+        longest_prompt=_longest_prompt(body),
         max_tokens=None if asked is None else max(asked, 0),
         logprobs=bool(body.logprobs),
         prompt_logprobs=body.prompt_logprobs is not None,
     )
 
 
+def _longest_prompt(body: GenerateBody) -> int | None:
+    """Tokens that `truncate_prompt_tokens` leaves; None = what fits, as is -1. Other values are refused later."""
+    keep = body.truncate_prompt_tokens
+    return None if keep is None or keep < 1 else keep
+
+
 def _message_bytes(message: dict[str, Any]) -> int:
-    return _content_bytes(message.get("content")) + _json_bytes(message.get("tool_calls"))
+    return _content_bytes(message.get("content")) + json_bytes(message.get("tool_calls"))
 
 
-def _json_bytes(value: Any) -> int:
+def json_bytes(value: Any) -> int:
+    """Of `value` as JSON, none of nothing. An estimate: what is nested too deeply is refused where it is read."""
     try:
         return len(msgspec.json.encode(value)) if value else 0
-    except RecursionError:  # nested more deeply than is taken: refused where it is read
+    except RecursionError:
         return 0
 
 
@@ -145,10 +154,11 @@ def _content_bytes(content: Any) -> int:
     """Of a message: text, or parts of which some have text."""
     if isinstance(content, list):
         return sum(_content_bytes(part.get("text")) for part in content if isinstance(part, dict))
-    return _num_bytes(content) if isinstance(content, str) else 0
+    return num_bytes(content) if isinstance(content, str) else 0
 
 
-def _num_bytes(text: str) -> int:
+def num_bytes(text: str) -> int:
+    """In UTF-8."""
     return len(text) if text.isascii() else len(text.encode())
 
 
@@ -157,11 +167,16 @@ def completion_request(body: CompletionBody, text: TextSide, order: Order) -> Ge
     if body.max_tokens == 0 and not body.echo:
         raise errors.invalid("`max_tokens` must be at least 1; 0 is for `echo` only.", "max_tokens")
     prompts = []
+    encoded = Encoded()
     sources = _sources(body.prompt)
     # By max_tokens: beside the seed all that differs between prompts, and by what is left of the context at most.
     params: dict[int, SamplingParams] = {}
     for source in sources:
-        whole = _encode(source, text, body) if isinstance(source, str) else source
+        if isinstance(source, str):
+            whole = _encode(source, text, body)
+            encoded = Encoded(encoded.num_bytes + num_bytes(source), encoded.num_tokens + len(whole))
+        else:
+            whole = source
         ids = _truncated(whole, body, text, body.max_tokens or 0)
         room = max(text.ready.max_model_len - len(ids), 1)
         max_tokens = min(DEFAULT_COMPLETION_TOKENS, room) if body.max_tokens is None else body.max_tokens
@@ -174,7 +189,7 @@ def completion_request(body: CompletionBody, text: TextSide, order: Order) -> Ge
             _check_repeated(params[max_tokens], len(sources))
         own = replace(params[max_tokens], seed=_seed(body))
         prompts.append(Prompt(ids, own, source if isinstance(source, str) and len(ids) == len(whole) else None))
-    return _request(body, prompts, order)
+    return _request(body, prompts, order, encoded)
 
 
 def chat_request(body: ChatBody, text: TextSide, order: Order) -> GenerateRequest:
@@ -185,7 +200,9 @@ def chat_request(body: ChatBody, text: TextSide, order: Order) -> GenerateReques
         raise errors.invalid(f"`{name}` must be at least 1, got {max_tokens}.", name)
     use = tool_use(body, text.markup)
     rendered = render_chat(body, text, use.tools if use else None)
-    ids = _truncated(encode_chat(rendered, body, text), body, text, max_tokens or 0)
+    whole = encode_chat(rendered, body, text)
+    ids = _truncated(whole, body, text, max_tokens or 0)
+    unbound = max_tokens is None
     if max_tokens is None:
         room = max(text.ready.max_model_len - len(ids), 1)
         max_tokens = min(int(text.defaults.get("max_tokens", room)), room)
@@ -194,7 +211,8 @@ def chat_request(body: ChatBody, text: TextSide, order: Order) -> GenerateReques
     thinking = thinking_of(body, text.markup, opened=format.opened, awaited=asked is not None)
     params = _params(body, text, max_tokens, body.num_logprobs, body.prompt_logprobs, asked, thinking)
     check_length(len(ids), max_tokens, text.ready.max_model_len)
-    return _request(body, [Prompt(ids, params)], order, format)
+    encoded = Encoded(num_bytes(rendered), len(whole))
+    return _request(body, [Prompt(ids, params)], order, encoded, format, unbound=unbound)
 
 
 def chat_prompt(body: ChatBody, text: TextSide) -> list[int]:
@@ -395,7 +413,10 @@ def _request(
     body: GenerateBody,
     prompts: list[Prompt],
     order: Order,
+    encoded: Encoded,
     format: AnswerFormat | None = None,
+    *,
+    unbound: bool = False,
 ) -> GenerateRequest:
     format = format or AnswerFormat()
     options = TextOptions(
@@ -419,4 +440,6 @@ def _request(
         speculative=body.speculation,
         format=format or AnswerFormat(),
         interval=body.interval,
+        encoded=encoded,
+        unbound=unbound,
     )

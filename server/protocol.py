@@ -334,28 +334,12 @@ class TokenizeBody(_Body):
     tools: shapes.Tools | None = None
 
 
-class OptionBody(_Body):
-    """`value` of a choice, `label` of a level; the description is for the model alone."""
-
-    value: str | bool | None = None
-    label: str | None = None
-    description: str | None = None
-
-    @property
-    def named(self) -> str | bool:
-        """Raises 400 where it has no name."""
-        name = self.value if self.label is None else self.label
-        if name is None or name == "":
-            raise errors.invalid("Each choice needs a `value`, each level a `label`.", "questions")
-        return name
-
-
 class QuestionBody(_Body):
     type: Literal["predicate", "choice", "score"]
     name: str | None = None
     instructions: shapes.Instructions
-    choices: list[OptionBody] | None = None
-    levels: list[OptionBody] | None = None
+    choices: shapes.Choices | None = None
+    levels: shapes.Levels | None = None
 
 
 class DecisionBody(OrderBody):

@@ -176,3 +176,11 @@ OutputFormat = Annotated[
 # Of /v1/decisions.
 DecisionInput = Annotated[Any, WithJsonSchema(_any(TEXT, _list(_ITEM, minItems=1)))]
 Instructions = Annotated[Any, WithJsonSchema(_text_or("input_text", "text"))]
+# The descriptions are for the model alone.
+Choices = Annotated[
+    list[dict[str, Any]],
+    WithJsonSchema(_list(_object(("value",), value=_any(TEXT, {"type": "boolean"}), description=TEXT), minItems=2)),
+]
+Levels = Annotated[
+    list[dict[str, Any]], WithJsonSchema(_list(_object(("label",), label=TEXT, description=TEXT), minItems=2))
+]

@@ -17,7 +17,6 @@ from ..engine.messages import EngineReady
 from ..engine.outputs import TextOptions
 from ..engine.tokenizer import Tokenizer
 from ..engine.validation import (
-    MAX_BAD_WORDS,
     Limits,
     check_length,
     check_params,
@@ -399,8 +398,6 @@ def _logit_bias(given: Mapping[str, float] | None) -> dict[int, float]:
 def _bad_words(words: list[str] | None, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
     """A word is spelled by other tokens at the start of a text than after a space: both are forbidden."""
     spelled: dict[tuple[int, ...], None] = {}
-    if len(words or ()) > MAX_BAD_WORDS:
-        raise errors.invalid(f"`bad_words` has more than {MAX_BAD_WORDS} entries.", "bad_words")
     for word in words or ():
         if not word.strip():
             raise errors.invalid("`bad_words` cannot contain an empty string.", "bad_words")

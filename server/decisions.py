@@ -23,16 +23,17 @@ from ..engine.tokenizer import Tokenizer
 from ..engine.validation import check_length, check_params
 from ..scheduler.params import SamplingParams
 from . import errors
-from .cost import Asked
+from .cost import Asked, Encoded
 from .decision_input import messages_of, text_of
 from .generate import GenerateRequest, Prompt
-from .inputs import Order, TextSide
+from .inputs import Order, TextSide, json_bytes, num_bytes
 from .protocol import DecisionBody, QuestionBody
 
 MAX_OPTIONS = 255  # as OpenAI's
 # Marks where the question is in the rendered conversation.
 MARK = "\ue000question\ue000"
 YES, NO = "Yes", "No"
+CLOSING = "Answer with the letter of one option and nothing else."
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +45,21 @@ class Option:
 
 
 def decision_size(body: DecisionBody) -> Asked:
-    """What `body` asks for, as far as its fields tell: the input once, since it is computed once. Raises 400."""
-    try:
-        said = len(str(body.input)) + sum(len(str(question.instructions)) for question in body.questions)
-    except RecursionError:  # JSON in it
-        raise errors.invalid("`input` or `questions` are nested too deeply.", "input") from None
-    return Asked(samples=len(body.questions), prompt_bytes=said, max_tokens=1, logprobs=True)
+    """What `body` asks for, as far as its fields tell. The input counts for each question, as in `usage`."""
+    count, shared = len(body.questions), json_bytes(body.input)
+    return Asked(
+        prompts=count,
+        samples=count,
+        prompt_bytes=count * shared + sum(_question_bytes(question) for question in body.questions),
+        shared_bytes=shared,
+        max_tokens=1,
+        logprobs=True,
+    )
+
+
+def _question_bytes(question: QuestionBody) -> int:
+    options = json_bytes(question.choices) + json_bytes(question.levels)
+    return json_bytes(question.instructions) + options + len(CLOSING)
 
 
 def options_of(question: QuestionBody, where: str) -> list[Option]:
@@ -60,14 +70,27 @@ def options_of(question: QuestionBody, where: str) -> list[Option]:
     if given is None or not 2 <= len(given) <= MAX_OPTIONS:
         where, count = f"{where}.{field}", 0 if given is None else len(given)
         raise errors.invalid(f"`{where}` must hold 2 to {MAX_OPTIONS} options, got {count}.", where)
-    options = []
-    for option in given:
-        name = option.named
-        text = name if isinstance(name, str) else str(name).lower()
-        options.append(Option(name, f"{text}: {option.description}" if option.description else text))
+    options = [_option(item, f"{where}.{field}[{i}]") for i, item in enumerate(given)]
     if len({(type(option.value), option.value) for option in options}) < len(options):
         raise errors.invalid(f"`{where}.{field}` names one option twice.", f"{where}.{field}")
     return options
+
+
+def _option(given: dict[str, Any], where: str) -> Option:
+    """By the `value` of a choice or the `label` of a level. Raises 400."""
+    field = "value" if given.get("label") is None else "label"
+    name, description = given.get(field), given.get("description")
+    if not isinstance(name, str | bool) or name == "" or (field == "label" and isinstance(name, bool)):
+        raise errors.invalid(
+            f"`{where}` needs a name that is not empty: a choice a `value`, text or a boolean, a level a `label`; got "
+            f"{errors.shown(name)}.",
+            where,
+        )
+    if description is not None and not isinstance(description, str):
+        where = f"{where}.description"
+        raise errors.invalid(f"`{where}` must be text; got {errors.shown(description)}.", where)
+    text = name if isinstance(name, str) else str(name).lower()
+    return Option(name, f"{text}: {description}" if description else text)
 
 
 def decision_request(body: DecisionBody, text: TextSide, order: Order) -> GenerateRequest:
@@ -77,6 +100,7 @@ def decision_request(body: DecisionBody, text: TextSide, order: Order) -> Genera
     tokenizer.check_bytes(before, room, "input")
     beginning = tokenizer.encode(before, add_special_tokens=False)
     prompts = []
+    encoded = Encoded(num_bytes(before), len(beginning))
     for i, question in enumerate(body.questions):
         where = f"questions[{i}]"
         options = options_of(question, where)
@@ -88,7 +112,9 @@ def decision_request(body: DecisionBody, text: TextSide, order: Order) -> Genera
             )
         asked = _asked(question, where, options, [label for label, _ in labels]) + after
         tokenizer.check_bytes(asked, room, where)
-        ids = beginning + tokenizer.encode(asked, add_special_tokens=False)
+        ending = tokenizer.encode(asked, add_special_tokens=False)
+        encoded = Encoded(encoded.num_bytes + num_bytes(asked), encoded.num_tokens + len(ending))
+        ids = beginning + ending
         check_length(len(ids), 1, room, "input")
         params = SamplingParams(
             max_tokens=1,
@@ -108,6 +134,7 @@ def decision_request(body: DecisionBody, text: TextSide, order: Order) -> Genera
         weight=order.weight,
         slo=order.slo,
         timeout=order.timeout,
+        encoded=encoded,
     )
 
 
@@ -132,7 +159,7 @@ def _asked(question: QuestionBody, where: str, options: Sequence[Option], labels
     instructions = text_of(question.instructions, f"{where}.instructions")
     opening = f"Is this true? {instructions}" if question.type == "predicate" else instructions
     listed = "\n".join(f"{label}. {option.shown}" for label, option in zip(labels, options, strict=True))
-    return f"{opening}\n\n{listed}\n\nAnswer with the letter of one option and nothing else."
+    return f"{opening}\n\n{listed}\n\n{CLOSING}"
 
 
 @lru_cache(maxsize=4)

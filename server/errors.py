@@ -289,6 +289,9 @@ def from_validation(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     what = str(error["msg"])
     if not param:
         return invalid("The request body must be a JSON object.")
+    if error["type"] == "too_long":
+        most = error["ctx"]["max_length"]
+        return invalid(f"`{param}` has {len(value)} entries; at most {most} are taken: send fewer.", param)
     return invalid(f"`{param}`: {what}; got {shown(value)}.", param)
 
 

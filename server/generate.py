@@ -20,7 +20,7 @@ from ..scheduler.params import SamplingParams
 from . import errors, logs
 from .admission import Slot
 from .config import ServerConfig
-from .cost import Experience
+from .cost import Encoded, Experience
 from .dispatcher import Dispatcher, Mailbox
 from .logs import logger
 from .metrics import Metrics
@@ -30,13 +30,15 @@ from .promises import SampleClock, verdict
 from .quotas import Lease
 from .registry import Name, Registry
 
+# How a sample ends by itself, before max_tokens: that is what tells how long samples are. A limit tells its own length.
+OWN_ENDS = ("stop", "repetition")
 # The engine ends what is out of time. One that does not answer is given this much longer before its caller is told.
 WALL_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """`text` is what the caller sent, None if it sent ids."""
+    """`text` is what the caller sent, None if it sent ids or not all of it was kept."""
 
     token_ids: list[int]
     params: SamplingParams
@@ -50,6 +52,8 @@ class GenerateRequest:
     format   how the text of an answer is to be read
     interval tokens of a sample that come together in a stream
     timeout  the request's own limit in seconds from arrival; the server's holds where that is shorter
+    encoded  the text that the prompts were made of
+    unbound  max_tokens was left out: samples are as long as they would be
     """
 
     prompts: list[Prompt]
@@ -64,6 +68,8 @@ class GenerateRequest:
     speculative: Speculative = field(default_factory=Speculative)
     format: AnswerFormat = field(default_factory=AnswerFormat)
     interval: int = 1
+    encoded: Encoded = field(default_factory=Encoded)
+    unbound: bool = False
 
 
 @dataclass(slots=True)
@@ -126,6 +132,7 @@ class Generation:
         self._parts: dict[str, _Part] = {}
         self._drawn: dict[int, int] = {}  # choice -> its tokens so far, while it is open
         self.finish_reasons: list[str] = []  # the engine's, as samples end
+        self._own_lengths: list[int] = []  # tokens of samples that nothing cut short
         self._failure: errors.ApiError | None = None
         self._expired: str | None = None  # which limit, as in Chunk.error
         first_choice = 0
@@ -278,7 +285,8 @@ class Generation:
             return
         self.finish_reasons.append(delta.finish_reason or "")
         self._judge(clock, finished=True)
-        self._experience.saw_sample(tokens)
+        if self._ended_by_itself(delta.finish_reason, tokens, part.prompt.params.max_tokens):
+            self._own_lengths.append(tokens)
         heard = self.request.arrival if clock.heard is None else clock.heard
         self._metrics.sample_finished(
             delta.finish_reason or "",
@@ -287,6 +295,11 @@ class Generation:
             decode_seconds=0.0 if clock.first is None else heard - clock.first,
             ideal_seconds=self._experience.ideal_seconds(len(part.prompt.token_ids), tokens),
         )
+
+    def _ended_by_itself(self, finish_reason: str | None, tokens: int, max_tokens: int) -> bool:
+        if self.request.unbound:
+            return finish_reason != "abort"
+        return finish_reason in OWN_ENDS and tokens < max_tokens
 
     def _out_of_time(self, reason: str) -> errors.ApiError:
         if reason != "timeout":
@@ -318,6 +331,9 @@ class Generation:
         self._registry.leave(self._name, self)
         self._mailbox.close()
         self._slot.release()
+        if self._own_lengths:
+            self._experience.saw_samples(sum(self._own_lengths) / len(self._own_lengths))
+            self._own_lengths = []
         prompt_tokens = sum(len(part.prompt.token_ids) for part in self._ordered if part.computed)
         if self._lease.settle(prompt_tokens + self.usage.completion_tokens):
             self._metrics.tenant_used(

@@ -10,12 +10,22 @@ NOT_BUILT   known and not harmless: refused by name unless it says what happens 
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
+from ..engine.chat import MAX_MESSAGES
 from ..engine.messages import Slo, Speculative
-from ..engine.validation import MAX_TENANT_BYTES, Limits, check_promises, check_speculative
+from ..engine.validation import (
+    MAX_BAD_WORDS,
+    MAX_LOGPROB_TOKEN_IDS,
+    MAX_STOP_TOKEN_IDS,
+    MAX_TENANT_BYTES,
+    Limits,
+    check_promises,
+    check_speculative,
+)
 from ..scheduler.params import Grammar, Repetition
 from . import errors, shapes
 from .logs import logger
@@ -27,6 +37,7 @@ DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions only
 
 MAX_QUESTIONS = 400  # of one call, as OpenAI's
 MAX_ABORTED = 10_000  # ids in one call
+MAX_ALLOWED_TOKEN_IDS = 1 << 19  # twice the widest vocabulary there is; the model's own is the bound that is told
 
 ID_NAMES = AliasChoices("request_id", "rid")
 
@@ -77,12 +88,13 @@ class _Body(BaseModel):
     def refuse_unbuilt(self) -> None:
         """Raises 400 for the first field that asks for something this server cannot do."""
         extras = self.model_extra or {}
+        tells = logger.isEnabledFor(logging.DEBUG)
         for name, value in extras.items():
             if name in NOT_BUILT:
                 if value is not None and value not in NOT_BUILT[name] and not self._is_what_happens_anyway(name, value):
                     remedy = REMEDIES.get(name, "leave it out")
                     raise errors.unsupported(name, f"`{name}` is not supported by this server; {remedy}.")
-            elif name not in NO_EFFECT:
+            elif tells and name not in NO_EFFECT:
                 logger.debug("a request has the unknown field %s", errors.shown(name))
 
     def _is_what_happens_anyway(self, name: str, value: Any) -> bool:
@@ -189,14 +201,14 @@ class GenerateBody(OrderBody):
     max_tokens: Integer | None = None
     min_tokens: Integer | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[Integer] | None = None
+    stop_token_ids: Annotated[list[Integer], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[Integer] | None = None
-    bad_words: list[str] | None = None
+    allowed_token_ids: Annotated[list[Integer], Field(max_length=MAX_ALLOWED_TOKEN_IDS)] | None = None
+    bad_words: Annotated[list[str], Field(max_length=MAX_BAD_WORDS)] | None = None
     prompt_logprobs: Integer | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -206,7 +218,7 @@ class GenerateBody(OrderBody):
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: Integer | None = None
     truncation_side: Literal["left", "right"] | None = None
-    logprob_token_ids: list[Integer] | None = None
+    logprob_token_ids: Annotated[list[Integer], Field(max_length=MAX_LOGPROB_TOKEN_IDS)] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     return_prompt_text: bool | None = None
@@ -299,6 +311,11 @@ class ChatBody(GenerateBody):
 
     def check_together(self, limits: Limits) -> None:
         super().check_together(limits)
+        if len(self.messages) > MAX_MESSAGES:  # before their size is taken
+            raise errors.invalid(
+                f"`messages` has {len(self.messages)} entries; at most {MAX_MESSAGES} are taken: leave out the oldest.",
+                "messages",
+            )
         if self.top_logprobs is not None and self.top_logprobs != 0 and not self.logprobs:
             raise errors.invalid("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
         if self.top_logprobs is not None and self.top_logprobs < 0:
@@ -339,28 +356,12 @@ class TokenizeBody(_Body):
     tools: shapes.Tools | None = None
 
 
-class OptionBody(_Body):
-    """`value` of a choice, `label` of a level; the description is for the model alone."""
-
-    value: str | bool | None = None
-    label: str | None = None
-    description: str | None = None
-
-    @property
-    def named(self) -> str | bool:
-        """Raises 400 where it has no name."""
-        name = self.value if self.label is None else self.label
-        if name is None or name == "":
-            raise errors.invalid("Each choice needs a `value`, each level a `label`.", "questions")
-        return name
-
-
 class QuestionBody(_Body):
     type: Literal["predicate", "choice", "score"]
     name: str | None = None
     instructions: shapes.Instructions
-    choices: list[OptionBody] | None = None
-    levels: list[OptionBody] | None = None
+    choices: shapes.Choices | None = None
+    levels: shapes.Levels | None = None
 
 
 class DecisionBody(OrderBody):

@@ -37,8 +37,14 @@ async def decisions(body: DecisionBody, request: Request) -> Response:
     if "abort" in generation.finish_reasons:
         raise errors.aborted()
     tokenizer = state.text.tokenizer
-    answers = [answer_of(question, output, tokenizer) for question, output in zip(body.questions, outputs, strict=True)]
-    return json_answer({"model": model, "answers": answers, "usage": usage_dict(generation.usage)})
+
+    def answer() -> Response:
+        """A call may ask about a hundred thousand options."""
+        pairs = zip(body.questions, outputs, strict=True)
+        answers = [answer_of(question, output, tokenizer) for question, output in pairs]
+        return json_answer({"model": model, "answers": answers, "usage": usage_dict(generation.usage)})
+
+    return await state.in_pool(answer)
 
 
 async def _outputs(generation: Generation) -> list[SampleOutput]:

@@ -30,7 +30,8 @@ async def render_completion(body: CompletionBody, request: Request) -> Response:
     state = state_of(request)
     completion_size(body, state.text.limits)  # refuses what is too much
     order = _check(state, body, request)
-    return json_answer(await _rendered(state, lambda: completion_request(body, state.text, order)))
+    rendered = await _rendered(state, lambda: completion_request(body, state.text, order))
+    return await state.in_pool(lambda: json_answer(rendered))  # parameters once for each prompt: millions of ids
 
 
 @router.post("/v1/chat/completions/render", response_model=None)

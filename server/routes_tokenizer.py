@@ -34,11 +34,14 @@ async def tokenize(body: TokenizeBody, request: Request) -> Response:
         tokenizer.check_bytes(body.prompt, state.ready.max_model_len)
         return tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
 
-    ids = await state.in_pool(encode)
-    answer: dict[str, Any] = {"count": len(ids), "max_model_len": state.ready.max_model_len, "tokens": ids}
-    if body.return_token_strs:
-        answer["token_strs"] = [tokenizer.token_text(token_id) for token_id in ids]
-    return json_answer(answer)
+    def answer() -> Response:
+        ids = encode()
+        answer: dict[str, Any] = {"count": len(ids), "max_model_len": state.ready.max_model_len, "tokens": ids}
+        if body.return_token_strs:
+            answer["token_strs"] = [tokenizer.token_text(token_id) for token_id in ids]
+        return json_answer(answer)
+
+    return await state.in_pool(answer)
 
 
 @router.post("/detokenize", response_model=None)
@@ -47,11 +50,11 @@ async def detokenize(body: DetokenizeBody, request: Request) -> Response:
     state.model_name(body.model)
     body.refuse_unbuilt()
 
-    def decode() -> str:
+    def answer() -> Response:
         valid_token_ids(body.tokens, state.ready.vocab_size, "tokens")
-        return state.text.tokenizer.decode(body.tokens, skip_special_tokens=False)
+        return json_answer({"prompt": state.text.tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
-    return json_answer({"prompt": await state.in_pool(decode)})
+    return await state.in_pool(answer)
 
 
 @router.get("/tokenizer_info", response_model=None)

@@ -21,6 +21,9 @@ LARGE_BODY_BYTES = 64 * 1024
 # Of all objects in a body together. The longest conversation that is taken has fewer; millions are half a second of
 # everybody's time.
 MAX_KEYS = 65_536
+MAX_CONTAINERS = 65_536  # objects and lists; those that mean something have keys, and most have several
+MAX_FIELDS = 1024  # of the body itself: ten times those that are known; each is looked up on the event loop
+COUNTED_BYTES = 64 * 1024  # that are counted at once, in up to 2 ms: other threads wait that long
 BODY_SECONDS = 30.0  # for a whole body: 2 MiB at half a megabit per second
 
 
@@ -99,8 +102,7 @@ class _JsonRequest(Request):
 def _decode(raw: bytes) -> Any:
     if not raw.strip():
         raise errors.invalid("The request body is empty; send a JSON object.")
-    if raw.count(b'":') - raw.count(b'\\":') > MAX_KEYS:
-        raise errors.invalid(f"The request body has more than {MAX_KEYS} keys.")
+    _check_structure(raw)
     try:
         content = msgspec.json.decode(raw)
     except RecursionError:
@@ -111,7 +113,34 @@ def _decode(raw: bytes) -> Any:
         raise errors.invalid(f"The request body is not valid JSON: {_reason(error)}.") from None
     if not isinstance(content, dict):
         raise errors.invalid("The request body must be a JSON object.")
+    if len(content) > MAX_FIELDS:
+        raise errors.invalid(
+            f"The request body has {len(content)} fields; at most {MAX_FIELDS} are taken: leave some out."
+        )
     return content
+
+
+def _check_structure(raw: bytes) -> None:
+    """Raises 400 for more keys, or more objects and lists, than are taken, before they are made.
+
+    Objects and lists count where they end: those that do not are inside each other, and refused as nested too deeply.
+    """
+    if raw.count(b":") <= MAX_KEYS and raw.count(b"}") + raw.count(b"]") <= MAX_CONTAINERS:
+        return  # whatever of these is text
+    keys = containers = in_text = 0
+    marks = raw.replace(b"\\\\", b"").replace(b'\\"', b"")  # every quote that is left begins or ends a text
+    for start in range(0, len(marks), COUNTED_BYTES):
+        parts = marks[start : start + COUNTED_BYTES].split(b'"')
+        outside = b"".join(parts[in_text::2])
+        in_text ^= (len(parts) - 1) & 1
+        keys += outside.count(b":")
+        containers += outside.count(b"}") + outside.count(b"]")
+        if keys > MAX_KEYS:
+            raise errors.invalid(f"The request body has more than {MAX_KEYS} keys; send less in a request.")
+        if containers > MAX_CONTAINERS:
+            raise errors.invalid(
+                f"The request body has more than {MAX_CONTAINERS} objects and lists; send less in a request."
+            )
 
 
 def _reason(error: Exception) -> str:

@@ -1,15 +1,18 @@
 """What fields look like that are checked by hand, for the description at /openapi.json; types alone would say "any".
 
-A shape describes and checks nothing: what is wrong with a field is found where it is read, and told with its place.
+A shape describes and checks nothing but a length: what is wrong with a field is found where it is read, and told with
+its place.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import WithJsonSchema
+from pydantic import Field, WithJsonSchema
 
 Shape = dict[str, Any]
+
+MAX_TOOLS = 128  # as OpenAI's
 
 TEXT: Shape = {"type": "string"}
 ANY_OBJECT: Shape = {"type": "object"}
@@ -57,9 +60,18 @@ _NAMED_SCHEMA = _object(("schema",), name=TEXT, schema=ANY_OBJECT, strict={"type
 Messages = Annotated[list[dict[str, Any]], WithJsonSchema(_list(_MESSAGE, minItems=1))]
 Tools = Annotated[
     list[dict[str, Any]],
-    WithJsonSchema(_list(_object(("type", "function"), type={"const": "function"}, function=_FUNCTION), minItems=1)),
+    Field(max_length=MAX_TOOLS),
+    WithJsonSchema(
+        _list(
+            _object(("type", "function"), type={"const": "function"}, function=_FUNCTION),
+            minItems=1,
+            maxItems=MAX_TOOLS,
+        )
+    ),
 ]
-Functions = Annotated[list[dict[str, Any]], WithJsonSchema(_list(_FUNCTION, minItems=1))]
+Functions = Annotated[
+    list[dict[str, Any]], Field(max_length=MAX_TOOLS), WithJsonSchema(_list(_FUNCTION, minItems=1, maxItems=MAX_TOOLS))
+]
 ToolChoice = Annotated[
     str | dict[str, Any],
     WithJsonSchema(
@@ -128,7 +140,11 @@ _ITEM = _any(
 _NAME = _object(("type", "name"), type={"const": "function"}, name=TEXT)
 Items = Annotated[str | list[Any], WithJsonSchema(_any(TEXT, _list(_ITEM, minItems=1)))]
 FlatTools = Annotated[
-    list[Any], WithJsonSchema(_list(_object(("type", "name"), type={"const": "function"}, **_FUNCTION["properties"])))
+    list[Any],
+    Field(max_length=MAX_TOOLS),
+    WithJsonSchema(
+        _list(_object(("type", "name"), type={"const": "function"}, **_FUNCTION["properties"]), maxItems=MAX_TOOLS)
+    ),
 ]
 FlatChoice = Annotated[
     str | dict[str, Any],
@@ -168,7 +184,12 @@ Turns = Annotated[list[Any], WithJsonSchema(_list(_any(_TURN, _RULES), minItems=
 System = Annotated[str | list[Any], WithJsonSchema(_text_or("text"))]
 InputTools = Annotated[
     list[Any],
-    WithJsonSchema(_list(_object(("name", "input_schema"), name=TEXT, description=TEXT, input_schema=ANY_OBJECT))),
+    Field(max_length=MAX_TOOLS),
+    WithJsonSchema(
+        _list(
+            _object(("name", "input_schema"), name=TEXT, description=TEXT, input_schema=ANY_OBJECT), maxItems=MAX_TOOLS
+        )
+    ),
 ]
 OutputFormat = Annotated[
     dict[str, Any], WithJsonSchema(_object(("type", "schema"), type={"const": "json_schema"}, schema=ANY_OBJECT))
@@ -177,3 +198,11 @@ OutputFormat = Annotated[
 # Of /v1/decisions.
 DecisionInput = Annotated[Any, WithJsonSchema(_any(TEXT, _list(_ITEM, minItems=1)))]
 Instructions = Annotated[Any, WithJsonSchema(_text_or("input_text", "text"))]
+# The descriptions are for the model alone.
+Choices = Annotated[
+    list[dict[str, Any]],
+    WithJsonSchema(_list(_object(("value",), value=_any(TEXT, {"type": "boolean"}), description=TEXT), minItems=2)),
+]
+Levels = Annotated[
+    list[dict[str, Any]], WithJsonSchema(_list(_object(("label",), label=TEXT, description=TEXT), minItems=2))
+]

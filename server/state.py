@@ -96,7 +96,7 @@ class State:
         slot, lease = self._let_in(asked, order)
         try:
             prepared = await self.in_pool(prepare)
-            self.experience.saw_prompts(asked, sum(len(prompt.token_ids) for prompt in prepared.prompts))
+            self.experience.saw_text(prepared.encoded)
             generation = Generation(
                 prepared,
                 name=(order.key.name, order.label),

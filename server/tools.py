@@ -17,7 +17,6 @@ from .parsing.reading import AnswerFormat
 from .parsing.tool_grammar import tool_grammar
 from .protocol import ChatBody
 
-MAX_TOOLS = 128  # as OpenAI's
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_SCHEMA_DEPTH = 32  # as of what templates are given
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
@@ -51,8 +50,6 @@ def tool_use(body: ChatBody, markup: Markup) -> ToolUse | None:
         return None
     if not body.tools:
         raise errors.invalid("`tools` must not be an empty array; leave it out.", "tools")
-    if len(body.tools) > MAX_TOOLS:
-        raise errors.invalid(f"`tools` has {len(body.tools)} entries; at most {MAX_TOOLS} are taken.", "tools")
     schemas: dict[str, dict[str, Any]] = {}
     for i, tool in enumerate(body.tools):
         name, schema = _function(tool, f"tools[{i}]")

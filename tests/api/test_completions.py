@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
+from quire.engine.validation import check_params
+from quire.server import inputs
+
 EOS = 256
 
 
@@ -147,6 +152,14 @@ async def test_echo_without_generation(http):
     assert answer["usage"]["completion_tokens"] == 0
 
 
+async def test_an_echo_of_what_was_kept_is_its_own_text(http, fake):
+    body = {"truncate_prompt_tokens": 3, "echo": True, "logprobs": 0, "max_tokens": 2}
+    (choice,) = (await complete(http, prompt="0123456789", **body))["choices"]
+    assert choice["text"] == "789He"
+    assert choice["logprobs"]["tokens"] == list("789He")
+    assert choice["logprobs"]["text_offset"] == [0, 1, 2, 3, 4]
+
+
 async def test_logprobs_lie_beside_their_tokens_at_every_n(http, fake):
     answer = await complete(http, prompt="x", n=3, logprobs=2, max_tokens=4)
     for choice in answer["choices"]:
@@ -175,6 +188,49 @@ async def test_truncation_keeps_the_end(http, fake):
     assert fake.added[0].prompt_ids == list(b"ef")
     assert len(fake.added[1].prompt_ids) == 500
     assert fake.added[1].prompt_ids[-1] == 98
+
+
+async def test_parameters_are_made_and_checked_once_for_all_prompts(http, fake, monkeypatch):
+    checked = []
+    monkeypatch.setattr(inputs, "check_params", lambda *given: (checked.append(given), check_params(*given)))
+    await complete(http, prompt=["a"] * 50, max_tokens=1, allowed_token_ids=[5, 6, 7])
+    assert len(checked) == 1
+    assert len({id(request.params.allowed_token_ids) for request in fake.added}) == 1
+    assert len({request.params.seed for request in fake.added}) == 50  # or equal prompts had equal answers
+
+
+async def test_prompts_of_one_call_get_what_is_left_of_the_context_for_each(http, fake):
+    fake.answer = lambda request, index: [97] * 600
+    await complete(http, prompt=["x" * 510, "x", "x" * 509])
+    assert [request.params.max_tokens for request in fake.added] == [2, 16, 3]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "size"),
+    [
+        ("allowed_token_ids", list(range(4097)), 4097),
+        ("bad_words", [f"{i} " + "x" * 40 for i in range(100)], 8680),  # each with and without a space before it
+    ],
+)
+async def test_what_each_prompt_carries_is_bounded_for_all_together(fake, serve, field, value, size):
+    fake.facts = {"vocab_size": 5000}
+    async with serve() as http:
+        response = await http.post("/v1/completions", json={"prompt": ["a"] * 1024, "max_tokens": 1, field: value})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == field
+    for part in (f"`{field}`", f"{size} token ids", "1024 prompts", "send fewer prompts"):
+        assert part in error["message"]
+    assert not fake.added
+
+
+async def test_a_thousand_prompts_may_carry_some_thousand_ids_each(fake, serve):
+    fake.facts = {"vocab_size": 5000}
+    bias = {str(i): 1.0 for i in range(1024)}
+    body = {"prompt": ["a"] * 1024, "max_tokens": 1, "allowed_token_ids": list(range(4096)), "logit_bias": bias}
+    async with serve() as http:
+        answer = await complete(http, **body)
+    assert len(answer["choices"]) == 1024
 
 
 async def test_stop_reason_is_the_token_or_the_string(http, fake):

@@ -16,13 +16,24 @@ import httpx
 import pytest
 import uvicorn
 
-from quire.server import http_protocol, routing
+from quire.engine.tokenizer import Tokenizer
+from quire.server import (
+    as_chat,
+    http_protocol,
+    protocol,
+    routes_chat,
+    routes_decisions,
+    routes_render,
+    routes_tokenizer,
+    routing,
+)
 from quire.server.app import create_app
 from quire.server.config import ServerConfig
 from quire.server.http_protocol import bounded_protocol
 from quire.server.probes import Probes
 
 GENEROUS = 60.0
+JSON_BODY = {"content-type": "application/json"}
 
 
 def wait_until(condition, seconds=GENEROUS):
@@ -430,6 +441,113 @@ async def test_a_body_of_a_hundred_thousand_keys_is_refused_before_it_is_decoded
     text = json.dumps({"prompt": '"a":1,' * (routing.MAX_KEYS + 2)})  # the same in a text is text
     answer = await http.post("/v1/completions", content=text, headers=headers)
     assert answer.json()["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("key", ['"k{}" :1', '"k{}"\n\t:1', '"k{}\\\\":1'])
+async def test_keys_are_counted_however_they_are_spelled(http, key):
+    content = '{"x":{' + ",".join(key.format(i) for i in range(routing.MAX_KEYS)) + "}}"
+    answer = await http.post("/v1/completions", content=content, headers=JSON_BODY)
+    assert answer.status_code == 400
+    assert f"more than {routing.MAX_KEYS} keys" in answer.json()["error"]["message"]
+
+
+async def test_texts_that_look_like_keys_are_texts(http):
+    body = {"prompt": "x", "guided_choice": [f": {i}" for i in range(routing.MAX_KEYS + 2)]}
+    answer = await http.post("/v1/completions", json=body)
+    assert answer.json()["error"]["param"] == "guided_choice"
+
+
+@pytest.mark.parametrize("nothing", ["{}", "[]"])
+async def test_a_body_of_a_hundred_thousand_nothings_is_refused_before_it_is_decoded(http, nothing):
+    content = '{"messages":[' + ",".join([nothing] * routing.MAX_CONTAINERS) + "]}"
+    answer = await http.post("/v1/chat/completions", content=content, headers=JSON_BODY)
+    assert answer.status_code == 400
+    assert f"more than {routing.MAX_CONTAINERS} objects and lists" in answer.json()["error"]["message"]
+    text = json.dumps({"prompt": nothing * (routing.MAX_CONTAINERS + 2)})  # the same in a text is text
+    answer = await http.post("/v1/completions", content=text, headers=JSON_BODY)
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+
+
+async def test_a_body_has_so_many_fields_at_most(http):
+    body = {"prompt": "x", "max_tokens": 1, **{f"unknown_{i}": i for i in range(routing.MAX_FIELDS - 2)}}
+    assert (await http.post("/v1/completions", json=body)).status_code == 200
+    answer = await http.post("/v1/completions", json={**body, "one_more": 1})
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    for part in (f"{routing.MAX_FIELDS + 1} fields", f"at most {routing.MAX_FIELDS}", "leave some out"):
+        assert part in message
+
+
+async def test_unknown_fields_are_spelled_only_for_a_log_that_shows_them(http, monkeypatch):
+    shown = []
+    monkeypatch.setattr(protocol.errors, "shown", lambda value: shown.append(value) or "")
+    answer = await http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1, "unknown": 1})
+    assert answer.status_code == 200
+    assert not shown
+
+
+USER = {"role": "user", "content": "x"}
+TURNS = {"messages": [USER], "max_tokens": 1}
+CHAT_ROUTE = "/v1/chat/completions"
+LISTS = [
+    (CHAT_ROUTE, {"messages": [USER] * 10_001}, "messages", "at most 10000"),
+    (CHAT_ROUTE, {**TURNS, "tools": [{}] * 200}, "tools", "at most 128"),
+    (CHAT_ROUTE, {**TURNS, "functions": [{}] * 200}, "functions", "at most 128"),
+    (CHAT_ROUTE, {**TURNS, "stop_token_ids": [1] * 200}, "stop_token_ids", "at most 128"),
+    (CHAT_ROUTE, {**TURNS, "bad_words": ["a"] * 200}, "bad_words", "at most 128"),
+    (CHAT_ROUTE, {**TURNS, "logprob_token_ids": [1] * 600}, "logprob_token_ids", "at most 512"),
+    (CHAT_ROUTE, {**TURNS, "allowed_token_ids": [1] * 600_000}, "allowed_token_ids", "at most 524288"),
+    ("/v1/responses", {"input": [USER] * 10_001}, "input", "at most 10000"),
+    ("/v1/responses", {"input": "x", "tools": [{}] * 200}, "tools", "at most 128"),
+    ("/v1/messages", {**TURNS, "messages": [USER] * 10_001}, "messages", "at most 10000"),
+    ("/v1/messages", {**TURNS, "tools": [{}] * 200}, "tools", "at most 128"),
+    ("/tokenize", {"messages": [USER], "tools": [{}] * 200}, "tools", "at most 128"),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field", "most"), LISTS, ids=[f"{path} {field}" for path, _, field, _ in LISTS]
+)
+async def test_a_long_list_is_refused_before_anything_looks_at_its_entries(http, monkeypatch, path, body, field, most):
+    def never(*args):
+        raise AssertionError("its size was taken")
+
+    for module in (routes_chat, as_chat):
+        monkeypatch.setattr(module, "chat_size", never)
+    answer = await http.post(path, json=body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    for part in (f"`{field}` has {len(body[field])} ", most):
+        assert part in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "module", "name"),
+    [
+        ("/tokenize", {"prompt": "abc", "return_token_strs": True}, Tokenizer, "token_text"),
+        ("/detokenize", {"tokens": [97]}, routes_tokenizer, "json_answer"),
+        ("/tokenize", {"prompt": "abc"}, routes_tokenizer, "json_answer"),
+        ("/v1/completions/render", {"prompt": "abc"}, routes_render, "json_answer"),
+        (
+            "/v1/decisions",
+            {"input": "a", "questions": [{"type": "predicate", "instructions": "b"}]},
+            routes_decisions,
+            "answer_of",
+        ),
+    ],
+)
+async def test_what_grows_with_the_body_is_done_on_a_text_thread(http, monkeypatch, path, body, module, name):
+    done_on = set()
+    function = getattr(module, name)
+
+    def seen(*args):
+        done_on.add(threading.current_thread().name[:4])
+        return function(*args)
+
+    monkeypatch.setattr(module, name, seen)
+    answer = await http.post(path, json=body)
+    assert answer.status_code == 200
+    assert done_on == {"text"}
 
 
 # ---------------------------------------------------------------- deadlines in a header

@@ -65,6 +65,20 @@ def test_costs_add_up_over_prompts_and_samples(prompts, n):
     assert many == pytest.approx((prompts * one.prompts, prompts * n * one.samples))
 
 
+def test_what_all_prompts_begin_with_is_computed_once():
+    apart = Asked(prompts=10, samples=10, prompt_bytes=10 * 4000, max_tokens=1)
+    together = replace(apart, shared_bytes=3600)
+    once = 900 * (0.008 / 16 + 1e-8 * 900 / 2)
+    own = 100 * (0.008 / 16 + 1e-8 * (900 + 100 / 2))
+    assert cost(together).prompts == pytest.approx(10 * 0.004 + once + 10 * own)
+    assert cost(together).samples == cost(apart).samples
+
+
+def test_a_prompt_costs_what_is_kept_of_it():
+    assert cost(replace(BASE, longest_prompt=100)) == cost(replace(BASE, prompt_bytes=400))
+    assert cost(replace(BASE, longest_prompt=5000)) == cost(BASE)
+
+
 def test_a_mean_follows_what_it_sees():
     mean = RunningMean(4.0)
     assert mean.value == 4.0

@@ -287,5 +287,7 @@ def test_texts_of_every_kind_are_what_was_asked_for(tmp_path: Path):
         short = SamplingParams(max_tokens=9, min_tokens=5, temperature=0.0, grammar=regex("ab"))
         (answer,) = llm.generate("a", short, progress=False)
         assert (answer.outputs[0].text, answer.outputs[0].finish_reason) == ("ab", "stop")
+        assert answer.outputs[0].token_ids.count(EOS) == 1
+        assert len(answer.outputs[0].token_ids) == len(TOKENIZER.encode("ab")) + 1
     finally:
         llm.close()

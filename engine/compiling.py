@@ -1,19 +1,23 @@
-"""Requests that wait for their grammars, which are compiled beside the engine's loop.
+"""Requests that wait for their grammars, which are compiled beside the engine's loop, on every rank.
 
-hold(AddRequest) ──a thread compiles──▶ ready() ──▶ the scheduler         abort(): as if it waited there already
+hold(AddRequest) ──a thread compiles──▶ ready() ──▶ the scheduler ──▶ release(), when the request has ended
+                                abort(), expire(): as if it waited there already
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import NamedTuple
 
+from ..scheduler.params import Grammar
 from ..scheduler.plan import Chunk
 from .errors import QuireError
 from .grammar import Grammars
 from .messages import AddRequest
+from .ranks import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +34,14 @@ class _Held(NamedTuple):
     message: AddRequest
     compiled: Future[object]
     aborted: list[int]
+    limit: tuple[float, str]  # when its time is over, on the clock of the arrivals, and by what
 
 
 class Compiling:
-    def __init__(self, grammars: Grammars) -> None:
+    def __init__(self, grammars: Grammars, ranks: Ranks) -> None:
         self._grammars = grammars
+        self._ranks = ranks
+        self._in_use: dict[str, Grammar] = {}  # by request, from `hold` to `release`
         self._held: dict[str, _Held] = {}
 
     def __len__(self) -> int:
@@ -46,12 +53,24 @@ class Compiling:
             wait([held.compiled for held in self._held.values()], seconds, FIRST_COMPLETED)
 
     def hold(self, message: AddRequest) -> bool:
-        """Whether the request has to wait; it is kept here then."""
+        """Whether the request has to wait; it is kept here then. Its grammar is kept until `release`, in any case."""
         grammar = message.params.grammar
-        if grammar is None or grammar in self._grammars:
+        if grammar is None or message.request_id in self._in_use:  # an id that is in use is for the scheduler to refuse
             return False
-        self._held[message.request_id] = _Held(message, self._grammars.prepare(grammar), [])
+        self._in_use[message.request_id] = grammar
+        self._ranks.prepare(grammar)
+        compiled = self._grammars.prepare(grammar)
+        if grammar in self._grammars:
+            return False
+        self._held[message.request_id] = _Held(message, compiled, [], _limit(message))
         return True
+
+    def release(self, request_id: str) -> None:
+        """The request has ended, here or in the scheduler; one without a grammar has nothing to release."""
+        grammar = self._in_use.pop(request_id, None)
+        if grammar is not None:
+            self._grammars.release(grammar)
+            self._ranks.release(grammar)
 
     def abort(self, request_id: str, index: int | None) -> list[Chunk] | None:
         """End a request that waits here, or one sample of it; None = it does not."""
@@ -64,11 +83,29 @@ class Compiling:
         del self._held[request_id]
         return [Chunk(request_id, i, [], finish_reason="abort") for i in range(held.message.params.n)]
 
+    def expire(self, now: float) -> list[Chunk]:
+        """End those whose time is over."""
+        chunks = []
+        for request_id in [request_id for request_id, held in self._held.items() if held.limit[0] <= now]:
+            held = self._held.pop(request_id)
+            chunks += [
+                Chunk(request_id, i, [], finish_reason="expired", error=held.limit[1])
+                for i in range(held.message.params.n)
+            ]
+        return chunks
+
     def ready(self) -> Iterator[Ready]:
         """Those that need not wait any longer, in the order in which they came; they leave."""
         for request_id in [request_id for request_id, held in self._held.items() if held.compiled.done()]:
             held = self._held.pop(request_id)
             yield Ready(held.message, held.aborted, _error(held.compiled))
+
+
+def _limit(message: AddRequest) -> tuple[float, str]:
+    """The earlier of the limits that need no plan to be known."""
+    limits = ((message.timeout, "timeout"), (message.slo.deadline, "deadline"))
+    ends = [(message.arrival + seconds, what) for seconds, what in limits if seconds is not None]
+    return min(ends, default=(math.inf, ""))
 
 
 def _error(compiled: Future[object]) -> str | None:

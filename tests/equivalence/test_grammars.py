@@ -97,6 +97,11 @@ def test_every_path(plain, names):
     assert drive(engine(BUNDLED, **combined(names)), [requests()]) == plain
 
 
+def test_with_room_for_one_grammar_at_a_time(plain, monkeypatch):
+    monkeypatch.setattr("quire.engine.grammar.MAX_USED_BYTES", max(len(one.source) for one in GRAMMARS if one))
+    assert drive(engine(BUNDLED), [requests()]) == plain
+
+
 def test_alone(plain):
     for request in requests():
         alone = drive(engine(BUNDLED), [[request]])

@@ -404,6 +404,39 @@ class TestCompiling:
         compiling.release("unknown")
         assert told.orders[3:] == [("release", "x")]
 
+    def test_there_is_room_for_so_many_and_who_comes_first_has_it_first(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr("quire.engine.grammar.MAX_USED_BYTES", 5)
+        told, grammars = Told(), Grammars(lambda: VOCABULARY)
+        grammars.begin(regex("known"))
+        compiling = Compiling(grammars, told)
+        for name, source in (("a", "xxx"), ("b", "yyyy"), ("c", "z"), ("again", "xxx")):
+            assert compiling.hold(self.request(name, source))
+        assert not compiling.hold(self.request("d", "known"))
+        assert told.orders == [("prepare", "xxx"), ("prepare", "known")]
+        compiling.release("d")
+        compiling.wait(60)
+        assert [one.message.request_id for one in compiling.ready()] == ["a"]
+        compiling.wait(60)  # for nobody
+        assert not list(compiling.ready())
+        assert not compiling.hold(self.request("e", "xxx")), "it is compiled"
+        compiling.release("e")
+        compiling.release("a")
+        del told.orders[:]
+        assert not list(compiling.ready())
+        assert told.orders == [("prepare", "yyyy"), ("prepare", "z")]
+        for name in ("b", "c"):
+            assert compiling.abort(name, None)
+            compiling.release(name)
+        assert [one.message.request_id for one in compiling.ready()] == ["again"]
+
+    def test_a_source_that_is_too_large_waits_for_no_room(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr("quire.engine.grammar.MAX_USED_BYTES", MAX_SOURCE_BYTES)
+        compiling = Compiling(Grammars(lambda: VOCABULARY), Told())
+        assert compiling.hold(self.request("a", "a" * (MAX_SOURCE_BYTES + 1)))
+        compiling.wait(60)
+        (one,) = compiling.ready()
+        assert "larger than" in one.error
+
     def test_a_fault_of_ours_tells_no_details(self, caplog: pytest.LogCaptureFixture):
         compiling, futures = self.held(self.request("a"))
         futures[0].set_exception(OSError("/secret/path"))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from typing import NamedTuple
 
@@ -99,7 +100,7 @@ class EngineCore:
         self._threads = settings.threads
         self._ahead = int(settings.overlap)  # steps launched before one is collected
         self._out: deque[Step] = deque()
-        self._compiling = Compiling(self.grammars)
+        self._compiling = Compiling(self.grammars, self._ranks)
         self._watching = Watching()
         self._unplanned: Exception | None = None  # why there is no next step; the scheduler has to start over
         self._collected = 0.0  # when the last step was, on the clock of perf_counter
@@ -143,8 +144,9 @@ class EngineCore:
         log.info("started: %s", ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in startup.seconds.items()))
 
     def close(self) -> None:
-        """End the other ranks; without any there is nothing to end."""
+        """End the other ranks, and what would be compiled yet."""
         self._ranks.close()
+        self.grammars.close()
 
     def _rehearse(self, rows: list[Row]) -> None:
         self._ranks.rehearse(rows)
@@ -157,7 +159,11 @@ class EngineCore:
         return self.scheduler.has_work or bool(self._out) or len(self._compiling) > 0
 
     def handle(self, message: AddRequest | Abort | Watch) -> list[Chunk]:
-        """Take one message in; what it ends at once is answered by the chunks."""
+        """Take one message in; what it ends at once is answered by the chunks. Raises RankLost as `step` does."""
+        with self._naming_the_lost():
+            return self._left(self._handle(message))
+
+    def _handle(self, message: AddRequest | Abort | Watch) -> list[Chunk]:
         if isinstance(message, Watch):
             self._watching.renew(message.seconds)
             return []
@@ -224,19 +230,37 @@ class EngineCore:
             chunks += [chunk for index in aborted for chunk in self.scheduler.abort(message.request_id, index)]
         return chunks
 
+    def _expire(self, now: float) -> list[Chunk]:
+        """End what has run out of time, wherever it waits or runs."""
+        chunks = self._compiling.expire(now)
+        self.scheduler.counters.expired += len(chunks)
+        return chunks + self.scheduler.expire(now)
+
     def step(self) -> list[Chunk]:
         """Finish one step over all requests; nothing to do is an empty list. Raises RankLost where a rank has ended."""
+        with self._naming_the_lost():
+            return self._left(self._step())
+
+    @contextmanager
+    def _naming_the_lost(self) -> Iterator[None]:
         try:
-            return self._step()
+            yield
         except RankLost as error:
             raise RankLost(f"{error}: {self._ranks.last_words()}") from error
+
+    def _left(self, chunks: list[Chunk]) -> list[Chunk]:
+        """The same chunks; the grammars of requests that end with them need not be kept any longer."""
+        for chunk in chunks:
+            if chunk.finish_reason is not None and chunk.request_id not in self.scheduler.roster.groups:
+                self._compiling.release(chunk.request_id)
+        return chunks
 
     def _step(self) -> list[Chunk]:
         share_threads(self.runner.decoder, self._threads)
         self._ranks.check()
         if not self.scheduler.has_work and not self._out:
             self._compiling.wait(COMPILING_SECONDS)
-        expired = self._add_compiled() + self.scheduler.expire(time.monotonic())
+        expired = self._add_compiled() + self._expire(time.monotonic())
         while self._may_launch():
             if not self._launch():
                 break

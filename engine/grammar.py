@@ -12,6 +12,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from threading import Lock
 
 import llguidance
@@ -34,7 +35,9 @@ MAX_SOURCE_BYTES = 64 * 1024
 # Of 30 grammars made to be costly none took over 400 ms to compile or 22 ms for a mask within these, or 30 MB; the
 # library's own default for lexer states would allow 500 MB.
 _LIMITS = LLParserLimits(max_lexer_states=50_000, max_grammar_size=100_000)
-MAX_KEPT = 64  # compiled grammars: a request copies one, so those of a service's few schemas are compiled once
+MAX_KEPT = 64  # compiled grammars beside those in use: those of a service's few schemas are compiled once
+# Sources of those in use. Compiled, 15 large ones took up to 240 times as much: 2 GB then.
+MAX_USED_BYTES = 128 * MAX_SOURCE_BYTES
 
 
 def definition(grammar: Grammar) -> str:
@@ -73,7 +76,10 @@ def _structural_tags(source: dict) -> str:
 
 
 class Vocabulary:
-    """A tokenizer as llguidance reads it; vocab_size: the width of the logits."""
+    """A tokenizer as llguidance reads it; vocab_size: the width of the logits.
+
+    Making one holds the interpreter, 0.9 s for 150 000 tokens; compiling does not, but for some milliseconds.
+    """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         self.vocab_size = vocab_size
@@ -177,16 +183,38 @@ class GrammarState:
         return mask
 
 
+@dataclass(slots=True)
+class _Used:
+    """A grammar that somebody uses: nobody forgets it."""
+
+    compiled: Future[LLMatcher]
+    users: int = 0
+
+
 class Grammars:
-    """The grammars of an engine. Its methods may be called from any thread."""
+    """The grammars of an engine. Its methods may be called from any thread.
+
+    prepare ──▶ in use, by so many ──the last release──▶ kept for the next, the latest MAX_KEPT
+
+    Compiling and masks have a thread each: a step waits for its masks, and never behind a grammar.
+    """
 
     def __init__(self, load: Callable[[], Vocabulary]) -> None:
         """load: called when the first grammar comes."""
         self._load = load
         self._vocabulary: Vocabulary | None = None
-        self._kept: OrderedDict[Grammar, LLMatcher] = OrderedDict()
-        self._lock = Lock()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._loading = Lock()
+        self._used: dict[Grammar, _Used] = {}
+        self._used_bytes = 0
+        self._kept: OrderedDict[Grammar, Future[LLMatcher]] = OrderedDict()
+        self._lock = Lock()  # of these three; nobody computes while it is held
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        self._filler = ThreadPoolExecutor(1, thread_name_prefix="masks")
+
+    def close(self) -> None:
+        """What waits to be compiled is dropped; what is being compiled is not waited for."""
+        self._compiler.shutdown(wait=False, cancel_futures=True)
+        self._filler.shutdown(wait=False, cancel_futures=True)
 
     def fill(self, states: Sequence[GrammarState], paths: Sequence[Sequence[tuple[int, ...]]]) -> None:
         """Compute on another thread the masks that each state will be asked for; a state waits for them by itself."""
@@ -197,37 +225,92 @@ class Grammars:
 
         for state in states:
             state.settle()
-        filling = self._pool.submit(compute)
+        filling = self._filler.submit(compute)
         for state in states:
             state.filling = filling
 
     def __contains__(self, grammar: Grammar) -> bool:
-        """Whether `begin` would not compile it."""
-        return grammar in self._kept
+        """Whether it is compiled."""
+        with self._lock:
+            used = self._used.get(grammar)
+            compiled = self._kept.get(grammar) if used is None else used.compiled
+        return compiled is not None and compiled.done() and not _failed(compiled)
+
+    def has_room(self, grammar: Grammar) -> bool:
+        """Whether one more may be in use, for the memory that it takes. Who does not ask is not refused."""
+        with self._lock:
+            return grammar in self._used or self._used_bytes + _size(grammar) <= MAX_USED_BYTES
 
     def prepare(self, grammar: Grammar) -> Future[LLMatcher]:
-        """Compile it on a thread of its own; the result raises as `Vocabulary.compile` does."""
-        return self._pool.submit(self._matcher, grammar)
+        """Compile it on a thread of its own, once for all who ask; the result raises as `Vocabulary.compile` does.
+
+        It stays until it has been released as often as it was prepared.
+        """
+        compiled, is_new = self._use(grammar)
+        if is_new:
+            self._compiler.submit(self._compile, grammar, compiled)
+        return compiled
+
+    def release(self, grammar: Grammar) -> None:
+        """One who prepared it needs it no longer. If it was the last and compiling has not begun, it never will."""
+        with self._lock:
+            used = self._used[grammar]
+            used.users -= 1
+            if used.users:
+                return
+            del self._used[grammar]
+            self._used_bytes -= _size(grammar)
+            if used.compiled.cancel() or _failed(used.compiled):
+                return
+            self._kept[grammar] = used.compiled
+            if len(self._kept) > MAX_KEPT:
+                self._kept.popitem(last=False)
 
     def begin(self, grammar: Grammar, drawn: Sequence[int] = ()) -> GrammarState:
-        """For one sample; compiles what has not been prepared, or has been forgotten since."""
-        matcher = self._matcher(grammar)
-        assert self._vocabulary is not None
-        return GrammarState(self._vocabulary, matcher, drawn)
+        """For one sample; compiles here and now what nobody has prepared, or waits for who does."""
+        compiled, is_new = self._use(grammar)
+        try:
+            if is_new:
+                self._compile(grammar, compiled)
+            return GrammarState(self._loaded(), compiled.result(), drawn)
+        finally:
+            self.release(grammar)
 
-    def _matcher(self, grammar: Grammar) -> LLMatcher:
+    def _use(self, grammar: Grammar) -> tuple[Future[LLMatcher], bool]:
+        """Its matcher, now or later, and whether the caller has to see to that."""
         with self._lock:
-            if grammar in self._kept:
-                self._kept.move_to_end(grammar)
-                return self._kept[grammar]
+            used = self._used.get(grammar)
+            is_new = False
+            if used is None:
+                compiled = self._kept.pop(grammar, None)
+                is_new = compiled is None or _failed(compiled)
+                used = self._used[grammar] = _Used(Future() if compiled is None or is_new else compiled)
+                self._used_bytes += _size(grammar)
+            used.users += 1
+            return used.compiled, is_new
+
+    def _compile(self, grammar: Grammar, compiled: Future[LLMatcher]) -> None:
+        if not compiled.set_running_or_notify_cancel():
+            return
+        try:
+            compiled.set_result(self._loaded().compile(grammar))
+        except BaseException as error:
+            compiled.set_exception(error)
+
+    def _loaded(self) -> Vocabulary:
+        with self._loading:
             if self._vocabulary is None:
                 self._vocabulary = self._load()
-        matcher = self._vocabulary.compile(grammar)
-        with self._lock:
-            self._kept[grammar] = matcher
-            while len(self._kept) > MAX_KEPT:
-                self._kept.popitem(last=False)
-        return matcher
+            return self._vocabulary
+
+
+def _size(grammar: Grammar) -> int:
+    """Bytes of its source, about; a larger one than may be is refused before anything is made of it."""
+    return min(len(grammar.source), MAX_SOURCE_BYTES)
+
+
+def _failed(compiled: Future[LLMatcher]) -> bool:
+    return compiled.done() and compiled.exception() is not None
 
 
 def _brief(error: object) -> str:

@@ -1,6 +1,7 @@
 """What the first rank tells the others: typed msgpack over a socket (framing.py).
 
-down  RankLaunch (once, before all else)  Rehearse  Run  Collect, in the order in which the first rank does the same
+down  RankLaunch (once, before all else)  Rehearse  Run  Collect  Prepare  Release, in the order in which the first rank
+      does the same
 up    Met (it is about to connect), Failed (why it ends)
 
 The end of the socket is the end of the engine.
@@ -13,6 +14,7 @@ import zlib
 
 import msgspec
 
+from ..scheduler.params import Grammar
 from ..scheduler.plan import Row, StepPlan, StepResult
 from . import framing
 from .config import EngineConfig
@@ -48,6 +50,18 @@ class Collect(msgspec.Struct, frozen=True, tag="collect"):
     checksum: int
 
 
+class Prepare(msgspec.Struct, frozen=True, tag="prepare"):
+    """A request has come that needs this grammar: compile it beside the loop."""
+
+    grammar: Grammar
+
+
+class Release(msgspec.Struct, frozen=True, tag="release"):
+    """One that needed it has ended."""
+
+    grammar: Grammar
+
+
 class Met(msgspec.Struct, frozen=True, tag="met"):
     pass
 
@@ -56,7 +70,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     reason: str
 
 
-Order = Rehearse | Run | Collect
+Order = Rehearse | Run | Collect | Prepare | Release
 Answer = Met | Failed
 
 _encoder = msgspec.msgpack.Encoder()

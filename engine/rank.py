@@ -1,6 +1,7 @@
 """A rank of an engine that is not its first: it does to its part of the model what the first one does to its own.
 
     orders ─▶ Rehearse ─▶ runner.rehearse      Run ─▶ runner.launch      Collect ─▶ runner.collect, and compare
+              Prepare, Release ─▶ grammars, compiled beside this loop as beside the first rank's
 
 It draws every token itself, of the same logits by the same noise. Whatever goes wrong here ends it, and with it the
 engine: the others could only wait for it.
@@ -21,14 +22,17 @@ import torch
 
 from .assemble import assemble
 from .errors import EngineStartError, RankLost
+from .grammar import Grammars
 from .lifeline import die_with_parent, exit_at_end_of
 from .orders import (
     Collect,
     Failed,
     Met,
     Order,
+    Prepare,
     RankLaunch,
     Rehearse,
+    Release,
     checksum,
     frame,
     launch_decoder,
@@ -87,10 +91,10 @@ def take_part(launch: RankLaunch, channel: socket.socket) -> None:
 
     made = assemble(launch.config, launch.machine, meet, Startup())
     share_threads(made.runner.decoder, made.settings.threads)
-    follow(made.runner, _orders(channel), launch.rank)
+    follow(made.runner, made.grammars, _orders(channel), launch.rank)
 
 
-def follow(runner: ModelRunner, orders: Iterator[Order], rank: int) -> None:
+def follow(runner: ModelRunner, grammars: Grammars, orders: Iterator[Order], rank: int) -> None:
     """Carry out orders until there are no more. Raises RankLost when what is drawn differs from the first rank's."""
     out: deque[Launched] = deque()
     for order in orders:
@@ -99,6 +103,10 @@ def follow(runner: ModelRunner, orders: Iterator[Order], rank: int) -> None:
         elif isinstance(order, Collect):
             if checksum(runner.collect(out.popleft())) != order.checksum:
                 raise RankLost(f"rank {rank} has drawn other tokens than the first one")
+        elif isinstance(order, Prepare):
+            grammars.prepare(order.grammar)
+        elif isinstance(order, Release):
+            grammars.release(order.grammar)
         else:
             out.append(runner.launch(order.plan))
 

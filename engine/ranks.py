@@ -1,7 +1,7 @@
 """The other ranks of an engine, as the first one sees them: started, told what to do, watched, ended.
 
     rank 0: the engine's process                    rank n (engine/rank.py)
-      RankLaunch, Rehearse, Run, Collect ── a socket pair ──▶ the same on its part of the model
+      RankLaunch, then the orders ── a socket pair ─────────▶ the same on its part of the model
       stdin: silence; its end means that the engine is gone ──▶ exit
                  ◀── sums and joined columns: torch.distributed ──▶
 
@@ -21,11 +21,25 @@ import tempfile
 import time
 from pathlib import Path
 
+from ..scheduler.params import Grammar
 from ..scheduler.plan import Row, StepPlan, StepResult
 from .config import EngineConfig
 from .errors import EngineStartError, RankLost
 from .lifeline import ending
-from .orders import Collect, Failed, Order, RankLaunch, Rehearse, Run, answer_decoder, checksum, frame, receive
+from .orders import (
+    Collect,
+    Failed,
+    Order,
+    Prepare,
+    RankLaunch,
+    Rehearse,
+    Release,
+    Run,
+    answer_decoder,
+    checksum,
+    frame,
+    receive,
+)
 from .parallel import ALONE, Alone, connect
 from .resolve import Machine, Resolved
 
@@ -92,6 +106,14 @@ class Ranks:
         """result: what this rank has collected."""
         if self._ranks:
             self._tell(Collect(checksum(result)))
+
+    def prepare(self, grammar: Grammar) -> None:
+        if self._ranks:
+            self._tell(Prepare(grammar))
+
+    def release(self, grammar: Grammar) -> None:
+        if self._ranks:
+            self._tell(Release(grammar))
 
     def _tell(self, order: Order) -> None:
         data = frame(order)

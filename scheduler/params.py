@@ -80,7 +80,7 @@ class SamplingParams:
     Ranges are checked once at the door (`engine/validation.py`); here every value is taken as valid.
 
     max_tokens      tokens drawn at most, per sample; 0 computes the prompt only (echo, prompt logprobs)
-    min_tokens      stop ids and EOS are masked out until this many tokens are drawn
+    min_tokens      stop ids and EOS are masked out until this many tokens are drawn, or `grammar` leaves nothing else
     n               samples drawn from one prompt
     temperature     0 = greedy
     top_k           0 = off

@@ -164,8 +164,10 @@ class Roster:
         if slo.deadline is not None:
             end = group.arrival + slo.deadline
             self.limits.add(group, end, "deadline")
-            # What is sure to be drawn: a sample may end itself after its min_tokens.
+            # What is sure to be drawn: a sample may end itself after its min_tokens, by a grammar at once.
             least = params.max_tokens if params.ignore_eos and not params.stop_token_ids else max(1, params.min_tokens)
+            if params.grammar is not None:
+                least = 1
             decodes = ideal_seconds(cost, 0, least, self._config.max_num_batched_tokens)
             group.due = min(group.due, end - decodes)
             if self._policy.refuses_late:

@@ -638,9 +638,12 @@ class Scheduler:
         params, num_tokens = request.params, len(request.token_ids)
         num_output = num_tokens - request.num_prompt
         is_loop = request.loops is not None and request.loops.push(request.token_ids, num_output)
-        if num_output >= params.min_tokens:
-            if token in self.config.eos_token_ids and not params.ignore_eos:
-                return "stop", None
+        old_enough = num_output >= params.min_tokens
+        # A grammar lets an end through earlier where its text is complete, and nothing may follow then.
+        is_end = token in self.config.eos_token_ids and not params.ignore_eos
+        if is_end and (old_enough or params.grammar is not None):
+            return "stop", None
+        if old_enough:
             if token in params.stop_token_ids:
                 return "stop", token
             if is_loop:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,14 @@ from pathlib import Path
 import msgspec
 import pytest
 from equivalence.paths import GREEDY, PATHS, SAMPLED, combined, drive, engine, requests
+from llguidance import LLMatcher
 from unit.engine import ranks_on_threads
 
 from quire.engine import ranks
 from quire.engine.core import EngineCore
 from quire.engine.errors import EngineStartError, RankLost
-from quire.engine.messages import AddRequest
+from quire.engine.grammar import Vocabulary
+from quire.engine.messages import Abort, AddRequest
 from quire.engine.orders import checksum
 from quire.scheduler.params import Grammar, SamplingParams
 from quire.scheduler.plan import RowResult, StepResult
@@ -128,6 +131,30 @@ def test_grammars_mask_on_both_ranks(tiny_model, shared):
     answer = drive(shared(tiny_model), [[request]])
     assert answer == drive(engine(tiny_model), [[request]])
     assert bytes(answer["r", 0][0][:7]).decode()[:4].strip("ab") == ""
+
+
+def test_grammars_are_compiled_once_a_rank_and_beside_its_loop(tiny_model, shared, monkeypatch):
+    compiled: list[tuple[str, str]] = []
+
+    def watch(vocabulary: Vocabulary, grammar: Grammar, compile_it=Vocabulary.compile) -> LLMatcher:
+        compiled.append((grammar.source, threading.current_thread().name))
+        return compile_it(vocabulary, grammar)
+
+    monkeypatch.setattr(Vocabulary, "compile", watch)
+    monkeypatch.setattr("quire.engine.grammar.MAX_KEPT", 1)
+    sources = [f"[ab]{{{i + 1}}}[0-9]{{3}}" for i in range(6)]
+    params = [SamplingParams(max_tokens=9, seed=3, grammar=Grammar(kind="regex", source=source)) for source in sources]
+    wrong = SamplingParams(max_tokens=9, grammar=Grammar(kind="regex", source="("))
+    asked = [AddRequest(f"r{i}", [1, 2, 3], some) for i, some in enumerate(params)]
+    core = shared(tiny_model, max_num_seqs=2)
+    assert core.handle(AddRequest("wrong", [1, 2, 3], wrong)) == []
+    assert core.handle(AddRequest("left", [1, 2, 3], params[0])) == []
+    core.handle(Abort(["left"]))
+    while core.has_work:
+        core.step()
+    assert drive(core, [asked]) == drive(engine(tiny_model, max_num_seqs=2), [asked])
+    assert {thread for _, thread in compiled} == {"grammar_0"}
+    assert {compiled.count((source, "grammar_0")) for source in sources[1:]} == {3}  # with the engine of one rank
 
 
 def test_many_samples_and_aborts(tiny_model, shared):

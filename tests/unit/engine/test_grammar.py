@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
-from concurrent.futures import Future
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
+from llguidance import LLMatcher
 
 from quire.engine.compiling import Compiling
 from quire.engine.errors import RequestError
 from quire.engine.grammar import MAX_KEPT, MAX_SOURCE_BYTES, Grammars, GrammarState, Vocabulary
 from quire.engine.loader import locate_model
 from quire.engine.messages import AddRequest
+from quire.engine.ranks import Ranks
 from quire.engine.tokenizer import load_tokenizer
-from quire.scheduler.params import Grammar, SamplingParams
+from quire.scheduler.params import Grammar, SamplingParams, Slo
 
 TOKENIZER = load_tokenizer(locate_model("bundled"))
 VOCABULARY = Vocabulary(TOKENIZER, 4096)
@@ -28,8 +33,11 @@ def regex(source: str) -> Grammar:
     return Grammar(kind="regex", source=source)
 
 
+COMPILE = Vocabulary.compile
+
+
 def begin(grammar: Grammar, drawn=()) -> GrammarState:
-    return GrammarState(VOCABULARY, VOCABULARY.compile(grammar), drawn)
+    return GrammarState(VOCABULARY, COMPILE(VOCABULARY, grammar), drawn)
 
 
 def allowed(mask: np.ndarray) -> set[int]:
@@ -180,11 +188,144 @@ def test_logits_that_are_wider_than_the_tokenizer():
     assert max(allowed(mask)) < 4096
 
 
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    found = Gate(monkeypatch)
+    yield found
+    found.open.set()
+
+
+class Gate:
+    """While it is not open, no grammar is compiled to its end. compiled: those that were begun, and by which thread."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open, self.reached = threading.Event(), threading.Event()
+        self.compiled: list[tuple[Grammar, str]] = []
+
+        def compile_later(vocabulary: Vocabulary, grammar: Grammar) -> LLMatcher:
+            self.compiled.append((grammar, threading.current_thread().name))
+            self.reached.set()
+            assert self.open.wait(60), "whoever opens the gate waits behind it"
+            return COMPILE(vocabulary, grammar)
+
+        monkeypatch.setattr(Vocabulary, "compile", compile_later)
+
+    @property
+    def sources(self) -> list[str]:
+        return [grammar.source for grammar, _ in self.compiled]
+
+
+def test_masks_do_not_wait_for_grammars_that_are_being_compiled(gate: Gate):
+    state = begin(regex("[a-f]{6}"))
+    grammars = Grammars(lambda: VOCABULARY)
+    compiled = grammars.prepare(regex("a"))
+    gate.reached.wait(60)
+    grammars.fill([state], [[()]])
+    assert state.filling is not None
+    state.filling.result(30)
+    assert allowed(state.mask(()))
+    assert not compiled.done()
+
+
+def test_what_is_prepared_is_compiled_once_for_all_and_kept_while_it_is_in_use(gate: Gate):
+    gate.open.set()
+    grammars = Grammars(lambda: VOCABULARY)
+    some = [regex(f"a{{{i + 1}}}") for i in range(MAX_KEPT + 5)]
+    for grammar in (*some, *some):
+        grammars.prepare(grammar).result(60)
+    for grammar in some:
+        assert grammar in grammars
+        grammars.begin(grammar)
+    assert gate.sources == [grammar.source for grammar in some]
+    assert {thread for _, thread in gate.compiled} == {"grammar_0"}
+    for grammar in some:
+        grammars.release(grammar)
+    assert all(grammar in grammars for grammar in some), "each was prepared twice"
+    for grammar in some:
+        grammars.release(grammar)
+    assert [grammar in grammars for grammar in some] == [False] * 5 + [True] * MAX_KEPT
+
+
+def test_what_nobody_needs_any_more_is_not_compiled(gate: Gate):
+    grammars = Grammars(lambda: VOCABULARY)
+    grammars.prepare(regex("first"))
+    gate.reached.wait(60)
+    grammars.prepare(regex("left"))
+    grammars.prepare(regex("shared"))
+    shared = grammars.prepare(regex("shared"))
+    grammars.release(regex("left"))
+    grammars.release(regex("shared"))
+    grammars.release(regex("first"))  # is being compiled, and will be kept
+    gate.open.set()
+    shared.result(60)
+    assert gate.sources == ["first", "shared"]
+    assert regex("first") in grammars
+    assert grammars.prepare(regex("left")).result(60)
+
+
+def test_who_begins_waits_for_one_that_is_being_prepared(gate: Gate):
+    grammars = Grammars(lambda: VOCABULARY)
+    grammars.prepare(regex("a"))
+    with ThreadPoolExecutor(2) as pool:
+        states = [pool.submit(grammars.begin, regex("a")) for _ in range(2)]
+        gate.open.set()
+        assert all(allowed(state.result(60).mask(())) for state in states)
+    assert gate.sources == ["a"]
+
+
+def test_what_cannot_be_compiled_is_tried_again():
+    attempts = []
+
+    def load() -> Vocabulary:
+        attempts.append(1)
+        if len(attempts) == 1:
+            raise OSError("no tokenizer yet")
+        return VOCABULARY
+
+    grammars = Grammars(load)
+    with pytest.raises(OSError, match="yet"):
+        grammars.prepare(regex("a")).result(60)
+    assert regex("a") not in grammars
+    with pytest.raises(OSError, match="yet"):
+        grammars.begin(regex("a"))  # in use still: the answer is the same for all
+    grammars.release(regex("a"))
+    assert allowed(grammars.begin(regex("a")).mask(()))
+
+
+def test_closing_waits_for_nothing_and_leaves_no_thread(gate: Gate):
+    grammars = Grammars(lambda: VOCABULARY)
+    for i in range(5):
+        grammars.prepare(regex(f"a{{{i + 1}}}"))
+    grammars.fill([begin(regex("a"))], [[()]])
+    gate.reached.wait(60)
+    threads = {*grammars._compiler._threads, *grammars._filler._threads}
+    assert len(threads) == 2
+    grammars.close()
+    gate.open.set()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert gate.sources == ["a{1}"]
+
+
 def test_only_so_many_grammars_are_kept():
     grammars = Grammars(lambda: VOCABULARY)
     for i in range(MAX_KEPT + 5):
         grammars.begin(regex(f"a{{{i + 1}}}"))
     assert sum(regex(f"a{{{i + 1}}}") in grammars for i in range(MAX_KEPT + 5)) == MAX_KEPT
+
+
+class Told(Ranks):
+    """What other ranks are told of grammars."""
+
+    def __init__(self) -> None:
+        self.orders: list[tuple[str, str]] = []
+
+    def prepare(self, grammar: Grammar) -> None:
+        self.orders.append(("prepare", grammar.source))
+
+    def release(self, grammar: Grammar) -> None:
+        self.orders.append(("release", grammar.source))
 
 
 class TestCompiling:
@@ -200,7 +341,7 @@ class TestCompiling:
                 futures.append(Future())
                 return futures[-1]
 
-        compiling = Compiling(Slow(lambda: VOCABULARY))
+        compiling = Compiling(Slow(lambda: VOCABULARY), Told())
         assert all(compiling.hold(request) for request in requests)
         return compiling, futures
 
@@ -228,9 +369,73 @@ class TestCompiling:
     def test_who_asks_for_none_or_for_one_that_is_known_need_not_wait(self):
         grammars = Grammars(lambda: VOCABULARY)
         grammars.begin(regex("a"))
-        compiling = Compiling(grammars)
+        compiling = Compiling(grammars, Told())
         assert not compiling.hold(AddRequest("a", [1], SamplingParams(max_tokens=1)))
         assert not compiling.hold(self.request("b"))
+
+    def test_who_runs_out_of_time_ends_by_the_limit_that_came_first(self):
+        late = [
+            msgspec.structs.replace(self.request("timeout", n=2), arrival=100.0, timeout=5.0, slo=Slo(deadline=6.0)),
+            msgspec.structs.replace(self.request("deadline"), arrival=100.0, timeout=6.0, slo=Slo(deadline=5.0)),
+            msgspec.structs.replace(self.request("later"), arrival=101.0, timeout=5.0),
+            self.request("never"),
+        ]
+        compiling, _ = self.held(*late)
+        assert compiling.expire(104.9) == []
+        assert [(c.request_id, c.index, c.finish_reason, c.error) for c in compiling.expire(105.0)] == [
+            ("timeout", 0, "expired", "timeout"),
+            ("timeout", 1, "expired", "timeout"),
+            ("deadline", 0, "expired", "deadline"),
+        ]
+        assert len(compiling) == 2
+
+    def test_a_grammar_is_in_use_on_every_rank_until_its_request_has_ended(self):
+        told, grammars = Told(), Grammars(lambda: VOCABULARY)
+        compiling = Compiling(grammars, told)
+        assert compiling.hold(self.request("a", "x"))
+        compiling.wait(60)
+        assert [one.error for one in compiling.ready()] == [None]
+        assert not compiling.hold(self.request("b", "x"))
+        assert not compiling.hold(self.request("b", "y")), "its id is in use"
+        compiling.release("a")
+        assert told.orders == [("prepare", "x"), ("prepare", "x"), ("release", "x")]
+        compiling.release("b")
+        compiling.release("b")
+        compiling.release("unknown")
+        assert told.orders[3:] == [("release", "x")]
+
+    def test_there_is_room_for_so_many_and_who_comes_first_has_it_first(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr("quire.engine.grammar.MAX_USED_BYTES", 5)
+        told, grammars = Told(), Grammars(lambda: VOCABULARY)
+        grammars.begin(regex("known"))
+        compiling = Compiling(grammars, told)
+        for name, source in (("a", "xxx"), ("b", "yyyy"), ("c", "z"), ("again", "xxx")):
+            assert compiling.hold(self.request(name, source))
+        assert not compiling.hold(self.request("d", "known"))
+        assert told.orders == [("prepare", "xxx"), ("prepare", "known")]
+        compiling.release("d")
+        compiling.wait(60)
+        assert [one.message.request_id for one in compiling.ready()] == ["a"]
+        compiling.wait(60)  # for nobody
+        assert not list(compiling.ready())
+        assert not compiling.hold(self.request("e", "xxx")), "it is compiled"
+        compiling.release("e")
+        compiling.release("a")
+        del told.orders[:]
+        assert not list(compiling.ready())
+        assert told.orders == [("prepare", "yyyy"), ("prepare", "z")]
+        for name in ("b", "c"):
+            assert compiling.abort(name, None)
+            compiling.release(name)
+        assert [one.message.request_id for one in compiling.ready()] == ["again"]
+
+    def test_a_source_that_is_too_large_waits_for_no_room(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr("quire.engine.grammar.MAX_USED_BYTES", MAX_SOURCE_BYTES)
+        compiling = Compiling(Grammars(lambda: VOCABULARY), Told())
+        assert compiling.hold(self.request("a", "a" * (MAX_SOURCE_BYTES + 1)))
+        compiling.wait(60)
+        (one,) = compiling.ready()
+        assert "larger than" in one.error
 
     def test_a_fault_of_ours_tells_no_details(self, caplog: pytest.LogCaptureFixture):
         compiling, futures = self.held(self.request("a"))
@@ -287,5 +492,7 @@ def test_texts_of_every_kind_are_what_was_asked_for(tmp_path: Path):
         short = SamplingParams(max_tokens=9, min_tokens=5, temperature=0.0, grammar=regex("ab"))
         (answer,) = llm.generate("a", short, progress=False)
         assert (answer.outputs[0].text, answer.outputs[0].finish_reason) == ("ab", "stop")
+        assert answer.outputs[0].token_ids.count(EOS) == 1
+        assert len(answer.outputs[0].token_ids) == len(TOKENIZER.encode("ab")) + 1
     finally:
         llm.close()

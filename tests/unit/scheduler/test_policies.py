@@ -13,7 +13,7 @@ from quire.scheduler import limits
 from quire.scheduler.config import SchedulerConfig
 from quire.scheduler.fairness import ABSENT, Service
 from quire.scheduler.forecast import wait_seconds
-from quire.scheduler.params import SamplingParams, Slo
+from quire.scheduler.params import Grammar, SamplingParams, Slo
 from quire.scheduler.plan import RowResult, StepPlan, StepResult
 from quire.scheduler.policy import PATIENCE
 from quire.scheduler.scheduler import Scheduler
@@ -252,8 +252,10 @@ def test_work_that_cannot_be_in_time_is_not_begun_under_deadline_alone():
     s = scheduler("deadline")
     s.add("feasible", prompt(1, 100), answer(50), slo=Slo(deadline=0.5))
     s.add("may stop early", prompt(2, 100), SamplingParams(max_tokens=50), slo=Slo(deadline=0.15))
+    constrained = SamplingParams(max_tokens=50, min_tokens=50, grammar=Grammar(kind="json_object"))
+    s.add("may be complete early", prompt(3, 100), constrained, slo=Slo(deadline=0.16))
     assert s.expire(0.0) == []
-    assert [c.request_id for c in s.expire(0.1)] == ["may stop early"], "it waited too long"
+    assert [c.request_id for c in s.expire(0.1)] == ["may stop early", "may be complete early"], "they waited too long"
     step(s, 0.1)
     assert [c.error for c in s.expire(0.45)] == [], "begun work goes on until the deadline itself"
     assert [c.error for c in s.expire(0.5)] == ["deadline"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from quire.scheduler.config import SchedulerConfig
-from quire.scheduler.params import SamplingParams
+from quire.scheduler.params import Grammar, SamplingParams
 from quire.scheduler.plan import Chunk, RowResult, StepPlan, StepResult
 from quire.scheduler.policy import AGEING_SECONDS
 from quire.scheduler.roster import Refused
@@ -217,6 +217,19 @@ def test_eos_stop_ids_and_lengths_end_a_sample():
         "early": (None, None, [2]),
         "none": ("length", None, []),
     }
+
+
+def test_what_a_grammar_lets_end_ends_before_min_tokens_by_the_models_ends_alone():
+    """Stop ids may be a part of the text, which goes on."""
+    s = scheduler()
+    constrained = SamplingParams(max_tokens=5, min_tokens=3, stop_token_ids=(9,), grammar=Grammar(kind="json_object"))
+    s.add("end", prompt(1, 4), constrained)
+    s.add("stop", prompt(2, 4), constrained)
+    _, first = run(s, {0: 2, 1: 9})
+    assert {c.request_id: (c.finish_reason, c.token_ids) for c in first} == {"end": ("stop", [2]), "stop": (None, [9])}
+    run(s)
+    _, last = run(s, {1: 9})
+    assert [(c.finish_reason, c.stop_reason) for c in last] == [("stop", 9)]
 
 
 def test_accepted_tokens_after_a_stop_are_dropped():

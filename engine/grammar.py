@@ -310,7 +310,7 @@ def _size(grammar: Grammar) -> int:
 
 
 def _failed(compiled: Future[LLMatcher]) -> bool:
-    return compiled.done() and compiled.exception() is not None
+    return compiled.done() and (compiled.cancelled() or compiled.exception() is not None)
 
 
 def _brief(error: object) -> str:

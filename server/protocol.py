@@ -19,7 +19,6 @@ from ..engine.chat import MAX_MESSAGES
 from ..engine.messages import Slo, Speculative
 from ..engine.validation import (
     MAX_BAD_WORDS,
-    MAX_LOGPROB_TOKEN_IDS,
     MAX_STOP_TOKEN_IDS,
     MAX_TENANT_BYTES,
     Limits,
@@ -37,7 +36,8 @@ DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's, for /v1/completions only
 
 MAX_QUESTIONS = 400  # of one call, as OpenAI's
 MAX_ABORTED = 10_000  # ids in one call
-MAX_ALLOWED_TOKEN_IDS = 1 << 19  # twice the widest vocabulary there is; the model's own is the bound that is told
+# Where equal ones count once, or the model's own vocabulary is the bound: twice the widest one there is.
+MAX_LISTED_IDS = 1 << 19
 
 ID_NAMES = AliasChoices("request_id", "rid")
 
@@ -207,7 +207,7 @@ class GenerateBody(OrderBody):
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
     logit_bias: dict[str, float] | None = None
-    allowed_token_ids: Annotated[list[Integer], Field(max_length=MAX_ALLOWED_TOKEN_IDS)] | None = None
+    allowed_token_ids: Annotated[list[Integer], Field(max_length=MAX_LISTED_IDS)] | None = None
     bad_words: Annotated[list[str], Field(max_length=MAX_BAD_WORDS)] | None = None
     prompt_logprobs: Integer | None = None
     stream: bool | None = None
@@ -218,7 +218,7 @@ class GenerateBody(OrderBody):
     add_special_tokens: bool | None = None
     truncate_prompt_tokens: Integer | None = None
     truncation_side: Literal["left", "right"] | None = None
-    logprob_token_ids: Annotated[list[Integer], Field(max_length=MAX_LOGPROB_TOKEN_IDS)] | None = None
+    logprob_token_ids: Annotated[list[Integer], Field(max_length=MAX_LISTED_IDS)] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     return_prompt_text: bool | None = None

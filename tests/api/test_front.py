@@ -495,7 +495,7 @@ LISTS = [
     (CHAT_ROUTE, {**TURNS, "functions": [{}] * 200}, "functions", "at most 128"),
     (CHAT_ROUTE, {**TURNS, "stop_token_ids": [1] * 200}, "stop_token_ids", "at most 128"),
     (CHAT_ROUTE, {**TURNS, "bad_words": ["a"] * 200}, "bad_words", "at most 128"),
-    (CHAT_ROUTE, {**TURNS, "logprob_token_ids": [1] * 600}, "logprob_token_ids", "at most 512"),
+    (CHAT_ROUTE, {**TURNS, "logprob_token_ids": [1] * 600_000}, "logprob_token_ids", "at most 524288"),
     (CHAT_ROUTE, {**TURNS, "allowed_token_ids": [1] * 600_000}, "allowed_token_ids", "at most 524288"),
     ("/v1/responses", {"input": [USER] * 10_001}, "input", "at most 10000"),
     ("/v1/responses", {"input": "x", "tools": [{}] * 200}, "tools", "at most 128"),

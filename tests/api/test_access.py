@@ -183,8 +183,9 @@ async def test_tokenize_and_detokenize(http):
         assert (await http.post("/tokenize", json=body)).status_code in (400, 404)
 
 
-async def test_the_tokenizer_is_described_where_the_server_was_told_to(http, serve):
-    refused = await http.get("/tokenizer_info")
+async def test_the_tokenizer_is_described_where_the_server_was_told_to(serve):
+    async with serve() as http:
+        refused = await http.get("/tokenizer_info")
     assert refused.status_code == 404
     assert "`--tokenizer-info`" in refused.json()["error"]["message"]
     async with serve(tokenizer_info=True, api_key=("secret",)) as guarded:

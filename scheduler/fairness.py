@@ -19,6 +19,7 @@ T = TypeVar("T")
 # Counters of absent tenants are kept while they are ahead of the active ones, at most so many: the names are the
 # callers', and memory is not theirs to fill.
 ABSENT = 4096
+KEPT = ABSENT * 7 // 8  # of too many: they are sorted once for so many departures, and not for each
 
 
 class Service:
@@ -104,10 +105,14 @@ class Service:
         return min((self.seconds(tenant) for tenant in self._present), default=self._floor)
 
     def _forget(self) -> None:
-        """Drop the counters of absent tenants that returning would lift anyway, and the least of too many."""
+        """Of too many absent tenants, drop the counters that returning would lift anyway, and the least of the others
+        down to KEPT.
+        """
+        if len(self._seconds) - len(self._present) <= ABSENT:
+            return
         absent = sorted((s, tenant) for tenant, s in self._seconds.items() if tenant not in self._present)
         least = self._least()
         for i, (seconds, tenant) in enumerate(absent):
-            if seconds <= least or len(absent) - i > ABSENT:
+            if seconds <= least or len(absent) - i > KEPT:
                 del self._seconds[tenant]
                 self._told.pop(tenant, None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
+from weakref import ref
 
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -67,6 +68,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._rest_is_in()
         self._reads_again()
         super().connection_lost(exc)
+        self.cycle = self.scope = None  # type: ignore[assignment]
 
     def pause_writing(self) -> None:
         """What the client has not read fills the transport's buffer: whatever writes to it waits."""
@@ -99,6 +101,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self.cycle is None:
+            return
         begun_anew = self._header_timer is not None or not self.cycle.response_complete
         if not self._body_is_in and not begun_anew:
             self._rest_timer = self.loop.call_later(REST_SECONDS, self.transport.close)
@@ -110,7 +114,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refusal = errors.headers_too_large(MAX_HEADER_BYTES, MAX_HEADERS)
             raise ValueError("headers too large")  # stops the parser, which calls send_400_response
         super().on_headers_complete()
-        self.scope["state"][WRITE_NOW] = partial(_write_now, self.cycle)
+        self.scope["state"][WRITE_NOW] = partial(_write_now, ref(self.cycle))
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(self._refusal or errors.invalid_http())
@@ -153,9 +157,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
 
-def _write_now(cycle: RequestResponseCycle, body: bytes) -> bool:
+def _write_now(weak: ref[RequestResponseCycle], body: bytes) -> bool:
     """See WRITE_NOW: what `cycle.send` does with a piece of a body that the connection can take."""
-    if cycle.flow.write_paused or cycle.disconnected or not cycle.chunked_encoding:
+    cycle = weak()
+    if cycle is None or cycle.flow.write_paused or cycle.disconnected or not cycle.chunked_encoding:
         return False
     cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
     return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import re
 import resource
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from quire.engine.tokenizer import Tokenizer
 from quire.server import (
@@ -29,6 +31,7 @@ from quire.server import (
 )
 from quire.server.app import create_app
 from quire.server.config import ServerConfig
+from quire.server.generate import Generation
 from quire.server.http_protocol import bounded_protocol
 from quire.server.probes import Probes
 
@@ -384,6 +387,33 @@ def _status(url):
         return httpx.get(url, timeout=GENEROUS).status_code
     except httpx.TransportError:
         return None
+
+
+@pytest.mark.parametrize(
+    "body", [{"stream": True}, {"stream": False}, {"n": 3}, {"max_tokens": -1}], ids=["stream", "whole", "three", "bad"]
+)
+def test_a_request_is_freed_with_its_connection(run, body):
+    """Nobody has to look for what is left of it: garbage that refers to itself stays for thousands of requests."""
+    server = run()
+    request = post_bytes("/v1/completions", {"prompt": "x", "max_tokens": 3, **body}, Connection="close")
+
+    def ask() -> None:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=GENEROUS) as connection:
+            connection.sendall(request)
+            while connection.recv(65536):
+                pass
+
+    ask()  # what is made once is made
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(10):
+            ask()
+        wait_until(lambda: not server.connections)
+        kinds = (RequestResponseCycle, Generation, protocol.CompletionBody)
+        assert [type(found) for found in gc.get_objects() if type(found) in kinds] == []
+    finally:
+        gc.enable()
 
 
 def test_the_loops_lag_is_told(run):

@@ -33,10 +33,6 @@ CLOSE_SECONDS = 5  # for the last error events to reach their readers, once ever
 # Between two looks for garbage, where Python's own number is 700. A large body decodes to as many containers: with 700
 # the collector takes six times as long as decoding itself.
 YOUNG_OBJECTS = 50_000
-# So many looks at the young pass before one at what survived one, and so many of those before one at all, where Python
-# lets ten pass: what belonged to requests that were open at a look then stayed for 100,000 requests, 20 bytes of each.
-# A look at all is cheap: what was there at the start is frozen, and what is left are open requests.
-OLDER_LOOKS = 1
 
 # glibc gives threads arenas of their own, and what one thread frees of another's stays in pieces: prompts of random
 # length cost 400 bytes each for good, and in one arena none after the first 6,000.
@@ -98,8 +94,7 @@ def _settle_memory() -> None:
     """
     gc.collect()
     gc.freeze()
-    gc.collect()  # of nothing: a look at all waits until a quarter as much is new as the last one left
-    gc.set_threshold(YOUNG_OBJECTS, OLDER_LOOKS, OLDER_LOOKS)
+    gc.set_threshold(YOUNG_OBJECTS, *gc.get_threshold()[1:])
 
 
 class _Server(uvicorn.Server):

@@ -409,9 +409,8 @@ def test_a_request_is_freed_with_its_connection(run, body):
     try:
         for _ in range(10):
             ask()
-        wait_until(lambda: not server.connections)
         kinds = (RequestResponseCycle, Generation, protocol.CompletionBody)
-        assert [type(found) for found in gc.get_objects() if type(found) in kinds] == []
+        wait_until(lambda: not any(type(found) in kinds for found in gc.get_objects()))
     finally:
         gc.enable()
 

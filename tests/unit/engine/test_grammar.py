@@ -409,8 +409,11 @@ class TestCompiling:
         told, grammars = Told(), Grammars(lambda: VOCABULARY)
         grammars.begin(regex("known"))
         compiling = Compiling(grammars, told)
+        compile, may_compile = VOCABULARY.compile, threading.Event()
+        monkeypatch.setattr(VOCABULARY, "compile", lambda grammar: may_compile.wait(60) and compile(grammar))
         for name, source in (("a", "xxx"), ("b", "yyyy"), ("c", "z"), ("again", "xxx")):
             assert compiling.hold(self.request(name, source))
+        may_compile.set()
         assert not compiling.hold(self.request("d", "known"))
         assert told.orders == [("prepare", "xxx"), ("prepare", "known")]
         compiling.release("d")

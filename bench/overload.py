@@ -13,10 +13,12 @@ Client and server share the machine's processors where both run on one: what ref
 from __future__ import annotations
 
 import asyncio
+import itertools
+import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -31,6 +33,7 @@ from .metrics import Record, percentile
 REFUSALS = ("HTTP 503", "HTTP 429")
 PATIENCE = 600.0  # seconds for one request: longer than anything that was let in should take
 RAMP = 0.2  # of a trial's time: until the queue is as full as it gets
+BATCH = 64  # prompts made at once: a few milliseconds
 SPREAD = 0.5  # of the lengths: requests of one length run in step, and a trial holds one burst of prompts more or less
 
 
@@ -146,38 +149,41 @@ async def _measure(config: OverloadConfig, progress: Progress) -> list[list[Tria
         target = Target(base_url, COMPLETIONS, model, {"temperature": 0.0, "ignore_eos": True}, headers)
         pool = sorted(set(await tokenize(session, base_url, model, POOL_TEXT)))
 
-        def asks(count: int, seed: int) -> list[Ask]:
-            shapes = random_shapes(count, config.input_len, config.output_len, SPREAD, config.seed)
-            return token_asks(shapes, pool, seed)
+        draw = random.Random(config.seed)
 
-        warmed = await send(session, target, asks(1, ~config.seed)[0])
+        def asks() -> Iterator[Ask]:
+            """Without end. Lengths are the same in every trial; no prompt comes twice: its blocks would be there."""
+            for batch in itertools.count(config.seed):
+                shapes = random_shapes(BATCH, config.input_len, config.output_len, SPREAD, batch)
+                yield from token_asks(shapes, pool, draw.getrandbits(64))
+
+        warmed = await send(session, target, next(asks()))
         if warmed.error is not None:
             raise ServerError(f"the warm-up request failed: {warmed.error} {warmed.detail}")
         rounds = []
         for round_number in range(config.rounds):
-            seed = config.seed + 1000 * round_number  # no prompt comes twice: its blocks would be there
-            trials = [await _closed(session, target, asks(256, seed), config)]
+            trials = [await _closed(session, target, asks(), config)]
             for number, factor in enumerate(config.factors, 1):
                 progress(round_number * (1 + len(config.factors)) + number, config.rounds * (1 + len(config.factors)))
                 rate = factor * trials[0].rate
                 count = max(1, round(rate * config.seconds))
-                times = arrival_times(count, rate, seed=seed + number)
-                trials.append(await _open(session, target, asks(count, seed + number), times, factor, rate, config))
+                times = arrival_times(count, rate, seed=config.seed + 1000 * round_number + number)
+                prompts = list(itertools.islice(asks(), count))
+                trials.append(await _open(session, target, prompts, times, factor, rate, config))
             rounds.append(trials)
     return rounds
 
 
-async def _closed(session: aiohttp.ClientSession, target: Target, asks: Sequence[Ask], config: OverloadConfig) -> Trial:
+async def _closed(session: aiohttp.ClientSession, target: Target, asks: Iterator[Ask], config: OverloadConfig) -> Trial:
     """`concurrency` requests at a time, for as long as a trial takes."""
     answers: list[Answered] = []
     start = time.perf_counter()
 
-    async def worker(number: int) -> None:
+    async def worker() -> None:
         while time.perf_counter() < start + config.seconds:
-            answers.append(await _timed(session, target, asks[number % len(asks)]))
-            number += config.concurrency
+            answers.append(await _timed(session, target, next(asks)))
 
-    await asyncio.gather(*(worker(number) for number in range(config.concurrency)))
+    await asyncio.gather(*(worker() for _ in range(config.concurrency)))
     done = sum(answer.record.error is None for answer in answers)
     return _trial(None, done / (time.perf_counter() - start), answers, start, config)
 

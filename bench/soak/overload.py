@@ -15,8 +15,8 @@ CHECK = "overload"
 LAG = "quire_event_loop_lag_seconds"
 FACTOR = 10.0
 SHARE = 0.95  # of the peak
-# A core is left to the client and the front end. A thread of the engine beside them brings nothing (5,500 tok/s on two
-# cores, 5,440 on one: all threads wait for the one whose core was taken), and every refusal stops it once more.
+# A core is left to the client and the front end: all threads of the engine wait for one whose core is taken, and
+# refusals take it again and again. Of two threads on two cores they cost an eighth of the tokens (docs/tuning.md).
 THREADS = max(1, look_at_machine("cpu").cores - 1)
 # The queue is as long as the batch is wide: longer, and those who are let in wait for nothing that anybody gains by.
 OPTIONS = (

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 
 import pytest
 
 from quire.bench.metrics import Record
-from quire.bench.overload import Answered, OverloadConfig, Trial, _trial, summary
+from quire.bench.overload import Answered, OverloadConfig, Trial, _trial, run, summary
+
+from .scripted_server import Script, serving
 
 CONFIG = OverloadConfig(seconds=10.0)  # counted from second 2 to second 10
 
@@ -62,3 +65,14 @@ def test_shares_are_of_the_same_round_and_told_by_their_median() -> None:
 def test_settings_that_cannot_be_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="must be above 0"):
         OverloadConfig(**settings)  # type: ignore[arg-type]
+
+
+async def test_no_prompt_comes_twice_however_long_the_closed_loop_runs() -> None:
+    """One that did would find its blocks in the cache, and the peak would be of less work than the overload is."""
+    script = Script()
+    async with serving(script) as url:
+        config = OverloadConfig(url=url, factors=(2.0,), rounds=2, seconds=0.5, input_len=32, output_len=2)
+        trials = await asyncio.to_thread(run, config)
+    prompts = [tuple(body["prompt"]) for body in script.bodies]
+    assert trials["trials"][0]["requests"] > 2 * 4 * config.concurrency
+    assert len(set(prompts)) == len(prompts)

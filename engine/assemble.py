@@ -84,6 +84,8 @@ def assemble(config: EngineConfig, machine: Machine, meet: Callable[[Resolved], 
     with startup.phase("load weights"):
         group = meet(settings)
         loaded = _load(config, settings, path, model, kernels, group, startup)
+    with startup.phase("read vocabulary"):
+        loaded.grammars.warm()
     memory = {"weights": settings.weight_bytes}
     if settings.memory_share is not None:
         with startup.phase("measure memory"):

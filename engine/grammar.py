@@ -12,6 +12,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Lock
 
@@ -200,7 +201,7 @@ class Grammars:
     """
 
     def __init__(self, load: Callable[[], Vocabulary]) -> None:
-        """load: called when the first grammar comes."""
+        """load: called once, by `warm` or when the first grammar comes."""
         self._load = load
         self._vocabulary: Vocabulary | None = None
         self._loading = Lock()
@@ -210,6 +211,13 @@ class Grammars:
         self._lock = Lock()  # of these three; nobody computes while it is held
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammar")
         self._filler = ThreadPoolExecutor(1, thread_name_prefix="masks")
+
+    def warm(self) -> None:
+        """Read the vocabulary before anybody is there whom that would hold up. What is wrong with it, the first one who
+        wants a grammar is told.
+        """
+        with suppress(Exception):
+            self._loaded()
 
     def close(self) -> None:
         """What waits to be compiled is dropped; what is being compiled is not waited for."""

@@ -190,6 +190,8 @@ def _text_side(ready: EngineReady, folder: Path, config: ServerConfig) -> TextSi
     workers = shared_workers()
     workers.warm(config.text_threads)
     template = load_chat_template(tokenizer, workers.compile)
+    grammars = Grammars(lambda: Vocabulary(tokenizer, ready.vocab_size))
+    grammars.warm()
     return TextSide(
         tokenizer=tokenizer,
         template=template,
@@ -198,7 +200,7 @@ def _text_side(ready: EngineReady, folder: Path, config: ServerConfig) -> TextSi
         ready=ready,
         defaults=_sampling_defaults(config, folder),
         markup=markup_of(config.tool_call_parser, config.reasoning_parser, template, tokenizer),
-        grammars=Grammars(lambda: Vocabulary(tokenizer, ready.vocab_size)),
+        grammars=grammars,
     )
 
 

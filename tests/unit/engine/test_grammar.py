@@ -16,6 +16,8 @@ import pytest
 from llguidance import LLMatcher
 
 from quire.engine.compiling import Compiling
+from quire.engine.config import EngineConfig
+from quire.engine.core import EngineCore
 from quire.engine.errors import RequestError
 from quire.engine.grammar import MAX_KEPT, MAX_SOURCE_BYTES, Grammars, GrammarState, Vocabulary
 from quire.engine.loader import locate_model
@@ -290,6 +292,44 @@ def test_what_cannot_be_compiled_is_tried_again():
         grammars.begin(regex("a"))  # in use still: the answer is the same for all
     grammars.release(regex("a"))
     assert allowed(grammars.begin(regex("a")).mask(()))
+
+
+def test_a_vocabulary_is_read_once_and_before_anybody_asks():
+    read = []
+
+    def load() -> Vocabulary:
+        read.append(1)
+        return VOCABULARY
+
+    grammars = Grammars(load)
+    grammars.warm()
+    assert read == [1]
+    assert allowed(grammars.begin(regex("a")).mask(()))
+    assert read == [1]
+
+
+def test_a_vocabulary_that_cannot_be_read_disturbs_only_who_wants_a_grammar():
+    def load() -> Vocabulary:
+        raise RequestError("this model names no end token", "structured_outputs")
+
+    grammars = Grammars(load)
+    grammars.warm()
+    with pytest.raises(RequestError, match="no end token"):
+        grammars.begin(regex("a"))
+
+
+def test_an_engine_reads_its_vocabulary_when_it_starts(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    read = []
+
+    def counted(*given) -> Vocabulary:
+        read.append(given)
+        return Vocabulary(*given)
+
+    monkeypatch.setattr("quire.engine.assemble.Vocabulary", counted)
+    core = EngineCore(EngineConfig(model=str(tiny_model), dtype="float32", threads=1, max_model_len=96))
+    assert len(read) == 1
+    assert "read vocabulary" in core.ready.startup_seconds
+    core.close()
 
 
 def test_closing_waits_for_nothing_and_leaves_no_thread(gate: Gate):

@@ -11,6 +11,7 @@ from .config import EngineConfig
 from .core import EngineCore, run
 from .errors import EngineDeadError, EngineStartError, RankLost
 from .messages import Abort, AddRequest, Busy, Down, EngineDead, EngineReady, Shutdown, StepOutputs, Up, Watch
+from .startup import Startup
 
 
 class InprocClient:
@@ -54,7 +55,7 @@ class InprocClient:
 
     def _main(self, started: queue.SimpleQueue[EngineReady | BaseException]) -> None:
         try:
-            core = EngineCore(self._config)
+            core = EngineCore(self._config, Startup(self._on_message))
         except EngineStartError as error:
             started.put(error)
             return

@@ -27,8 +27,9 @@ from .client import EngineClient, News
 from .config import BUNDLED_MODEL, EngineConfig
 from .errors import EngineDeadError, RequestError
 from .grammar import Grammars, Vocabulary
-from .messages import Abort, AddRequest, EngineDead, StepOutputs
+from .messages import Abort, AddRequest, EngineDead, Progress, StepOutputs
 from .outputs import RequestStream, SampleOutput, TextOptions
+from .start_bar import StartBar
 from .tokenizer import load_tokenizer
 from .validation import (
     check_length,
@@ -92,28 +93,38 @@ class LLM:
     """A model and its engine. Close it, or use it in a `with` block, to give its memory and threads back.
 
     model     "bundled", a folder in Hugging Face layout, or a hub id
+    progress  draw the start, if there is a terminal to draw on
     settings  the fields of `EngineConfig`: max_model_len, dtype, device, kv_cache_bytes, ...
 
     Calls from several threads wait for each other. Raises EngineStartError if the engine does not come up.
     """
 
-    def __init__(self, model: str = BUNDLED_MODEL, **settings: Any) -> None:
-        self._connect(_inproc_client(EngineConfig(model=model, **settings)))
+    def __init__(self, model: str = BUNDLED_MODEL, *, progress: bool = True, **settings: Any) -> None:
+        self._connect(_inproc_client(EngineConfig(model=model, **settings)), progress)
 
     @classmethod
-    def from_client(cls, client: EngineClient) -> Self:
+    def from_client(cls, client: EngineClient, *, progress: bool = True) -> Self:
         """An LLM that speaks to an engine of the caller's own making; it is started here and closed with the LLM."""
         llm = cls.__new__(cls)
-        llm._connect(client)
+        llm._connect(client, progress)
         return llm
 
-    def _connect(self, client: EngineClient) -> None:
+    def _connect(self, client: EngineClient, progress: bool) -> None:
         self._client = client
         self._inbox: queue.SimpleQueue[News] = queue.SimpleQueue()
         self._one_call = threading.Lock()
         self._caller: int | None = None  # the thread whose call runs
+        bar = StartBar()
+
+        def hear(news: News) -> None:
+            if not isinstance(news, Progress):
+                self._inbox.put(news)
+            elif progress:
+                bar.tell(news)
+
         try:
-            self.info = client.start(self._inbox.put)
+            with closing(bar):
+                self.info = client.start(hear)
             self.tokenizer = load_tokenizer(self.info.model_path)
             self._template = load_chat_template(self.tokenizer)
         except BaseException:

@@ -19,6 +19,7 @@ from types import FrameType
 import uvicorn
 
 from ..engine.client import EngineClient
+from ..engine.start_bar import StartBar
 from . import errors, logs
 from .app import create_app
 from .config import ServerConfig
@@ -26,7 +27,6 @@ from .dispatcher import Dispatcher
 from .http_protocol import bounded_protocol
 from .logs import logger
 from .probes import Probes
-from .start_bar import StartBar
 
 CLOSE_SECONDS = 5  # for the last error events to reach their readers, once everything has been aborted
 

@@ -140,3 +140,16 @@ def test_a_start_without_a_terminal_is_lines_alone(tiny_model: Path, tmp_path: P
     stop(server)
     assert ESCAPE not in log.read_text()
     assert "━" not in log.read_text()
+
+
+def llm(model: Path, **settings: object) -> list[str]:
+    given = {"dtype": "float32", "threads": 1, **settings}
+    return [sys.executable, "-P", "-c", f"import quire\nwith quire.LLM({str(model)!r}, **{given}): pass"]
+
+
+def test_an_engine_without_a_server_is_drawn_too(tiny_model: Path) -> None:
+    text = on_a_screen(*llm(tiny_model))
+    assert "load weights" in text
+    assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l"), "the cursor is there again"
+    assert ESCAPE not in on_a_screen(*llm(tiny_model, progress=False))
+    assert into_a_file(*llm(tiny_model)) == ""

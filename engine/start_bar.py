@@ -1,11 +1,11 @@
-"""How far a start is, drawn on a terminal; where there is none, the log has its lines and nothing moves."""
+"""How far a start is, drawn on a terminal; where there is none, nothing moves."""
 
 from __future__ import annotations
 
 import sys
 from typing import TYPE_CHECKING
 
-from ..engine.messages import Progress as Starting
+from .messages import Progress as Starting
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

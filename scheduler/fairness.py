@@ -80,8 +80,10 @@ class Service:
         self._seconds[tenant] = self.seconds(tenant) + seconds / self.weight(tenant)
 
     def exceeds_share(self, tenant: str) -> bool:
-        """Whether `tenant` runs more samples than its weight among the tenants in the house gives it."""
-        return self._held.get(tenant, 0) > self._max_num_seqs * self.weight(tenant) / self._total
+        """Whether `tenant` runs more samples than its weight among the tenants in the house gives it, which is one at
+        least: with more tenants than places, displacing for less stops every stream for seconds and serves nobody more.
+        """
+        return self._held.get(tenant, 0) > max(1.0, self._max_num_seqs * self.weight(tenant) / self._total)
 
     def interleave(self, lanes: Mapping[str, Iterator[T]], cost: Callable[[T], float]) -> Iterator[T]:
         """Everything in `lanes` (tenant -> its requests in order), the least served tenant first at every turn.

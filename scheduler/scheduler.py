@@ -369,8 +369,8 @@ class Scheduler:
                     budget.spend(row.start, row.num_tokens)
             else:
                 break
-            # Nobody overtakes who only lacks memory: it would never have enough. Those in progress go on.
-            asking = [request for request in asking if request.slot >= 0 and request.remaining and request not in rows]
+            # Nobody overtakes who only lacks memory: it would never have enough. Those in progress go on, all of them.
+            asking = [request for request in self._asking(budget, admit) if request not in rows]
         self._fork(plan, budget, now, admit=admit)
         self._put_back()
         self._at = None

@@ -304,6 +304,30 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.expected[request_id, sample] = solo(prompt, params, sample, self.config.max_model_len)
             self.got[request_id, sample] = []
 
+    @rule(
+        count=st.integers(20, 40),
+        length=st.integers(1, 8),
+        priority=st.integers(-2, 2),
+        ttft=st.sampled_from([None, 5.0]),
+    )
+    def flood(self, count, length, priority, ttft):
+        """More come at once, each a tenant of its own, than a step looks at."""
+        for i in range(count):
+            self.add(
+                prompt=[i // VOCAB**place % VOCAB for place in range(length)],
+                max_tokens=2,
+                min_tokens=0,
+                ignore_eos=True,
+                n=1,
+                looks_back=False,
+                priority=priority,
+                salt="",
+                tenant=f"t{self.count}",
+                slo=Slo(ttft=ttft),
+                timeout=None,
+                speculative=Speculative(),
+            )
+
     @precondition(lambda self: self.expected)
     @rule(data=st.data())
     def abort(self, data):

@@ -107,6 +107,24 @@ def test_priority_takes_a_place_in_a_full_batch_but_not_for_ever():
     assert not any(name.startswith("high") for name in finish_order(s)[-3:])
 
 
+@pytest.mark.parametrize("policy", ["fair", "deadline", "priority"])
+def test_a_prompt_in_progress_goes_on_while_many_wait_who_come_first_and_cannot_enter(policy: str):
+    """They are more than a step looks at; the place that they wait for is free when the prompt has been answered."""
+    s = scheduler(policy, max_num_seqs=1)
+    s.add("long", prompt(1, 200), answer(2), tenant="a", slo=Slo(ttft=50.0), priority=1)
+    step(s, 0.0)
+    (long,) = s.running
+    long.num_preemptions = PATIENCE  # its place is not to be had
+    for i in range(40):
+        s.add(f"short{i}", prompt(2 + i, 8), answer(2), tenant=f"b{i}", slo=Slo(ttft=5.0))
+    computed = []
+    while "long" in running(s):
+        computed.append(long.num_computed)
+        assert step(s, 1.0) is not None
+    assert computed == [64, 128, 192, 200]
+    assert len(finish_order(s, 1.0)) == 40
+
+
 def test_fcfs_displaces_nobody():
     s = scheduler("fcfs")
     for i in range(4):
@@ -361,8 +379,18 @@ def test_who_is_here_is_not_walked_over_to_know_a_share(monkeypatch: pytest.Monk
     weight = Service.weight
     monkeypatch.setattr(Service, "weight", lambda self, tenant: asked.append(tenant) or weight(self, tenant))
     service.enters("7")
+    service.enters("7")
     assert service.exceeds_share("7")
     assert asked == ["7"]
+
+
+def test_one_place_is_nobodys_too_much():
+    """Where tenants outnumber places, each would displace the next, and all streams stand still most of the time."""
+    service = Service({}, 8)
+    for i in range(100):
+        service.arrives(str(i))
+    service.enters("7")
+    assert not service.exceeds_share("7")
 
 
 def test_a_share_is_that_of_those_who_are_here():

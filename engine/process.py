@@ -55,6 +55,7 @@ from .startup import Startup
 log = logging.getLogger(__name__)
 
 EXIT_SECONDS = 2.0  # an engine that was told to stop and has not by then is killed; a step takes less
+TERM_SECONDS = 1.0  # sockets whose peer has gone close in some 0.6 ms, at most 3 (8 times)
 KILL_SECONDS = 10.0  # a killed process that has not ended by then is stuck in the kernel: nobody waits for it
 
 
@@ -137,7 +138,7 @@ class ProcessClient:
         if self._folder is not None:
             self._down.close(linger=0)
             self._up.close(linger=0)
-            self._context.term()
+            _end(self._context)
             self._forget_folder()
 
     def _open_sockets(self) -> None:
@@ -217,6 +218,17 @@ class ProcessClient:
             self._dead = reason
             log.error("engine: %s", reason)
             self._on_message(EngineDead(reason))
+
+
+def _end(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    """Give its threads and descriptors back. libzmq 4.3.5 may wait for a killed peer for ever (one time of some 900
+    that it was killed while both sent): nobody waits along, least of all whoever is to start the next engine.
+    """
+    closing = threading.Thread(target=context.term, name="engine-sockets", daemon=True)
+    closing.start()
+    closing.join(TERM_SECONDS)
+    if closing.is_alive():
+        log.warning("the sockets of the engine that ended do not close: they are left to the end of this process")
 
 
 class _Child:

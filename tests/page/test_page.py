@@ -318,7 +318,7 @@ def test_the_end_of_an_engine_and_the_next_one_are_shown(look, tmp_path):
             .observe(document.querySelector('#life'), {attributes: true});
           return seen;
         }""")
-        send(page, "Return the largest of two numbers", max_tokens=1500, temperature=1.5)
+        send(page, "a " * 20, max_tokens=1500, temperature=0.05, n=8)  # the model repeats itself to the end
         until(page, "document.querySelectorAll('.t').length > 3")
         server.kill_engine()
         until(page, "document.querySelector('#life').dataset.state === 'restarting'")

@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import json
 import os
+import queue
 import random
 import shutil
 import signal
@@ -18,6 +19,12 @@ from typing import Any
 
 import httpx
 import pytest
+import zmq
+
+from quire.engine.config import EngineConfig
+from quire.engine.messages import EngineReady
+from quire.engine.process import ProcessClient
+from quire.engine.supervisor import Supervisor
 
 GREEDY = {"prompt": "Once upon a time", "max_tokens": 20, "temperature": 0, "ignore_eos": True}
 PRIVATE = {0o700 | stat.S_IFDIR, 0o600 | stat.S_IFSOCK}
@@ -120,6 +127,28 @@ def test_an_engine_that_is_killed_or_hangs_is_replaced_and_given_up_in_the_end(s
     assert "given up" in server.log.read_text()
     server.wait_for(lambda: not any(alive(pid) for pid in family))
     assert list(server.temporary.iterdir()) == []
+
+
+def test_sockets_that_do_not_close_hold_up_no_new_engine(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    """As libzmq's may not, of an engine that was killed while it spoke."""
+    opened, term = threading.Event(), zmq.Context.term
+
+    def late(context: zmq.Context) -> None:
+        opened.wait(120)
+        term(context)
+
+    monkeypatch.setattr(zmq.Context, "term", late)
+    config = EngineConfig(model=str(tiny_model), dtype="float32", threads=1, max_model_len=96)
+    said: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    engine = Supervisor(ProcessClient, config, hang_timeout=30.0, max_restarts=1)
+    engine.start(said.put)
+    try:
+        os.kill(engine._client.pid, signal.SIGKILL)
+        while not isinstance(said.get(timeout=60), EngineReady):
+            pass
+        engine.close()
+    finally:
+        opened.set()
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server_with_one_line(launch_server, tiny_model, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import queue
@@ -307,9 +308,17 @@ def running(tiny_model: Path) -> Serve:
     async def start(engine: dict[str, Any] | None = None, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
         core = InprocClient(EngineConfig(**{"model": str(tiny_model), **SMALL, **(engine or {})}))
         async with client_of(create_app(core, ServerConfig(**settings)), 120) as client:
+            await until_ready(client)
             yield client
 
     return start
+
+
+async def until_ready(client: httpx.AsyncClient) -> None:
+    """A server answers while its engine starts."""
+    async with asyncio.timeout(120):
+        while (await client.get("/ready")).status_code != 200:
+            await asyncio.sleep(0.02)
 
 
 @pytest.fixture

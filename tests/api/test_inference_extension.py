@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from api.conftest import until_ready
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -41,6 +42,7 @@ async def http(tiny_model: Path) -> AsyncIterator[httpx.AsyncClient]:
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app=app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=120) as client:
+            await until_ready(client)
             yield client
 
 
